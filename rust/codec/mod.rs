@@ -1,0 +1,130 @@
+//! The table of codecs, which everything reads: a layout (bytes), an encoder (how codes are chosen), a name.
+//!
+//! A codec knows rows of finite floats; never files, threads or Python. To add one: write its layout and
+//! encoder in a file of this folder and list it in [`ALL`]; the console script, the Python API, `inspect`,
+//! `bench`, docs/codecs.md and the tests pick it up from there.
+
+mod half_floats;
+
+pub use half_floats::{narrow_f16, widen_f16};
+
+use crate::error::{Error, Result};
+use crate::tensor::Dtype;
+
+/// What a row of a part counts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Per {
+    /// One code of that many bits for each weight, packed low bits first; every row starts at a byte.
+    Weight(u32),
+    /// One element for each run of that many weights, the last of which may be shorter.
+    Run(usize),
+    /// That many elements for each row.
+    Row(usize),
+}
+
+/// One array of a layout: `[rows, per_row(cols)]` elements, row-major.
+#[derive(Clone, Copy, Debug)]
+pub struct Part {
+    /// The name that the artifact's index uses: `codes`, `scales`, …
+    pub name: &'static str,
+    /// The element type; codes narrower than a byte are U8.
+    pub dtype: Dtype,
+    /// How many elements a row holds.
+    pub per: Per,
+}
+
+impl Part {
+    /// Elements in one row of `cols` weights.
+    pub const fn per_row(&self, cols: usize) -> usize {
+        match self.per {
+            Per::Weight(bits) => (cols * bits as usize).div_ceil(8 * self.dtype.size()),
+            Per::Run(n) => cols.div_ceil(n),
+            Per::Row(n) => n,
+        }
+    }
+
+    /// Bytes of one row of `cols` weights.
+    pub const fn row_bytes(&self, cols: usize) -> usize {
+        self.per_row(cols) * self.dtype.size()
+    }
+}
+
+/// Rows of weights to encode: `data` is `[rows, cols]`, row-major and finite.
+#[derive(Clone, Copy, Debug)]
+pub struct Strip<'a> {
+    /// The weights.
+    pub data: &'a [f32],
+    /// Weights per row.
+    pub cols: usize,
+    /// The importance of each column (`[cols]`, positive), the same for every row; `None` means 1.
+    pub importance: Option<&'a [f32]>,
+}
+
+/// What a codec stores and how a weight is rebuilt from it.
+pub struct Layout {
+    /// The layout's name.
+    pub name: &'static str,
+    /// Weights that share parameters; `None` where that is the whole row.
+    pub group: Option<usize>,
+    /// Bits of one code.
+    pub code_bits: u32,
+    /// The arrays that are stored.
+    pub parts: &'static [Part],
+    /// The rebuilt weight, as a formula for people.
+    pub rebuild: &'static str,
+    /// Decodes whole rows: `parts[i]` holds rows of part i, `out` is `[rows, cols]`.
+    pub decode: fn(parts: &[&[u8]], cols: usize, out: &mut [f32]),
+}
+
+/// One row of the table.
+pub struct Codec {
+    /// The name that people type.
+    pub name: &'static str,
+    /// The version of the bytes under that name.
+    pub version: u32,
+    /// One line for people: when to choose it.
+    pub summary: &'static str,
+    /// The bytes.
+    pub layout: &'static Layout,
+    /// How codes are chosen, by name: `min/max`, `search`, `nearest`.
+    pub encoder: &'static str,
+    /// Encodes whole rows: fills `parts[i]` with rows of part i.
+    pub encode: fn(strip: Strip<'_>, parts: &mut [&mut [u8]]),
+}
+
+/// Every codec, in the order that people read them.
+pub static ALL: &[Codec] = &[];
+
+/// The codec of that name.
+///
+/// # Errors
+/// A usage error that lists the names there are.
+pub fn find(name: &str) -> Result<&'static Codec> {
+    ALL.iter().find(|c| c.name == name).ok_or_else(|| {
+        let names: Vec<_> = ALL.iter().map(|c| c.name).collect();
+        Error::usage(format!("unknown codec {name:?}; choose one of {}", names.join(", ")))
+    })
+}
+
+impl Layout {
+    /// Bytes of every part for `rows` rows of `cols` weights, or `None` on overflow.
+    pub fn part_bytes(&self, rows: u64, cols: u64) -> Option<Vec<u64>> {
+        let cols = usize::try_from(cols).ok().filter(|&c| c < 1 << 56)?;
+        self.parts.iter().map(|p| rows.checked_mul(p.row_bytes(cols) as u64)).collect()
+    }
+
+    /// Bits per weight in long rows, parameters per row left out.
+    pub fn bits_per_weight(&self) -> f64 {
+        let bits = |p: &Part| match p.per {
+            Per::Weight(bits) => f64::from(bits),
+            Per::Run(n) => (p.dtype.size() * 8) as f64 / n as f64,
+            Per::Row(_) => 0.0,
+        };
+        self.parts.iter().map(bits).sum()
+    }
+
+    /// Whether each row stores something beside [`Layout::bits_per_weight`].
+    pub fn has_row_parameters(&self) -> bool {
+        self.parts.iter().any(|p| matches!(p.per, Per::Row(_)))
+    }
+}

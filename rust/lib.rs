@@ -1,0 +1,26 @@
+//! Tenpak's core: codecs that shrink weights, the artifact that holds them, the inputs and outputs around it.
+//!
+//! The layers, each knowing only those above it in this list:
+//!
+//! - [`error`]: one error type, with a kind and a place.
+//! - [`tensor`]: dtypes, and a tensor's bytes seen as rows along its input dimension.
+//! - [`codec`]: the table of codecs; each knows rows of floats, never files or threads.
+//! - [`runner`]: one tensor through one codec, on many threads.
+//! - [`artifact`]: the `.tenpak` file, written in one pass and read with every byte checked.
+//! - [`input`] and [`output`]: the model formats around it.
+//! - [`plan`] and [`pipeline`]: which tensor gets which codec, and a whole model through all of the above.
+
+pub mod artifact;
+pub mod codec;
+pub mod error;
+pub mod input;
+pub mod output;
+pub mod pipeline;
+pub mod plan;
+#[cfg(feature = "python")]
+mod python;
+pub mod runner;
+pub mod tensor;
+
+pub use artifact::ArtifactFile;
+pub use error::{Error, Kind, Result};
