@@ -1,8 +1,29 @@
 //! One tensor through one codec, strip by strip, on every thread of the current rayon pool.
+//!
+//! A strip is some whole rows, small enough for a core's cache; its bytes depend on nothing else, so the
+//! result is the same for any number of threads.
 
-use crate::codec::Codec;
-use crate::error::Result;
-use crate::tensor::{Dtype, Tensor};
+mod buffer;
+mod range;
+
+pub use buffer::zeroed;
+
+use crate::codec::simd::Level;
+use crate::codec::{Codec, Strip};
+use crate::error::{Error, Result};
+use crate::tensor::{Dtype, Encoding, Rows, Tensor};
+use range::{Range, measure_error};
+use rayon::prelude::*;
+use std::borrow::Cow;
+
+/// Weights in a strip: 256 KiB of FP32, which fits a core's second-level cache with its parts.
+const STRIP: usize = 1 << 16;
+
+/// Rows of a transposed tensor are read a whole cache line of columns at a time.
+const MIN_TRANSPOSED_ROWS: usize = 32;
+
+/// Exponents that `2^exponent` and its inverse both express.
+pub const EXPONENTS: std::ops::RangeInclusive<i32> = -126..=127;
 
 /// A tensor's parts under a codec.
 #[derive(Clone, Debug, Default)]
@@ -32,14 +53,253 @@ pub fn encode(
     importance: Option<&[f32]>,
     measure: bool,
 ) -> Result<Encoded> {
-    let _ = (tensor, axis, codec, importance, measure);
-    todo!()
+    let rows = Rows::new(&tensor.shape, axis)?;
+    check(tensor, &rows, importance)?;
+    let job = Job {
+        tensor,
+        rows,
+        codec,
+        importance,
+        measure,
+        level: Level::detect(),
+    };
+    let (encoded, range) = job.run(0);
+    if !range.is_finite() {
+        return Err(first_non_finite(tensor));
+    }
+    match range.exponent(codec.layout.normal_from) {
+        0 => Ok(encoded),
+        exponent => Ok(job.run(exponent).0),
+    }
+}
+
+/// The exponent that [`encode`] would choose, without encoding.
+///
+/// # Errors
+/// As [`encode`].
+pub fn exponent(tensor: &Tensor<'_>, axis: usize, codec: &Codec) -> Result<i32> {
+    let rows = Rows::new(&tensor.shape, axis)?;
+    check(tensor, &rows, None)?;
+    let job = Job {
+        tensor,
+        rows,
+        codec,
+        importance: None,
+        measure: false,
+        level: Level::detect(),
+    };
+    let strips: Vec<usize> = (0..rows.count()).step_by(job.strip_rows()).collect();
+    let range = strips
+        .par_iter()
+        .map_init(Vec::new, |scratch, &first| {
+            let n = job.strip_rows().min(rows.count() - first);
+            Range::of(job.level, job.weights(first, n, scratch))
+        })
+        .reduce(Range::default, Range::and);
+    if !range.is_finite() {
+        return Err(first_non_finite(tensor));
+    }
+    Ok(range.exponent(codec.layout.normal_from))
+}
+
+fn check(tensor: &Tensor<'_>, rows: &Rows, importance: Option<&[f32]>) -> Result<()> {
+    if !tensor.encoding.dtype().is_weight() {
+        return Err(Error::usage(format!(
+            "{} holds no weights; only F32, F16 and BF16 can be quantised",
+            tensor.encoding.name()
+        )));
+    }
+    if tensor.encoding.byte_len(rows.len() as u64) != Some(tensor.bytes.len() as u64) {
+        return Err(Error::usage(format!(
+            "{} bytes do not hold a {} tensor of shape {:?}",
+            tensor.bytes.len(),
+            tensor.encoding.name(),
+            tensor.shape
+        )));
+    }
+    let Some(w) = importance else { return Ok(()) };
+    if w.len() != rows.cols {
+        return Err(Error::usage(format!(
+            "importance has {} weights for {} columns",
+            w.len(),
+            rows.cols
+        )));
+    }
+    match w.iter().position(|w| !(w.is_finite() && *w > 0.0)) {
+        Some(i) => Err(Error::usage(format!(
+            "importance[{i}] is {}; it must be positive",
+            w[i]
+        ))),
+        None => Ok(()),
+    }
+}
+
+fn first_non_finite(tensor: &Tensor<'_>) -> Error {
+    let mut chunk = vec![0f32; STRIP.min(tensor.len())];
+    for start in (0..tensor.len()).step_by(STRIP) {
+        let n = STRIP.min(tensor.len() - start);
+        tensor.encoding.widen(&tensor.bytes, start, &mut chunk[..n]);
+        if let Some(i) = chunk[..n].iter().position(|x| !x.is_finite()) {
+            let mut rest = start + i;
+            let mut index = vec![0; tensor.shape.len()];
+            for (i, extent) in index.iter_mut().zip(&tensor.shape).rev() {
+                *i = rest % extent;
+                rest /= extent;
+            }
+            return Error::input(format!(
+                "{} at index {index:?}; only finite weights can be quantised (use the rule `NAME=keep` to \
+                 leave the tensor as it is)",
+                chunk[i]
+            ));
+        }
+    }
+    unreachable!("the range says that a weight is not finite")
+}
+
+struct Job<'a> {
+    tensor: &'a Tensor<'a>,
+    rows: Rows,
+    codec: &'a Codec,
+    importance: Option<&'a [f32]>,
+    measure: bool,
+    level: Level,
+}
+
+impl Job<'_> {
+    fn strip_rows(&self) -> usize {
+        let least = if self.rows.inner > 1 {
+            MIN_TRANSPOSED_ROWS
+        } else {
+            1
+        };
+        (STRIP / self.rows.cols.max(1)).max(least)
+    }
+
+    /// Rows `first .. first + n` as FP32: the tensor's own memory where it can be, or `scratch`.
+    fn weights<'s>(&'s self, first: usize, n: usize, scratch: &'s mut Vec<f32>) -> &'s [f32] {
+        let cols = self.rows.cols;
+        if self.rows.inner == 1
+            && self.tensor.encoding == Encoding::Plain(Dtype::F32)
+            && let Some(weights) =
+                as_f32(&self.tensor.bytes[first * cols * 4..(first + n) * cols * 4])
+        {
+            return weights;
+        }
+        scratch.resize(n * cols, 0.0);
+        self.rows.gather(self.tensor, first, scratch);
+        scratch
+    }
+
+    fn run(&self, exponent: i32) -> (Encoded, Range) {
+        let (count, cols) = (self.rows.count(), self.rows.cols);
+        let layout = self.codec.layout;
+        let strip_rows = self.strip_rows();
+        let mut parts: Vec<Vec<u8>> = layout
+            .parts
+            .iter()
+            .map(|p| zeroed(count * p.row_bytes(cols)))
+            .collect();
+        if self.rows.is_empty() {
+            return (
+                Encoded {
+                    parts,
+                    ..Encoded::default()
+                },
+                Range::default(),
+            );
+        }
+
+        let mut strips: Vec<Vec<&mut [u8]>> = (0..count.div_ceil(strip_rows))
+            .map(|_| Vec::new())
+            .collect();
+        for (part, bytes) in layout.parts.iter().zip(&mut parts) {
+            for (strip, bytes) in strips
+                .iter_mut()
+                .zip(bytes.chunks_mut(strip_rows * part.row_bytes(cols)))
+            {
+                strip.push(bytes);
+            }
+        }
+        let done: Vec<(Range, [f64; 2])> = strips
+            .par_iter_mut()
+            .enumerate()
+            .map_init(Scratch::default, |scratch, (i, parts)| {
+                let first = i * strip_rows;
+                self.strip(
+                    first,
+                    strip_rows.min(count - first),
+                    exponent,
+                    parts,
+                    scratch,
+                )
+            })
+            .collect();
+
+        let mut encoded = Encoded {
+            exponent,
+            parts,
+            ..Encoded::default()
+        };
+        let mut range = Range::default();
+        for (strip_range, [error, norm]) in done {
+            range = range.and(strip_range);
+            encoded.squared_error += error;
+            encoded.squared_norm += norm;
+        }
+        (encoded, range)
+    }
+
+    fn strip(
+        &self,
+        first: usize,
+        n: usize,
+        exponent: i32,
+        parts: &mut [&mut [u8]],
+        scratch: &mut Scratch,
+    ) -> (Range, [f64; 2]) {
+        let weights = self.weights(first, n, &mut scratch.weights);
+        let range = Range::of(self.level, weights);
+        if !range.is_finite() {
+            return (range, [0.0; 2]);
+        }
+        let scaled;
+        let data = if exponent == 0 {
+            weights
+        } else {
+            let factor = power_of_two(-exponent);
+            scaled = weights.iter().map(|w| w * factor).collect::<Vec<_>>();
+            &scaled
+        };
+        let strip = Strip {
+            data,
+            cols: self.rows.cols,
+            importance: self.importance,
+        };
+        (self.codec.encode)(self.level, strip, parts);
+        if !self.measure {
+            return (range, [0.0; 2]);
+        }
+        let parts: Vec<&[u8]> = parts.iter().map(|p| &**p).collect();
+        scratch.rebuilt.resize(data.len(), 0.0);
+        (self.codec.layout.decode)(self.level, &parts, self.rows.cols, &mut scratch.rebuilt);
+        let unit = f64::from(power_of_two(exponent));
+        (
+            range,
+            measure_error(data, &scratch.rebuilt).map(|sum| sum * unit * unit),
+        )
+    }
+}
+
+#[derive(Default)]
+struct Scratch {
+    weights: Vec<f32>,
+    rebuilt: Vec<f32>,
 }
 
 /// Rebuilds a tensor of `shape` into `out` as `dtype` (FP32, FP16 or BF16), row-major.
 ///
 /// # Errors
-/// A usage error where a size does not fit.
+/// A usage error where a size does not fit, or the axis or the exponent does not exist.
 pub fn decode(
     codec: &Codec,
     exponent: i32,
@@ -49,6 +309,144 @@ pub fn decode(
     dtype: Dtype,
     out: &mut [u8],
 ) -> Result<()> {
-    let _ = (codec, exponent, shape, axis, parts, dtype, out);
-    todo!()
+    let rows = Rows::new(shape, axis)?;
+    let layout = codec.layout;
+    if !EXPONENTS.contains(&exponent) {
+        return Err(Error::usage(format!(
+            "exponent {exponent} lies outside {EXPONENTS:?}"
+        )));
+    }
+    if !dtype.is_weight() {
+        return Err(Error::usage(format!(
+            "weights cannot be rebuilt as {}; use F32, F16 or BF16",
+            dtype.name()
+        )));
+    }
+    let wanted = layout.part_bytes(rows.count() as u64, rows.cols as u64);
+    let given: Vec<u64> = parts.iter().map(|p| p.len() as u64).collect();
+    if wanted.as_ref() != Some(&given) || out.len() != rows.len() * dtype.size() {
+        return Err(Error::usage(format!(
+            "parts of {given:?} bytes and an output of {} bytes do not fit shape {shape:?} as {}",
+            out.len(),
+            codec.name
+        )));
+    }
+    if rows.is_empty() {
+        return Ok(());
+    }
+
+    let level = Level::detect();
+    let strip_rows = (STRIP / rows.cols).max(1);
+    let strip_parts = |first: usize, n: usize| -> Vec<&[u8]> {
+        let row_bytes = layout.parts.iter().map(|part| part.row_bytes(rows.cols));
+        parts
+            .iter()
+            .zip(row_bytes)
+            .map(|(bytes, row)| &bytes[first * row..(first + n) * row])
+            .collect()
+    };
+    let rebuild = |first: usize, n: usize, weights: &mut [f32]| {
+        (layout.decode)(level, &strip_parts(first, n), rows.cols, weights);
+        if exponent != 0 {
+            let factor = power_of_two(exponent);
+            weights.iter_mut().for_each(|w| *w *= factor);
+        }
+    };
+
+    if rows.inner == 1 {
+        let strip_bytes = strip_rows * rows.cols * dtype.size();
+        out.par_chunks_mut(strip_bytes)
+            .enumerate()
+            .try_for_each_init(Vec::new, |scratch, (i, out)| {
+                let n = out.len() / dtype.size();
+                if dtype == Dtype::F32
+                    && let Some(weights) = as_f32_mut(out)
+                {
+                    rebuild(i * strip_rows, n / rows.cols, weights);
+                    return Ok(());
+                }
+                scratch.resize(n, 0.0);
+                rebuild(i * strip_rows, n / rows.cols, scratch);
+                dtype.narrow(scratch, out)
+            })
+    } else {
+        transposed(&rows, dtype, out, rebuild)
+    }
+}
+
+/// Rebuilds a tensor whose rows are columns: each thread fills a run of input positions, which lie
+/// together in memory, from every row of one outer index.
+fn transposed(
+    rows: &Rows,
+    dtype: Dtype,
+    out: &mut [u8],
+    rebuild: impl Fn(usize, usize, &mut [f32]) + Sync,
+) -> Result<()> {
+    let (cols, inner) = (rows.cols, rows.inner);
+    let band = (STRIP / cols)
+        .clamp(1, inner)
+        .max(MIN_TRANSPOSED_ROWS.min(inner));
+    for (outer, out) in out.chunks_mut(cols * inner * dtype.size()).enumerate() {
+        // Bands of rows are rebuilt in parallel and narrowed; then each is copied to its place.
+        let bands: Vec<usize> = (0..inner).step_by(band).collect();
+        for some in bands.chunks(rayon::current_num_threads().max(1)) {
+            let narrowed: Vec<Vec<u8>> = some
+                .par_iter()
+                .map(|&first| {
+                    let n = band.min(inner - first);
+                    let mut weights = vec![0f32; n * cols];
+                    rebuild(outer * inner + first, n, &mut weights);
+                    let mut turned = vec![0f32; n * cols];
+                    for (r, row) in weights.chunks_exact(cols).enumerate() {
+                        for (c, &w) in row.iter().enumerate() {
+                            turned[c * n + r] = w;
+                        }
+                    }
+                    let mut bytes = vec![0; n * cols * dtype.size()];
+                    dtype.narrow(&turned, &mut bytes).map(|()| bytes)
+                })
+                .collect::<Result<_>>()?;
+            for (&first, bytes) in some.iter().zip(&narrowed) {
+                let n = band.min(inner - first) * dtype.size();
+                for (line, bytes) in out
+                    .chunks_exact_mut(inner * dtype.size())
+                    .zip(bytes.chunks_exact(n))
+                {
+                    line[first * dtype.size()..][..n].copy_from_slice(bytes);
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+/// 2^exponent, for exponents from -127 to 127.
+fn power_of_two(exponent: i32) -> f32 {
+    // The double holds every one of these; the smallest is subnormal in FP32, and exact.
+    2f64.powi(exponent) as f32
+}
+
+/// Bytes as FP32, where alignment and byte order allow it.
+fn as_f32(bytes: &[u8]) -> Option<&[f32]> {
+    // SAFETY: every bit pattern is an f32.
+    let (head, weights, tail) = unsafe { bytes.align_to::<f32>() };
+    (cfg!(target_endian = "little") && head.is_empty() && tail.is_empty()).then_some(weights)
+}
+
+fn as_f32_mut(bytes: &mut [u8]) -> Option<&mut [f32]> {
+    // SAFETY: every bit pattern is an f32, and every f32 is four bytes.
+    let (head, weights, tail) = unsafe { bytes.align_to_mut::<f32>() };
+    (cfg!(target_endian = "little") && head.is_empty() && tail.is_empty()).then_some(weights)
+}
+
+/// A tensor that borrows FP32 weights, for callers that hold no bytes.
+pub fn tensor_of<'a>(shape: &[usize], weights: &'a [f32]) -> Tensor<'a> {
+    // SAFETY: f32 has no padding, and the lifetime is that of the slice.
+    let bytes =
+        unsafe { std::slice::from_raw_parts(weights.as_ptr().cast(), size_of_val(weights)) };
+    Tensor {
+        shape: shape.to_vec(),
+        encoding: Encoding::Plain(Dtype::F32),
+        bytes: Cow::Borrowed(bytes),
+    }
 }

@@ -4,9 +4,19 @@
 //! encoder in a file of this folder and list it in [`ALL`]; the console script, the Python API, `inspect`,
 //! `bench`, docs/codecs.md and the tests pick it up from there.
 
+mod affine;
+mod groups;
 mod half_floats;
+mod int8_sym;
+mod minmax;
+mod search;
+pub mod simd;
 
 pub use half_floats::{narrow_f16, widen_f16};
+
+use minmax::MinMax;
+use search::Search;
+use simd::Level;
 
 use crate::error::{Error, Result};
 use crate::tensor::Dtype;
@@ -60,6 +70,13 @@ pub struct Strip<'a> {
     pub importance: Option<&'a [f32]>,
 }
 
+impl Strip<'_> {
+    /// The number of rows.
+    pub fn rows(&self) -> usize {
+        self.data.len().checked_div(self.cols).unwrap_or(0)
+    }
+}
+
 /// What a codec stores and how a weight is rebuilt from it.
 pub struct Layout {
     /// The layout's name.
@@ -72,8 +89,11 @@ pub struct Layout {
     pub parts: &'static [Part],
     /// The rebuilt weight, as a formula for people.
     pub rebuild: &'static str,
+    /// The largest magnitude of a tensor from which FP16 parameters are precise; below it (and above what
+    /// FP16 holds) a tensor is scaled by a power of two, the index's `exponent`.
+    pub normal_from: f32,
     /// Decodes whole rows: `parts[i]` holds rows of part i, `out` is `[rows, cols]`.
-    pub decode: fn(parts: &[&[u8]], cols: usize, out: &mut [f32]),
+    pub decode: fn(level: Level, parts: &[&[u8]], cols: usize, out: &mut [f32]),
 }
 
 /// One row of the table.
@@ -89,11 +109,66 @@ pub struct Codec {
     /// How codes are chosen, by name: `min/max`, `search`, `nearest`.
     pub encoder: &'static str,
     /// Encodes whole rows: fills `parts[i]` with rows of part i.
-    pub encode: fn(strip: Strip<'_>, parts: &mut [&mut [u8]]),
+    pub encode: fn(level: Level, strip: Strip<'_>, parts: &mut [&mut [u8]]),
 }
 
 /// Every codec, in the order that people read them.
-pub static ALL: &[Codec] = &[];
+pub static ALL: &[Codec] = &[
+    Codec {
+        name: "int4_opt_v1",
+        version: 1,
+        summary: "the default: small and accurate, no calibration",
+        layout: &INT4_G16_FP16,
+        encoder: "search",
+        encode: affine::encode::<Search, 16>,
+    },
+    Codec {
+        name: "int4_opt_llama_v1",
+        version: 1,
+        summary: "more accurate and larger, for small or sensitive models",
+        layout: &INT4_G8_FP16,
+        encoder: "search",
+        encode: affine::encode::<Search, 8>,
+    },
+    Codec {
+        name: "int4_g8_fp16_v1",
+        version: 1,
+        summary: "plain min/max groups of 8: fastest to make",
+        layout: &INT4_G8_FP16,
+        encoder: "min/max",
+        encode: affine::encode::<MinMax, 8>,
+    },
+    Codec {
+        name: "int4_g16_fp16_v1",
+        version: 1,
+        summary: "plain min/max groups of 16: fastest to make",
+        layout: &INT4_G16_FP16,
+        encoder: "min/max",
+        encode: affine::encode::<MinMax, 16>,
+    },
+    Codec {
+        name: "int4_g32_fp16_v1",
+        version: 1,
+        summary: "plain min/max groups of 32: the numbers of GGUF's Q4_1",
+        layout: &INT4_G32_FP16,
+        encoder: "min/max",
+        encode: affine::encode::<MinMax, 32>,
+    },
+    Codec {
+        name: "int8_sym_v1",
+        version: 1,
+        summary: "eight bits, practically lossless: for embeddings and heads",
+        layout: &int8_sym::INT8_SYM,
+        encoder: "nearest",
+        encode: int8_sym::encode,
+    },
+];
+
+static INT4_G8_FP16: Layout = affine::layout::<8>("int4_g8_fp16", &const { affine::parts::<8>() });
+static INT4_G16_FP16: Layout =
+    affine::layout::<16>("int4_g16_fp16", &const { affine::parts::<16>() });
+static INT4_G32_FP16: Layout =
+    affine::layout::<32>("int4_g32_fp16", &const { affine::parts::<32>() });
 
 /// The codec of that name.
 ///
@@ -102,7 +177,10 @@ pub static ALL: &[Codec] = &[];
 pub fn find(name: &str) -> Result<&'static Codec> {
     ALL.iter().find(|c| c.name == name).ok_or_else(|| {
         let names: Vec<_> = ALL.iter().map(|c| c.name).collect();
-        Error::usage(format!("unknown codec {name:?}; choose one of {}", names.join(", ")))
+        Error::usage(format!(
+            "unknown codec {name:?}; choose one of {}",
+            names.join(", ")
+        ))
     })
 }
 
@@ -110,7 +188,10 @@ impl Layout {
     /// Bytes of every part for `rows` rows of `cols` weights, or `None` on overflow.
     pub fn part_bytes(&self, rows: u64, cols: u64) -> Option<Vec<u64>> {
         let cols = usize::try_from(cols).ok().filter(|&c| c < 1 << 56)?;
-        self.parts.iter().map(|p| rows.checked_mul(p.row_bytes(cols) as u64)).collect()
+        self.parts
+            .iter()
+            .map(|p| rows.checked_mul(p.row_bytes(cols) as u64))
+            .collect()
     }
 
     /// Bits per weight in long rows, parameters per row left out.
