@@ -16,11 +16,8 @@ pub const MAX_CODE: f32 = 15.0;
 pub trait Fit {
     /// Scale and offset, both exact in FP16, for the groups `x`, where weight j of every group has the
     /// importance `w[j]`. `WEIGHTED` says whether any importance differs from 1.
-    fn fit<S: Simd, const G: usize, const WEIGHTED: bool>(
-        s: S,
-        x: &[S::F; G],
-        w: &[S::F; G],
-    ) -> (S::F, S::F);
+    fn fit<S: Simd, const G: usize, const WEIGHTED: bool>(s: S, x: &[S::F; G], w: &[S::F; G])
+    -> (S::F, S::F);
 }
 
 /// The layout with groups of `G`.
@@ -39,31 +36,15 @@ pub const fn layout<const G: usize>(name: &'static str, parts: &'static [Part]) 
 /// The parts of the layout with groups of `G`.
 pub const fn parts<const G: usize>() -> [Part; 3] {
     [
-        Part {
-            name: "codes",
-            dtype: Dtype::U8,
-            per: Per::Weight(4),
-        },
-        Part {
-            name: "scales",
-            dtype: Dtype::F16,
-            per: Per::Run(G),
-        },
-        Part {
-            name: "offsets",
-            dtype: Dtype::F16,
-            per: Per::Run(G),
-        },
+        Part { name: "codes", dtype: Dtype::U8, per: Per::Weight(4) },
+        Part { name: "scales", dtype: Dtype::F16, per: Per::Run(G) },
+        Part { name: "offsets", dtype: Dtype::F16, per: Per::Run(G) },
     ]
 }
 
 /// Encodes rows with parameters chosen by `T`.
 pub fn encode<T: Fit, const G: usize>(level: Level, strip: Strip<'_>, parts: &mut [&mut [u8]]) {
-    level.run(Encode::<T, G> {
-        strip,
-        parts,
-        fit: PhantomData,
-    })
+    level.run(Encode::<T, G> { strip, parts, fit: PhantomData })
 }
 
 struct Encode<'a, 'b, 'c, T, const G: usize> {
@@ -77,9 +58,7 @@ impl<T: Fit, const G: usize> Kernel for Encode<'_, '_, '_, T, G> {
 
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
-        let [codes, scales, offsets] = self.parts else {
-            unreachable!("the layout has three parts")
-        };
+        let [codes, scales, offsets] = self.parts else { unreachable!("the layout has three parts") };
         let grid = Grid::new(&self.strip, G);
         let one = [s.splat(1.0); G];
         for block in grid.blocks() {
@@ -117,12 +96,7 @@ pub fn round_f16<S: Simd>(s: S, x: S::F) -> S::F {
 
 /// The nearest codes: round((x - o) / s), clamped; 0 where the scale is 0.
 #[inline(always)]
-pub fn quantise<S: Simd, const G: usize>(
-    s: S,
-    x: &[S::F; G],
-    scale: S::F,
-    offset: S::F,
-) -> [S::I; G] {
+pub fn quantise<S: Simd, const G: usize>(s: S, x: &[S::F; G], scale: S::F, offset: S::F) -> [S::I; G] {
     let zero = s.splat(0.0);
     let flat = s.lt(zero, scale);
     // A scale of zero must not divide; infinity sends every code to zero.
@@ -151,9 +125,7 @@ impl<const G: usize> Kernel for Decode<'_, '_, G> {
 
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
-        let [codes, scales, offsets] = self.parts else {
-            unreachable!("the layout has three parts")
-        };
+        let [codes, scales, offsets] = self.parts else { unreachable!("the layout has three parts") };
         let per_row = self.cols.div_ceil(G);
         let rows = self.out.chunks_mut(self.cols.max(1));
         for (r, out) in rows.enumerate() {

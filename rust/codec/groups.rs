@@ -26,11 +26,7 @@ pub struct Block {
 impl Grid {
     /// The grid of `strip` with groups of `group` weights.
     pub fn new(strip: &Strip<'_>, group: usize) -> Grid {
-        Grid {
-            cols: strip.cols,
-            group,
-            rows: strip.rows(),
-        }
+        Grid { cols: strip.cols, group, rows: strip.rows() }
     }
 
     /// Groups in a row, a shorter last one included.
@@ -46,12 +42,7 @@ impl Grid {
             let total = self.rows * per_row;
             (0..total.div_ceil(LANES)).map(move |i| {
                 let first = i * LANES;
-                Block {
-                    lanes: (total - first).min(LANES),
-                    len,
-                    first,
-                    per_row,
-                }
+                Block { lanes: (total - first).min(LANES), len, first, per_row }
             })
         };
         kind(self.group, full).chain(kind(tail, usize::from(tail > 0)))
@@ -67,14 +58,7 @@ impl Grid {
     pub fn place(&self, block: &Block, lane: usize) -> (usize, usize) {
         let n = block.first + lane.min(block.lanes - 1);
         let (row, group) = (n / block.per_row, n % block.per_row);
-        (
-            row,
-            if block.len == self.group {
-                group
-            } else {
-                self.cols / self.group
-            },
-        )
+        (row, if block.len == self.group { group } else { self.cols / self.group })
     }
 
     /// Index of the lane's group among all groups of the strip.
@@ -110,12 +94,7 @@ impl Grid {
 
     /// Gathers a block of shorter groups, each filled up with copies of its first weight.
     #[inline(always)]
-    pub fn load_tail<S: Simd, const G: usize>(
-        &self,
-        s: S,
-        data: &[f32],
-        block: &Block,
-    ) -> [S::F; G] {
+    pub fn load_tail<S: Simd, const G: usize>(&self, s: S, data: &[f32], block: &Block) -> [S::F; G] {
         std::array::from_fn(|j| {
             let j = if j < block.len { j } else { 0 };
             s.load(&std::array::from_fn(|l| {
@@ -142,13 +121,7 @@ impl Grid {
 
     /// Packs four-bit codes, `q[j]` for weight j of every group, into rows of `codes`.
     #[inline(always)]
-    pub fn store_codes<S: Simd, const G: usize>(
-        &self,
-        s: S,
-        q: &[S::I; G],
-        block: &Block,
-        codes: &mut [u8],
-    ) {
+    pub fn store_codes<S: Simd, const G: usize>(&self, s: S, q: &[S::I; G], block: &Block, codes: &mut [u8]) {
         let mut words = [[0u32; LANES]; 16];
         let words = &mut words[..G / 8];
         for (c, word) in words.iter_mut().enumerate() {
@@ -157,10 +130,7 @@ impl Grid {
             let b = s.or_shl::<4>(q[2], q[3]);
             let c = s.or_shl::<4>(q[4], q[5]);
             let d = s.or_shl::<4>(q[6], q[7]);
-            s.store_i(
-                s.or_shl::<16>(s.or_shl::<8>(a, b), s.or_shl::<8>(c, d)),
-                word,
-            );
+            s.store_i(s.or_shl::<16>(s.or_shl::<8>(a, b), s.or_shl::<8>(c, d)), word);
         }
         if self.contiguous(block) {
             let codes = &mut codes[block.first * G / 2..(block.first + LANES) * G / 2];
@@ -186,12 +156,7 @@ impl Grid {
 
     /// Writes one element of `N` bytes for every group of the block.
     #[inline(always)]
-    pub fn store_per_group<const N: usize>(
-        &self,
-        values: &[[u8; N]; LANES],
-        block: &Block,
-        out: &mut [u8],
-    ) {
+    pub fn store_per_group<const N: usize>(&self, values: &[[u8; N]; LANES], block: &Block, out: &mut [u8]) {
         if self.contiguous(block) {
             let out = &mut out[block.first * N..(block.first + LANES) * N];
             return out.copy_from_slice(values.as_flattened());
@@ -204,6 +169,5 @@ impl Grid {
 
 #[inline(always)]
 fn run(data: &[f32]) -> &[f32; 8] {
-    data.first_chunk()
-        .expect("a full group has a multiple of eight weights")
+    data.first_chunk().expect("a full group has a multiple of eight weights")
 }

@@ -12,16 +12,8 @@ pub static INT8_SYM: Layout = Layout {
     group: None,
     code_bits: 8,
     parts: &[
-        Part {
-            name: "codes",
-            dtype: Dtype::I8,
-            per: Per::Weight(8),
-        },
-        Part {
-            name: "scales",
-            dtype: Dtype::F32,
-            per: Per::Row(1),
-        },
+        Part { name: "codes", dtype: Dtype::I8, per: Per::Weight(8) },
+        Part { name: "scales", dtype: Dtype::F32, per: Per::Row(1) },
     ],
     rebuild: "q*s",
     // FP32 scales do not care, but a scale must not be subnormal.
@@ -31,16 +23,11 @@ pub static INT8_SYM: Layout = Layout {
 
 /// Rounds to nearest: s = max|x| / 127, q = round(x / s).
 pub fn encode(level: Level, strip: Strip<'_>, parts: &mut [&mut [u8]]) {
-    let [codes, scales] = parts else {
-        unreachable!("the layout has two parts")
-    };
+    let [codes, scales] = parts else { unreachable!("the layout has two parts") };
     if strip.cols == 0 {
         return codes.fill(0);
     }
-    let rows = strip
-        .data
-        .chunks_exact(strip.cols)
-        .zip(codes.chunks_exact_mut(strip.cols));
+    let rows = strip.data.chunks_exact(strip.cols).zip(codes.chunks_exact_mut(strip.cols));
     for ((row, codes), scale) in rows.zip(scales.chunks_exact_mut(4)) {
         scale.copy_from_slice(&level.run(EncodeRow { row, codes }).to_le_bytes());
     }
@@ -81,9 +68,7 @@ impl Kernel for EncodeRow<'_, '_> {
 }
 
 fn decode(level: Level, parts: &[&[u8]], cols: usize, out: &mut [f32]) {
-    let [codes, scales] = parts else {
-        unreachable!("the layout has two parts")
-    };
+    let [codes, scales] = parts else { unreachable!("the layout has two parts") };
     if cols == 0 {
         return;
     }

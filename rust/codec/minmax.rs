@@ -14,10 +14,7 @@ impl Fit for MinMax {
         _: &[S::F; G],
     ) -> (S::F, S::F) {
         let (low, high) = extent(s, x);
-        (
-            round_f16(s, s.div(s.sub(high, low), s.splat(MAX_CODE))),
-            round_f16(s, low),
-        )
+        (round_f16(s, s.div(s.sub(high, low), s.splat(MAX_CODE))), round_f16(s, low))
     }
 }
 

@@ -165,10 +165,8 @@ pub static ALL: &[Codec] = &[
 ];
 
 static INT4_G8_FP16: Layout = affine::layout::<8>("int4_g8_fp16", &const { affine::parts::<8>() });
-static INT4_G16_FP16: Layout =
-    affine::layout::<16>("int4_g16_fp16", &const { affine::parts::<16>() });
-static INT4_G32_FP16: Layout =
-    affine::layout::<32>("int4_g32_fp16", &const { affine::parts::<32>() });
+static INT4_G16_FP16: Layout = affine::layout::<16>("int4_g16_fp16", &const { affine::parts::<16>() });
+static INT4_G32_FP16: Layout = affine::layout::<32>("int4_g32_fp16", &const { affine::parts::<32>() });
 
 /// The codec of that name.
 ///
@@ -177,10 +175,7 @@ static INT4_G32_FP16: Layout =
 pub fn find(name: &str) -> Result<&'static Codec> {
     ALL.iter().find(|c| c.name == name).ok_or_else(|| {
         let names: Vec<_> = ALL.iter().map(|c| c.name).collect();
-        Error::usage(format!(
-            "unknown codec {name:?}; choose one of {}",
-            names.join(", ")
-        ))
+        Error::usage(format!("unknown codec {name:?}; choose one of {}", names.join(", ")))
     })
 }
 
@@ -188,10 +183,7 @@ impl Layout {
     /// Bytes of every part for `rows` rows of `cols` weights, or `None` on overflow.
     pub fn part_bytes(&self, rows: u64, cols: u64) -> Option<Vec<u64>> {
         let cols = usize::try_from(cols).ok().filter(|&c| c < 1 << 56)?;
-        self.parts
-            .iter()
-            .map(|p| rows.checked_mul(p.row_bytes(cols) as u64))
-            .collect()
+        self.parts.iter().map(|p| rows.checked_mul(p.row_bytes(cols) as u64)).collect()
     }
 
     /// Bits per weight in long rows, parameters per row left out.

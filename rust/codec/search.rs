@@ -10,9 +10,7 @@ use super::minmax::extent;
 use super::simd::Simd;
 
 /// Starting widths r.
-const STARTS: &[f32] = &[
-    -2.0, -1.6, -1.2, -0.8, -0.4, 0.0, 0.4, 0.8, 1.2, 1.6, 2.0, 2.4,
-];
+const STARTS: &[f32] = &[-2.0, -1.6, -1.2, -0.8, -0.4, 0.0, 0.4, 0.8, 1.2, 1.6, 2.0, 2.4];
 
 /// Rounds of choosing codes and refitting.
 const ROUNDS: usize = 3;
@@ -72,12 +70,7 @@ pub fn search<S: Simd, const G: usize, const WEIGHTED: bool, const F16: bool>(
 
     // Everything is relative to the minimum, so that sums do not cancel.
     let mut x = *x;
-    let mut fixed = Fixed {
-        low,
-        w: zero,
-        x: zero,
-        xx: zero,
-    };
+    let mut fixed = Fixed { low, w: zero, x: zero, xx: zero };
     for (x, &w) in x.iter_mut().zip(w) {
         *x = s.sub(*x, low);
         let wx = if WEIGHTED { s.mul(w, *x) } else { *x };
@@ -90,11 +83,7 @@ pub fn search<S: Simd, const G: usize, const WEIGHTED: bool, const F16: bool>(
     let (scale, offset, from_low) = stored::<S, F16>(s, fixed, scale, zero);
     let inverse = s.div(s.splat(1.0), scale);
     let coded = code::<S, G, WEIGHTED>(s, &x, w, inverse, s.mul(s.sub(zero, from_low), inverse));
-    let mut best = Best {
-        scale,
-        offset,
-        error: error(s, fixed, coded, scale, from_low),
-    };
+    let mut best = Best { scale, offset, error: error(s, fixed, coded, scale, from_low) };
 
     let per_range = s.div(s.splat(1.0), range);
     for &r in STARTS {
@@ -108,12 +97,8 @@ pub fn search<S: Simd, const G: usize, const WEIGHTED: bool, const F16: bool>(
         }
         let fit = Refit::new(s, fixed, coded);
         let per_d = s.div(s.splat(1.0), fit.d);
-        let (scale, offset, from_low) = stored::<S, F16>(
-            s,
-            fixed,
-            s.mul(fit.scale_d, per_d),
-            s.mul(fit.offset_d, per_d),
-        );
+        let (scale, offset, from_low) =
+            stored::<S, F16>(s, fixed, s.mul(fit.scale_d, per_d), s.mul(fit.offset_d, per_d));
         let error = error(s, fixed, coded, scale, from_low);
         // A degenerate group makes NaN or infinity here, which never compares as better.
         let better = s.lt(error, best.error);
@@ -134,11 +119,7 @@ fn code<S: Simd, const G: usize, const WEIGHTED: bool>(
     shift: S::F,
 ) -> Coded<S> {
     let (zero, top) = (s.splat(0.0), s.splat(MAX_CODE));
-    let mut sums = Coded::<S> {
-        q: zero,
-        qq: zero,
-        xq: zero,
-    };
+    let mut sums = Coded::<S> { q: zero, qq: zero, xq: zero };
     for (&x, &w) in x.iter().zip(w) {
         let q = s.round(s.min(s.max(s.fma(x, inverse, shift), zero), top));
         let wq = if WEIGHTED { s.mul(w, q) } else { q };
@@ -174,20 +155,12 @@ fn error<S: Simd>(s: S, fixed: Fixed<S>, coded: Coded<S>, scale: S::F, offset: S
     let scale_part = s.sub(s.mul(scale, coded.qq), s.mul(two, coded.xq));
     let offset_part = s.sub(s.mul(offset, fixed.w), s.mul(two, fixed.x));
     let cross = s.mul(s.mul(two, scale), s.mul(offset, coded.q));
-    s.add(
-        s.fma(scale, scale_part, s.fma(offset, offset_part, fixed.xx)),
-        cross,
-    )
+    s.add(s.fma(scale, scale_part, s.fma(offset, offset_part, fixed.xx)), cross)
 }
 
 /// Scale and offset as they are stored, and the stored offset relative to the minimum.
 #[inline(always)]
-fn stored<S: Simd, const F16: bool>(
-    s: S,
-    fixed: Fixed<S>,
-    scale: S::F,
-    offset: S::F,
-) -> (S::F, S::F, S::F) {
+fn stored<S: Simd, const F16: bool>(s: S, fixed: Fixed<S>, scale: S::F, offset: S::F) -> (S::F, S::F, S::F) {
     let offset = s.add(offset, fixed.low);
     if F16 {
         let offset = round_f16(s, offset);

@@ -105,10 +105,12 @@ fn main() {
 
     pool.install(|| {
         for codec in codec::ALL.iter().filter(|c| c.name.contains(&filter)) {
+            let mut encoded = runner::encode(&tensor, 1, codec, None, true).expect("encodes");
+            let mut parts: Vec<&mut [u8]> =
+                encoded.parts.iter_mut().map(Vec::as_mut_slice).collect();
             let (t, spread) = seconds(|| {
-                black_box(runner::encode(&tensor, 1, codec, None, false).expect("encodes"));
+                runner::encode_into(&tensor, 1, codec, None, false, &mut parts).expect("encodes");
             });
-            let encoded = runner::encode(&tensor, 1, codec, None, true).expect("encodes");
             let parts: Vec<&[u8]> = encoded.parts.iter().map(Vec::as_slice).collect();
             let (d, _) = seconds(|| {
                 runner::decode(codec, 0, &[ROWS, COLS], 1, &parts, Dtype::F32, &mut large)
@@ -120,7 +122,7 @@ fn main() {
                 n as f64 / t / 1e6,
                 50.0 * spread,
                 n as f64 / d / 1e6,
-                1e3 * encoded.squared_error / encoded.squared_norm
+                1e3 * encoded.outcome.squared_error / encoded.outcome.squared_norm
             );
         }
     });

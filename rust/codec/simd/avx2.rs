@@ -74,12 +74,7 @@ impl Simd for Avx2 {
     }
     #[inline(always)]
     fn load(self, x: &Lanes) -> F {
-        unsafe {
-            [
-                _mm256_loadu_ps(x.as_ptr()),
-                _mm256_loadu_ps(x[8..].as_ptr()),
-            ]
-        }
+        unsafe { [_mm256_loadu_ps(x.as_ptr()), _mm256_loadu_ps(x[8..].as_ptr())] }
     }
     #[inline(always)]
     fn store(self, x: F, out: &mut Lanes) {
@@ -106,12 +101,7 @@ impl Simd for Avx2 {
     }
     #[inline(always)]
     fn fma(self, a: F, b: F, c: F) -> F {
-        unsafe {
-            [
-                _mm256_fmadd_ps(a[0], b[0], c[0]),
-                _mm256_fmadd_ps(a[1], b[1], c[1]),
-            ]
-        }
+        unsafe { [_mm256_fmadd_ps(a[0], b[0], c[0]), _mm256_fmadd_ps(a[1], b[1], c[1])] }
     }
     #[inline(always)]
     fn min(self, a: F, b: F) -> F {
@@ -131,30 +121,15 @@ impl Simd for Avx2 {
     #[inline(always)]
     fn round(self, a: F) -> F {
         const NEAREST: i32 = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
-        unsafe {
-            [
-                _mm256_round_ps::<NEAREST>(a[0]),
-                _mm256_round_ps::<NEAREST>(a[1]),
-            ]
-        }
+        unsafe { [_mm256_round_ps::<NEAREST>(a[0]), _mm256_round_ps::<NEAREST>(a[1])] }
     }
     #[inline(always)]
     fn lt(self, a: F, b: F) -> F {
-        unsafe {
-            [
-                _mm256_cmp_ps::<_CMP_LT_OQ>(a[0], b[0]),
-                _mm256_cmp_ps::<_CMP_LT_OQ>(a[1], b[1]),
-            ]
-        }
+        unsafe { [_mm256_cmp_ps::<_CMP_LT_OQ>(a[0], b[0]), _mm256_cmp_ps::<_CMP_LT_OQ>(a[1], b[1])] }
     }
     #[inline(always)]
     fn select(self, m: F, a: F, b: F) -> F {
-        unsafe {
-            [
-                _mm256_blendv_ps(b[0], a[0], m[0]),
-                _mm256_blendv_ps(b[1], a[1], m[1]),
-            ]
-        }
+        unsafe { [_mm256_blendv_ps(b[0], a[0], m[0]), _mm256_blendv_ps(b[1], a[1], m[1])] }
     }
     #[inline(always)]
     fn select_i(self, m: F, a: I, b: I) -> I {
@@ -176,12 +151,7 @@ impl Simd for Avx2 {
     }
     #[inline(always)]
     fn load_i(self, x: &[u32; LANES]) -> I {
-        unsafe {
-            [
-                _mm256_loadu_si256(x.as_ptr().cast()),
-                _mm256_loadu_si256(x[8..].as_ptr().cast()),
-            ]
-        }
+        unsafe { [_mm256_loadu_si256(x.as_ptr().cast()), _mm256_loadu_si256(x[8..].as_ptr().cast())] }
     }
     #[inline(always)]
     fn store_i(self, x: I, out: &mut [u32; LANES]) {
@@ -225,8 +195,7 @@ impl Simd for Avx2 {
         unsafe {
             // A true condition is -1, so 1 + m is one exactly where m is false.
             let one = _mm256_set1_epi32(1);
-            let add =
-                |i: usize| _mm256_add_epi32(a[i], _mm256_add_epi32(one, _mm256_castps_si256(m[i])));
+            let add = |i: usize| _mm256_add_epi32(a[i], _mm256_add_epi32(one, _mm256_castps_si256(m[i])));
             [add(0), add(1)]
         }
     }
@@ -248,8 +217,8 @@ impl Simd for Avx2 {
     fn narrow_f16(self, x: F) -> [u16; LANES] {
         unsafe {
             let halves = [
-                _mm256_cvtps_ph::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(x[0]),
-                _mm256_cvtps_ph::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(x[1]),
+                _mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(x[0]),
+                _mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(x[1]),
             ];
             std::mem::transmute::<[__m128i; 2], [u16; LANES]>(halves)
         }
@@ -270,20 +239,14 @@ impl Simd for Avx2 {
             let low = _mm_and_si128(packed, _mm_set1_epi8(15));
             let high = _mm_and_si128(_mm_srli_epi16::<4>(packed), _mm_set1_epi8(15));
             let codes = _mm_unpacklo_epi8(low, high);
-            [
-                _mm256_cvtepu8_epi32(codes),
-                _mm256_cvtepu8_epi32(_mm_srli_si128::<8>(codes)),
-            ]
+            [_mm256_cvtepu8_epi32(codes), _mm256_cvtepu8_epi32(_mm_srli_si128::<8>(codes))]
         }
     }
     #[inline(always)]
     fn signed_bytes(self, bytes: &[u8; LANES]) -> F {
         unsafe {
             let bytes = _mm_loadu_si128(bytes.as_ptr().cast());
-            self.float([
-                _mm256_cvtepi8_epi32(bytes),
-                _mm256_cvtepi8_epi32(_mm_srli_si128::<8>(bytes)),
-            ])
+            self.float([_mm256_cvtepi8_epi32(bytes), _mm256_cvtepi8_epi32(_mm_srli_si128::<8>(bytes))])
         }
     }
 
@@ -291,9 +254,7 @@ impl Simd for Avx2 {
     fn transpose8(self, runs: [&[f32; 8]; LANES]) -> [F; 8] {
         unsafe {
             let low = transpose8x8(std::array::from_fn(|l| _mm256_loadu_ps(runs[l].as_ptr())));
-            let high = transpose8x8(std::array::from_fn(|l| {
-                _mm256_loadu_ps(runs[l + 8].as_ptr())
-            }));
+            let high = transpose8x8(std::array::from_fn(|l| _mm256_loadu_ps(runs[l + 8].as_ptr())));
             std::array::from_fn(|j| [low[j], high[j]])
         }
     }

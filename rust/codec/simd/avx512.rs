@@ -185,8 +185,7 @@ impl Simd for Avx512 {
                 u[b + 3] = _mm512_shuffle_ps::<0xEE>(t[b + 1], t[b + 3]);
             }
             let low = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27);
-            let high =
-                _mm512_setr_epi32(4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31);
+            let high = _mm512_setr_epi32(4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31);
             let mut out = u;
             for i in 0..4 {
                 out[i] = _mm512_permutex2var_ps(u[i], low, u[i + 4]);

@@ -165,10 +165,7 @@ impl Level {
         *LEVEL.get_or_init(|| {
             let levels = Level::available();
             let wanted = std::env::var("TENPAK_SIMD").ok();
-            let named = levels
-                .iter()
-                .copied()
-                .find(|l| Some(l.name()) == wanted.as_deref());
+            let named = levels.iter().copied().find(|l| Some(l.name()) == wanted.as_deref());
             named.unwrap_or(levels[levels.len() - 1])
         })
     }

@@ -154,13 +154,7 @@ impl Simd for Portable {
     }
     #[inline(always)]
     fn lookup32(self, low: Lanes, high: Lanes, index: Self::I) -> Lanes {
-        each(index, |i| {
-            if i & 16 == 0 {
-                low[(i & 15) as usize]
-            } else {
-                high[(i & 15) as usize]
-            }
-        })
+        each(index, |i| if i & 16 == 0 { low[(i & 15) as usize] } else { high[(i & 15) as usize] })
     }
 
     #[inline(always)]
