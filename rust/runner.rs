@@ -4,15 +4,15 @@
 //! result is the same for any number of threads.
 
 mod buffer;
-mod range;
+mod error_sums;
 
 pub use buffer::zeroed;
 
 use crate::codec::simd::Level;
-use crate::codec::{Codec, Strip};
+use crate::codec::{Codec, EXPONENTS, Range, Strip};
 use crate::error::{Error, Result};
 use crate::tensor::{Dtype, Encoding, Rows, Tensor};
-use range::{Range, measure_error};
+use error_sums::error_sums;
 use rayon::prelude::*;
 use std::borrow::Cow;
 
@@ -21,9 +21,6 @@ const STRIP: usize = 1 << 16;
 
 /// Rows of a transposed tensor are read a whole cache line of columns at a time.
 const MIN_TRANSPOSED_ROWS: usize = 32;
-
-/// Exponents that `2^exponent` and its inverse both express.
-pub const EXPONENTS: std::ops::RangeInclusive<i32> = -126..=127;
 
 /// What encoding a tensor leaves beside its parts.
 #[derive(Clone, Copy, Debug, Default)]
@@ -115,7 +112,7 @@ pub fn exponent(tensor: &Tensor<'_>, axis: usize, codec: &Codec) -> Result<i32> 
         .par_iter()
         .map_init(Vec::new, |scratch, &first| {
             let n = job.strip_rows().min(rows.count() - first);
-            Range::of(job.level, job.weights(first, n, scratch))
+            Range::of(job.weights(first, n, scratch))
         })
         .reduce(Range::default, Range::and);
     if !range.is_finite() {
@@ -242,10 +239,6 @@ impl Job<'_> {
         scratch: &mut Scratch,
     ) -> (Range, [f64; 2]) {
         let weights = self.weights(first, n, &mut scratch.weights);
-        let range = Range::of(self.level, weights);
-        if !range.is_finite() {
-            return (range, [0.0; 2]);
-        }
         let scaled;
         let data = if exponent == 0 {
             weights
@@ -255,15 +248,15 @@ impl Job<'_> {
             &scaled
         };
         let strip = Strip { data, cols: self.rows.cols, importance: self.importance };
-        (self.codec.encode)(self.level, strip, parts);
-        if !self.measure {
+        let range = (self.codec.encode)(self.level, strip, parts);
+        if !self.measure || !range.is_finite() {
             return (range, [0.0; 2]);
         }
         let parts: Vec<&[u8]> = parts.iter().map(|p| &**p).collect();
         scratch.rebuilt.resize(data.len(), 0.0);
         (self.codec.layout.decode)(self.level, &parts, self.rows.cols, &mut scratch.rebuilt);
         let unit = f64::from(power_of_two(exponent));
-        (range, measure_error(data, &scratch.rebuilt).map(|sum| sum * unit * unit))
+        (range, error_sums(data, &scratch.rebuilt).map(|sum| sum * unit * unit))
     }
 }
 

@@ -3,7 +3,8 @@
 //! `int4_g32_fp16` holds the numbers of GGUF's Q4_1 and of MLX's affine layout. How scale and offset are
 //! chosen is a [`Fit`]; codes are then the nearest, whichever it was.
 
-use super::groups::{Block, Grid};
+use super::groups::{Block, Grid, Weights};
+use super::range::{Range, RangeLanes};
 use super::simd::{Kernel, LANES, Level, Simd};
 use super::{Layout, Part, Per, Strip};
 use crate::tensor::Dtype;
@@ -15,9 +16,14 @@ pub const MAX_CODE: f32 = 15.0;
 /// A choice of scale and offset for sixteen groups at once.
 pub trait Fit {
     /// Scale and offset, both exact in FP16, for the groups `x`, where weight j of every group has the
-    /// importance `w[j]`. `WEIGHTED` says whether any importance differs from 1.
-    fn fit<S: Simd, const G: usize, const WEIGHTED: bool>(s: S, x: &[S::F; G], w: &[S::F; G])
-    -> (S::F, S::F);
+    /// importance `w[j]`. `WEIGHTED` says whether any importance differs from 1. Every weight is added to
+    /// `range`.
+    fn fit<S: Simd, const G: usize, const WEIGHTED: bool>(
+        s: S,
+        x: &Weights<'_, G>,
+        w: &[S::F; G],
+        range: &mut RangeLanes<S>,
+    ) -> (S::F, S::F);
 }
 
 /// The layout with groups of `G`.
@@ -43,7 +49,7 @@ pub const fn parts<const G: usize>() -> [Part; 3] {
 }
 
 /// Encodes rows with parameters chosen by `T`.
-pub fn encode<T: Fit, const G: usize>(level: Level, strip: Strip<'_>, parts: &mut [&mut [u8]]) {
+pub fn encode<T: Fit, const G: usize>(level: Level, strip: Strip<'_>, parts: &mut [&mut [u8]]) -> Range {
     level.run(Encode::<T, G> { strip, parts, fit: PhantomData })
 }
 
@@ -54,38 +60,30 @@ struct Encode<'a, 'b, 'c, T, const G: usize> {
 }
 
 impl<T: Fit, const G: usize> Kernel for Encode<'_, '_, '_, T, G> {
-    type Output = ();
+    type Output = Range;
 
     #[inline(always)]
-    fn run<S: Simd>(self, s: S) {
+    fn run<S: Simd>(self, s: S) -> Range {
         let [codes, scales, offsets] = self.parts else { unreachable!("the layout has three parts") };
+        let mut range = RangeLanes::new(s);
         let grid = Grid::new(&self.strip, G);
         let one = [s.splat(1.0); G];
         for block in grid.blocks() {
-            let full = block.len == G;
-            let x: [S::F; G] = if full {
-                grid.load(s, self.strip.data, &block)
-            } else {
-                grid.load_tail(s, self.strip.data, &block)
-            };
-            let (scale, offset) = if full && self.strip.importance.is_none() {
-                T::fit::<S, G, false>(s, &x, &one)
+            let x = grid.weights::<S, G>(s, self.strip.data, &block);
+            let (scale, offset) = if block.len == G && self.strip.importance.is_none() {
+                T::fit::<S, G, false>(s, &x, &one, &mut range)
             } else {
                 let w = grid.load_importance(s, self.strip.importance, &block);
-                T::fit::<S, G, true>(s, &x, &w)
+                T::fit::<S, G, true>(s, &x, &w, &mut range)
             };
-            let q = quantise(s, &x, scale, offset);
-            grid.store_codes(s, &q, &block, codes);
-            store_f16(s, &grid, &block, scale, scales);
-            store_f16(s, &grid, &block, offset, offsets);
+            let scales_f16 = s.narrow_f16(scale);
+            let offsets_f16 = s.narrow_f16(offset);
+            grid.store_per_group(&scales_f16.map(u16::to_le_bytes), &block, scales);
+            grid.store_per_group(&offsets_f16.map(u16::to_le_bytes), &block, offsets);
+            quantise_block::<S, G>(s, &grid, &block, self.strip.data, scale, offset, codes);
         }
+        range.finish(s)
     }
-}
-
-/// Writes one FP16 value for every group.
-#[inline(always)]
-pub fn store_f16<S: Simd>(s: S, grid: &Grid, block: &Block, value: S::F, out: &mut [u8]) {
-    grid.store_per_group(&s.narrow_f16(value).map(u16::to_le_bytes), block, out);
 }
 
 /// Rounds to what FP16 holds.
@@ -94,19 +92,46 @@ pub fn round_f16<S: Simd>(s: S, x: S::F) -> S::F {
     s.widen_f16(&s.narrow_f16(x))
 }
 
-/// The nearest codes: round((x - o) / s), clamped; 0 where the scale is 0.
+/// Writes the nearest codes of a block: round((x - o) / s), clamped; 0 where the scale is 0.
 #[inline(always)]
-pub fn quantise<S: Simd, const G: usize>(s: S, x: &[S::F; G], scale: S::F, offset: S::F) -> [S::I; G] {
-    let zero = s.splat(0.0);
-    let flat = s.lt(zero, scale);
+pub fn quantise_block<S: Simd, const G: usize>(
+    s: S,
+    grid: &Grid,
+    block: &Block,
+    data: &[f32],
+    scale: S::F,
+    offset: S::F,
+    codes: &mut [u8],
+) {
     // A scale of zero must not divide; infinity sends every code to zero.
-    let scale = s.select(flat, scale, s.splat(f32::INFINITY));
-    let top = s.splat(MAX_CODE);
-    let mut q = [s.splat_i(0); G];
-    for (q, &x) in q.iter_mut().zip(x) {
-        *q = s.round_i(s.min(s.max(s.div(s.sub(x, offset), scale), zero), top));
+    let scale = s.select(s.lt(s.splat(0.0), scale), scale, s.splat(f32::INFINITY));
+    let (mut scales, mut offsets) = ([0.0; LANES], [0.0; LANES]);
+    s.store(scale, &mut scales);
+    s.store(offset, &mut offsets);
+    if let Some((data, codes)) = grid.together(block, data, codes) {
+        let vectors = data.as_chunks().0.iter().zip(codes.as_chunks_mut().0);
+        for (v, (x, codes)) in vectors.enumerate() {
+            let (scale, offset) = (per_weight::<S, G>(s, &scales, v), per_weight::<S, G>(s, &offsets, v));
+            *codes = quantise(s, x, scale, offset);
+        }
+        return;
     }
-    q
+    for lane in 0..block.lanes {
+        let (scale, offset) = (s.splat(scales[lane]), s.splat(offsets[lane]));
+        let (x, codes) = grid.group(block, lane, data, codes);
+        for (x, codes) in x.chunks(LANES).zip(codes.chunks_mut(LANES / 2)) {
+            // The offset itself stands for what is missing, so that unused nibbles are zero.
+            let mut padded = [offsets[lane]; LANES];
+            padded[..x.len()].copy_from_slice(x);
+            codes.copy_from_slice(&quantise(s, &padded, scale, offset)[..codes.len()]);
+        }
+    }
+}
+
+#[inline(always)]
+fn quantise<S: Simd>(s: S, x: &[f32; LANES], scale: S::F, offset: S::F) -> [u8; LANES / 2] {
+    let q = s.div(s.sub(s.load(x), offset), scale);
+    s.pack_nibbles(s.round_i(s.min(s.max(q, s.splat(0.0)), s.splat(MAX_CODE))))
 }
 
 /// Rebuilds rows.
@@ -138,9 +163,14 @@ impl<const G: usize> Kernel for Decode<'_, '_, G> {
             {
                 let scales = widen(s, scales);
                 let offsets = widen(s, offsets);
-                let groups = out.chunks_mut(G).zip(codes.chunks(G / 2));
-                for (g, (out, codes)) in groups.enumerate() {
-                    rebuild_group(s, codes, scales[g], offsets[g], out);
+                for (v, (out, codes)) in out.chunks_mut(LANES).zip(codes.chunks(LANES / 2)).enumerate() {
+                    rebuild(
+                        s,
+                        codes,
+                        per_weight::<S, G>(s, &scales, v),
+                        per_weight::<S, G>(s, &offsets, v),
+                        out,
+                    );
                 }
             }
         }
@@ -159,20 +189,27 @@ pub fn widen<S: Simd>(s: S, bytes: &[u8]) -> [f32; LANES] {
     out
 }
 
-/// One group: q·scale + offset.
+/// The parameters of the sixteen weights in vector `v` of a run of sixteen groups of `G`.
 #[inline(always)]
-pub fn rebuild_group<S: Simd>(s: S, codes: &[u8], scale: f32, offset: f32, out: &mut [f32]) {
-    let (scale, offset) = (s.splat(scale), s.splat(offset));
-    let rebuild = |codes: &[u8; LANES / 2]| s.add(s.mul(s.float(s.nibbles(codes)), scale), offset);
-    for (out, codes) in out.chunks_mut(LANES).zip(codes.chunks(LANES / 2)) {
-        if let (Some(out), Some(codes)) = (out.first_chunk_mut(), codes.first_chunk()) {
-            s.store(rebuild(codes), out);
-        } else {
-            let mut padded = [0; LANES / 2];
-            padded[..codes.len()].copy_from_slice(codes);
-            let mut values = [0.0; LANES];
-            s.store(rebuild(&padded), &mut values);
-            out.copy_from_slice(&values[..out.len()]);
-        }
+pub fn per_weight<S: Simd, const G: usize>(s: S, parameters: &[f32; LANES], v: usize) -> S::F {
+    const { assert!(G == LANES / 2 || G.is_multiple_of(LANES)) };
+    if G >= LANES {
+        return s.splat(parameters[v * LANES / G]);
     }
+    let mut pair = [parameters[2 * v]; LANES];
+    pair[LANES / 2..].fill(parameters[2 * v + 1]);
+    s.load(&pair)
+}
+
+/// Up to sixteen weights: q·scale + offset.
+#[inline(always)]
+pub fn rebuild<S: Simd>(s: S, codes: &[u8], scale: S::F, offset: S::F, out: &mut [f32]) {
+    if let (Some(out), Some(codes)) = (out.first_chunk_mut(), codes.first_chunk()) {
+        return s.store(s.add(s.mul(s.float(s.nibbles(codes)), scale), offset), out);
+    }
+    let mut padded = [0; LANES / 2];
+    padded[..codes.len()].copy_from_slice(codes);
+    let mut values = [0.0; LANES];
+    s.store(s.add(s.mul(s.float(s.nibbles(&padded)), scale), offset), &mut values);
+    out.copy_from_slice(&values[..out.len()]);
 }

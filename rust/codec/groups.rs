@@ -4,6 +4,9 @@
 use super::Strip;
 use super::simd::{LANES, Simd};
 
+/// How many weights ahead memory is asked for: arithmetic between loads keeps the hardware from doing it.
+const AHEAD: usize = 1024;
+
 /// Where the groups of a strip lie: which sixteen of them a block holds.
 #[derive(Clone, Copy)]
 pub struct Grid {
@@ -68,40 +71,73 @@ impl Grid {
         row * self.groups_per_row() + group
     }
 
-    /// Gathers a block of full groups: `[j]` holds weight j of every group.
+    /// Where the lane's weights start.
     #[inline(always)]
-    pub fn load<S: Simd, const G: usize>(&self, s: S, data: &[f32], block: &Block) -> [S::F; G] {
-        const { assert!(G.is_multiple_of(8)) };
-        let mut x = [s.splat(0.0); G];
+    fn start(&self, block: &Block, lane: usize) -> usize {
         if self.contiguous(block) {
-            let data = &data[block.first * G..(block.first + LANES) * G];
-            for c in 0..G / 8 {
-                let runs = std::array::from_fn(|l| run(&data[l * G + c * 8..]));
-                x[c * 8..c * 8 + 8].copy_from_slice(&s.transpose8(runs));
-            }
-        } else {
-            let starts: [usize; LANES] = std::array::from_fn(|l| {
-                let (row, group) = self.place(block, l);
-                row * self.cols + group * G
-            });
-            for c in 0..G / 8 {
-                let runs = std::array::from_fn(|l| run(&data[starts[l] + c * 8..]));
-                x[c * 8..c * 8 + 8].copy_from_slice(&s.transpose8(runs));
-            }
+            return (block.first + lane) * self.group;
         }
-        x
+        let (row, group) = self.place(block, lane);
+        row * self.cols + group * self.group
     }
 
-    /// Gathers a block of shorter groups, each filled up with copies of its first weight.
+    /// Where the lane's four-bit codes start.
     #[inline(always)]
-    pub fn load_tail<S: Simd, const G: usize>(&self, s: S, data: &[f32], block: &Block) -> [S::F; G] {
-        std::array::from_fn(|j| {
-            let j = if j < block.len { j } else { 0 };
-            s.load(&std::array::from_fn(|l| {
-                let (row, group) = self.place(block, l);
-                data[row * self.cols + group * G + j]
-            }))
-        })
+    fn code_start(&self, block: &Block, lane: usize) -> usize {
+        if self.contiguous(block) {
+            return (block.first + lane) * self.group / 2;
+        }
+        let (row, group) = self.place(block, lane);
+        row * self.cols.div_ceil(2) + group * self.group / 2
+    }
+
+    /// The weights of a lane's group, and the bytes of its four-bit codes.
+    #[inline(always)]
+    pub fn group<'d, 'c>(
+        &self,
+        block: &Block,
+        lane: usize,
+        data: &'d [f32],
+        codes: &'c mut [u8],
+    ) -> (&'d [f32], &'c mut [u8]) {
+        let data = &data[self.start(block, lane)..][..block.len];
+        (data, &mut codes[self.code_start(block, lane)..][..block.len.div_ceil(2)])
+    }
+
+    /// The weights of all groups of a block of full groups, and their codes, where they follow one another.
+    #[inline(always)]
+    pub fn together<'d, 'c>(
+        &self,
+        block: &Block,
+        data: &'d [f32],
+        codes: &'c mut [u8],
+    ) -> Option<(&'d [f32], &'c mut [u8])> {
+        if !self.contiguous(block) {
+            return None;
+        }
+        let (start, end) = (block.first * self.group, (block.first + LANES) * self.group);
+        Some((&data[start..end], &mut codes[start / 2..end / 2]))
+    }
+
+    /// The block's weights, to be read eight per group at a time.
+    #[inline(always)]
+    pub fn weights<'d, S: Simd, const G: usize>(
+        &self,
+        s: S,
+        data: &'d [f32],
+        block: &Block,
+    ) -> Weights<'d, G> {
+        const { assert!(G.is_multiple_of(8)) };
+        let mut starts = [0; LANES];
+        for (l, start) in starts.iter_mut().enumerate() {
+            *start = self.start(block, l);
+        }
+        if self.contiguous(block) {
+            for line in (0..LANES * G).step_by(LANES) {
+                s.prefetch(data.as_ptr().wrapping_add(starts[0] + line + AHEAD));
+            }
+        }
+        Weights { data, starts, len: block.len }
     }
 
     /// Gathers the columns' importance: 1 where there is none, 0 behind the end of a shorter group.
@@ -112,46 +148,19 @@ impl Grid {
         importance: Option<&[f32]>,
         block: &Block,
     ) -> [S::F; G] {
-        std::array::from_fn(|j| match importance {
-            _ if j >= block.len => s.splat(0.0),
-            None => s.splat(1.0),
-            Some(w) => s.load(&std::array::from_fn(|l| w[self.place(block, l).1 * G + j])),
-        })
-    }
-
-    /// Packs four-bit codes, `q[j]` for weight j of every group, into rows of `codes`.
-    #[inline(always)]
-    pub fn store_codes<S: Simd, const G: usize>(&self, s: S, q: &[S::I; G], block: &Block, codes: &mut [u8]) {
-        let mut words = [[0u32; LANES]; 16];
-        let words = &mut words[..G / 8];
-        for (c, word) in words.iter_mut().enumerate() {
-            let q = &q[c * 8..c * 8 + 8];
-            let a = s.or_shl::<4>(q[0], q[1]);
-            let b = s.or_shl::<4>(q[2], q[3]);
-            let c = s.or_shl::<4>(q[4], q[5]);
-            let d = s.or_shl::<4>(q[6], q[7]);
-            s.store_i(s.or_shl::<16>(s.or_shl::<8>(a, b), s.or_shl::<8>(c, d)), word);
-        }
-        if self.contiguous(block) {
-            let codes = &mut codes[block.first * G / 2..(block.first + LANES) * G / 2];
-            for l in 0..LANES {
-                for (c, word) in words.iter().enumerate() {
-                    codes[l * G / 2 + c * 4..][..4].copy_from_slice(&word[l].to_le_bytes());
-                }
+        let mut out = [s.splat(0.0); G];
+        for (j, out) in out[..block.len].iter_mut().enumerate() {
+            let Some(w) = importance else {
+                *out = s.splat(1.0);
+                continue;
+            };
+            let mut lanes = [0.0; LANES];
+            for (l, lane) in lanes.iter_mut().enumerate() {
+                *lane = w[self.place(block, l).1 * G + j];
             }
-            return;
+            *out = s.load(&lanes);
         }
-        let row_bytes = self.cols.div_ceil(2);
-        for l in 0..block.lanes {
-            let (row, group) = self.place(block, l);
-            let out = &mut codes[row * row_bytes + group * G / 2..][..block.len.div_ceil(2)];
-            for (c, out) in out.chunks_mut(4).enumerate() {
-                // Codes behind the end of a row are zero, so that equal weights give equal bytes.
-                let kept = 4 * (block.len - c * 8).min(8);
-                let word = words[c][l] & (u32::MAX >> (32 - kept));
-                out.copy_from_slice(&word.to_le_bytes()[..out.len()]);
-            }
-        }
+        out
     }
 
     /// Writes one element of `N` bytes for every group of the block.
@@ -167,7 +176,43 @@ impl Grid {
     }
 }
 
-#[inline(always)]
-fn run(data: &[f32]) -> &[f32; 8] {
-    data.first_chunk().expect("a full group has a multiple of eight weights")
+/// The weights of sixteen groups.
+pub struct Weights<'d, const G: usize> {
+    data: &'d [f32],
+    starts: [usize; LANES],
+    len: usize,
+}
+
+impl<const G: usize> Weights<'_, G> {
+    /// Weights `8·c .. 8·c + 8` of every group; a shorter group is filled up with copies of its first.
+    #[inline(always)]
+    pub fn eight<S: Simd>(&self, s: S, c: usize) -> [S::F; 8] {
+        if self.len == G {
+            let mut runs = [&[0.0; 8]; LANES];
+            for (run, start) in runs.iter_mut().zip(self.starts) {
+                *run = self.data[start + c * 8..].first_chunk().expect("a full group has this chunk");
+            }
+            return s.transpose8(runs);
+        }
+        let mut out = [s.splat(0.0); 8];
+        for (j, out) in out.iter_mut().enumerate() {
+            let j = if c * 8 + j < self.len { c * 8 + j } else { 0 };
+            let mut lanes = [0.0; LANES];
+            for (x, start) in lanes.iter_mut().zip(self.starts) {
+                *x = self.data[start + j];
+            }
+            *out = s.load(&lanes);
+        }
+        out
+    }
+
+    /// All of them: `[j]` holds weight j of every group.
+    #[inline(always)]
+    pub fn all<S: Simd>(&self, s: S) -> [S::F; G] {
+        let mut x = [s.splat(0.0); G];
+        for (c, x) in x.as_chunks_mut().0.iter_mut().enumerate() {
+            *x = self.eight(s, c);
+        }
+        x
+    }
 }

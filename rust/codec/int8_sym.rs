@@ -1,5 +1,6 @@
 //! The layout `int8_sym`: signed bytes, and one FP32 scale for each row. Eight bits, practically lossless.
 
+use super::range::{Range, RangeLanes};
 use super::simd::{Kernel, LANES, Level, Simd};
 use super::{Layout, Part, Per, Strip};
 use crate::tensor::Dtype;
@@ -22,15 +23,20 @@ pub static INT8_SYM: Layout = Layout {
 };
 
 /// Rounds to nearest: s = max|x| / 127, q = round(x / s).
-pub fn encode(level: Level, strip: Strip<'_>, parts: &mut [&mut [u8]]) {
+pub fn encode(level: Level, strip: Strip<'_>, parts: &mut [&mut [u8]]) -> Range {
     let [codes, scales] = parts else { unreachable!("the layout has two parts") };
+    let mut range = Range::default();
     if strip.cols == 0 {
-        return codes.fill(0);
+        scales.fill(0);
+        return range;
     }
     let rows = strip.data.chunks_exact(strip.cols).zip(codes.chunks_exact_mut(strip.cols));
     for ((row, codes), scale) in rows.zip(scales.chunks_exact_mut(4)) {
-        scale.copy_from_slice(&level.run(EncodeRow { row, codes }).to_le_bytes());
+        let row_range = level.run(EncodeRow { row, codes });
+        scale.copy_from_slice(&(row_range.largest() / MAX_CODE).to_le_bytes());
+        range = range.and(row_range);
     }
+    range
 }
 
 struct EncodeRow<'a, 'b> {
@@ -39,31 +45,31 @@ struct EncodeRow<'a, 'b> {
 }
 
 impl Kernel for EncodeRow<'_, '_> {
-    type Output = f32;
+    type Output = Range;
 
     #[inline(always)]
-    fn run<S: Simd>(self, s: S) -> f32 {
+    fn run<S: Simd>(self, s: S) -> Range {
         let (chunks, tail) = self.row.as_chunks::<LANES>();
         let (code_chunks, code_tail) = self.codes.as_chunks_mut::<LANES>();
-        let mut largest = s.splat(0.0);
+        let mut range = RangeLanes::new(s);
         for x in chunks {
-            largest = s.max(s.abs(s.load(x)), largest);
+            range.add(s, &[s.load(x)]);
         }
-        let mut lanes = [0.0; LANES];
-        s.store(largest, &mut lanes);
-        let largest = lanes.iter().chain(tail).fold(0f32, |m, x| m.max(x.abs()));
-        let scale = largest / MAX_CODE;
+        let range = range.finish(s).and(Range::of(tail));
+        let scale = range.largest() / MAX_CODE;
         // A row of zeros has scale 0; infinity keeps its codes at 0.
         let divisor = if scale > 0.0 { scale } else { f32::INFINITY };
         for (x, q) in chunks.iter().zip(code_chunks) {
             let mut words = [0u32; LANES];
             s.store_i(s.round_i(s.div(s.load(x), s.splat(divisor))), &mut words);
-            *q = words.map(|q| q as u8);
+            for (q, word) in q.iter_mut().zip(words) {
+                *q = word as u8;
+            }
         }
         for (x, q) in tail.iter().zip(code_tail) {
-            *q = (x / divisor).round_ties_even() as i8 as u8;
+            *q = ((x / divisor).round_ties_even() as i8).cast_unsigned();
         }
-        scale
+        range
     }
 }
 

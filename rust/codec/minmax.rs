@@ -1,6 +1,8 @@
 //! The min/max fit: the grid spans each group exactly. Fast, and what most tools mean by "4-bit".
 
 use super::affine::{Fit, MAX_CODE, round_f16};
+use super::groups::Weights;
+use super::range::RangeLanes;
 use super::simd::Simd;
 
 /// s = (max - min) / 15 and o = min, both rounded to FP16 before codes are chosen.
@@ -10,17 +12,25 @@ impl Fit for MinMax {
     #[inline(always)]
     fn fit<S: Simd, const G: usize, const WEIGHTED: bool>(
         s: S,
-        x: &[S::F; G],
+        x: &Weights<'_, G>,
         _: &[S::F; G],
+        range: &mut RangeLanes<S>,
     ) -> (S::F, S::F) {
-        let (low, high) = extent(s, x);
+        let first = x.eight(s, 0);
+        let (mut low, mut high) = extent(s, &first);
+        for c in 0..G / 8 {
+            let eight = if c == 0 { first } else { x.eight(s, c) };
+            let (l, h) = extent(s, &eight);
+            (low, high) = (s.min(low, l), s.max(high, h));
+            range.add(s, &eight);
+        }
         (round_f16(s, s.div(s.sub(high, low), s.splat(MAX_CODE))), round_f16(s, low))
     }
 }
 
 /// The smallest and the largest weight of every group.
 #[inline(always)]
-pub fn extent<S: Simd, const G: usize>(s: S, x: &[S::F; G]) -> (S::F, S::F) {
+pub fn extent<S: Simd>(s: S, x: &[S::F]) -> (S::F, S::F) {
     let (mut low, mut high) = (x[0], x[0]);
     for &x in &x[1..] {
         low = s.min(low, x);

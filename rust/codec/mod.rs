@@ -9,10 +9,12 @@ mod groups;
 mod half_floats;
 mod int8_sym;
 mod minmax;
+mod range;
 mod search;
 pub mod simd;
 
 pub use half_floats::{narrow_f16, widen_f16};
+pub use range::{EXPONENTS, Range};
 
 use minmax::MinMax;
 use search::Search;
@@ -59,7 +61,7 @@ impl Part {
     }
 }
 
-/// Rows of weights to encode: `data` is `[rows, cols]`, row-major and finite.
+/// Rows of weights to encode: `data` is `[rows, cols]`, row-major.
 #[derive(Clone, Copy, Debug)]
 pub struct Strip<'a> {
     /// The weights.
@@ -108,8 +110,9 @@ pub struct Codec {
     pub layout: &'static Layout,
     /// How codes are chosen, by name: `min/max`, `search`, `nearest`.
     pub encoder: &'static str,
-    /// Encodes whole rows: fills `parts[i]` with rows of part i.
-    pub encode: fn(level: Level, strip: Strip<'_>, parts: &mut [&mut [u8]]),
+    /// Encodes whole rows: fills `parts[i]` with rows of part i. What it writes means nothing where the
+    /// range that it returns is not finite.
+    pub encode: fn(level: Level, strip: Strip<'_>, parts: &mut [&mut [u8]]) -> Range,
 }
 
 /// Every codec, in the order that people read them.

@@ -6,7 +6,9 @@
 //! win something on Gaussian and on real weights.
 
 use super::affine::{Fit, MAX_CODE, round_f16};
+use super::groups::Weights;
 use super::minmax::extent;
+use super::range::RangeLanes;
 use super::simd::Simd;
 
 /// Starting widths r.
@@ -22,10 +24,13 @@ impl Fit for Search {
     #[inline(always)]
     fn fit<S: Simd, const G: usize, const WEIGHTED: bool>(
         s: S,
-        x: &[S::F; G],
+        x: &Weights<'_, G>,
         w: &[S::F; G],
+        range: &mut RangeLanes<S>,
     ) -> (S::F, S::F) {
-        let best = search::<S, G, WEIGHTED, true>(s, x, w);
+        let x = x.all(s);
+        range.add(s, &x);
+        let best = search::<S, G, WEIGHTED, true>(s, &x, w);
         (best.scale, best.offset)
     }
 }

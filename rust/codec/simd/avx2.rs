@@ -243,6 +243,17 @@ impl Simd for Avx2 {
         }
     }
     #[inline(always)]
+    fn pack_nibbles(self, x: I) -> [u8; LANES / 2] {
+        unsafe {
+            // Packing works in 128-bit halves: the middle two quarters change places.
+            let words = _mm256_permute4x64_epi64::<0b11_01_10_00>(_mm256_packus_epi32(x[0], x[1]));
+            let bytes = _mm_packus_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256::<1>(words));
+            // Each pair of bytes becomes low + 16·high.
+            let pairs = _mm_maddubs_epi16(bytes, _mm_set1_epi16(0x1001));
+            _mm_cvtsi128_si64(_mm_packus_epi16(pairs, pairs)).to_le_bytes()
+        }
+    }
+    #[inline(always)]
     fn signed_bytes(self, bytes: &[u8; LANES]) -> F {
         unsafe {
             let bytes = _mm_loadu_si128(bytes.as_ptr().cast());
@@ -251,11 +262,24 @@ impl Simd for Avx2 {
     }
 
     #[inline(always)]
+    fn prefetch(self, at: *const f32) {
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(at.cast()) }
+    }
+
+    #[inline(always)]
     fn transpose8(self, runs: [&[f32; 8]; LANES]) -> [F; 8] {
         unsafe {
-            let low = transpose8x8(std::array::from_fn(|l| _mm256_loadu_ps(runs[l].as_ptr())));
-            let high = transpose8x8(std::array::from_fn(|l| _mm256_loadu_ps(runs[l + 8].as_ptr())));
-            std::array::from_fn(|j| [low[j], high[j]])
+            let mut out = [[_mm256_setzero_ps(); 2]; 8];
+            for half in 0..2 {
+                let mut r = [_mm256_setzero_ps(); 8];
+                for (l, r) in r.iter_mut().enumerate() {
+                    *r = _mm256_loadu_ps(runs[half * 8 + l].as_ptr());
+                }
+                for (out, t) in out.iter_mut().zip(transpose8x8(r)) {
+                    out[half] = t;
+                }
+            }
+            out
         }
     }
 }

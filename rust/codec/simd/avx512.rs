@@ -158,19 +158,32 @@ impl Simd for Avx512 {
         }
     }
     #[inline(always)]
+    fn pack_nibbles(self, x: __m512i) -> [u8; LANES / 2] {
+        unsafe {
+            // Each pair of bytes becomes low + 16·high.
+            let pairs = _mm_maddubs_epi16(_mm512_cvtepi32_epi8(x), _mm_set1_epi16(0x1001));
+            _mm_cvtsi128_si64(_mm_packus_epi16(pairs, pairs)).to_le_bytes()
+        }
+    }
+    #[inline(always)]
     fn signed_bytes(self, bytes: &[u8; LANES]) -> __m512 {
         unsafe { _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(bytes.as_ptr().cast()))) }
+    }
+
+    #[inline(always)]
+    fn prefetch(self, at: *const f32) {
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(at.cast()) }
     }
 
     #[inline(always)]
     fn transpose8(self, runs: [&[f32; 8]; LANES]) -> [__m512; 8] {
         unsafe {
             // Runs l and l + 8 share a register, so 8 x 8 transposes of the halves put run l into lane l.
-            let pair = |l: usize| {
+            let mut r = [_mm512_setzero_ps(); 8];
+            for (l, r) in r.iter_mut().enumerate() {
                 let low = _mm512_castps256_ps512(_mm256_loadu_ps(runs[l].as_ptr()));
-                _mm512_insertf32x8::<1>(low, _mm256_loadu_ps(runs[l + 8].as_ptr()))
-            };
-            let r: [__m512; 8] = std::array::from_fn(pair);
+                *r = _mm512_insertf32x8::<1>(low, _mm256_loadu_ps(runs[l + 8].as_ptr()));
+            }
             let mut t = r;
             for i in 0..4 {
                 t[2 * i] = _mm512_unpacklo_ps(r[2 * i], r[2 * i + 1]);

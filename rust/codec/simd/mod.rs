@@ -93,8 +93,13 @@ pub trait Simd: Copy {
     fn widen_f16(self, x: &[u16; LANES]) -> Self::F;
     /// Widens the sixteen nibbles of eight bytes, low nibbles first.
     fn nibbles(self, bytes: &[u8; LANES / 2]) -> Self::I;
+    /// Packs sixteen integers below 16 into eight bytes, low nibbles first.
+    fn pack_nibbles(self, x: Self::I) -> [u8; LANES / 2];
     /// Widens sixteen signed bytes.
     fn signed_bytes(self, bytes: &[u8; LANES]) -> Self::F;
+
+    /// Asks for the cache line at `at`, which need not be memory of ours.
+    fn prefetch(self, at: *const f32);
 
     /// Sixteen runs of eight values, each in its lane: result `[j]` holds value j of every run.
     fn transpose8(self, runs: [&[f32; 8]; LANES]) -> [Self::F; 8];

@@ -175,9 +175,20 @@ impl Simd for Portable {
         out
     }
     #[inline(always)]
+    fn pack_nibbles(self, x: Self::I) -> [u8; LANES / 2] {
+        let mut out = [0; LANES / 2];
+        for (out, pair) in out.iter_mut().zip(x.as_chunks::<2>().0) {
+            *out = (pair[0] | pair[1] << 4) as u8;
+        }
+        out
+    }
+    #[inline(always)]
     fn signed_bytes(self, bytes: &[u8; LANES]) -> Lanes {
         each(*bytes, |b| f32::from(b.cast_signed()))
     }
+
+    #[inline(always)]
+    fn prefetch(self, _: *const f32) {}
 
     #[inline(always)]
     fn transpose8(self, runs: [&[f32; 8]; LANES]) -> [Lanes; 8] {
