@@ -6,11 +6,13 @@
 //! - [`tensor`]: dtypes, and a tensor's bytes seen as rows along its input dimension.
 //! - [`codec`]: the table of codecs; each knows rows of floats, never files or threads.
 //! - [`runner`]: one tensor through one codec, on many threads.
+//! - [`atomic`]: files that appear whole or not at all.
 //! - [`artifact`]: the `.tenpak` file, written in one pass and read with every byte checked.
 //! - [`input`] and [`output`]: the model formats around it.
 //! - [`plan`] and [`pipeline`]: which tensor gets which codec, and a whole model through all of the above.
 
 pub mod artifact;
+pub mod atomic;
 pub mod codec;
 pub mod error;
 pub mod input;
