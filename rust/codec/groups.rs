@@ -51,6 +51,11 @@ impl Grid {
         kind(self.group, full).chain(kind(tail, usize::from(tail > 0)))
     }
 
+    /// The first sixteen full groups, which must exist.
+    pub fn first(&self) -> Block {
+        Block { lanes: LANES, len: self.group, first: 0, per_row: self.cols / self.group }
+    }
+
     /// Whether the groups of a block follow one another in memory.
     fn contiguous(&self, block: &Block) -> bool {
         block.lanes == LANES && (self.cols == self.group * block.per_row)

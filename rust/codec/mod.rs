@@ -8,6 +8,7 @@ mod affine;
 mod groups;
 mod half_floats;
 mod int8_sym;
+mod lut16;
 mod minmax;
 mod range;
 mod search;
@@ -164,6 +165,14 @@ pub static ALL: &[Codec] = &[
         layout: &int8_sym::INT8_SYM,
         encoder: "nearest",
         encode: int8_sym::encode,
+    },
+    Codec {
+        name: "int4_lut16_v1",
+        version: 1,
+        summary: "the smallest: 7x, from learned tables",
+        layout: &lut16::INT4_LUT16,
+        encoder: "search",
+        encode: lut16::encode,
     },
 ];
 

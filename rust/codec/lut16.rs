@@ -1,0 +1,460 @@
+//! The layout `int4_lut16`: codes that index one of four learned tables, a signed six-bit scale for each
+//! group of 16 weights, and an FP16 super-scale for each 256. 4.5625 bits, the 7x layout.
+//!
+//! A rebuilt weight is d·L·T\[t\]\[q\]. The tables were learned off line on a mixture of Gaussian, Student-t
+//! and Laplace weights; being uneven, they spend codes where weights are, and a group takes the one that
+//! fits it, forwards or (with a negative scale) backwards.
+
+use super::affine::{round_f16, widen};
+use super::groups::Grid;
+use super::range::{Range, RangeLanes};
+use super::simd::{Kernel, LANES, Level, Simd};
+use super::{Layout, Part, Per, Strip};
+use crate::tensor::Dtype;
+
+/// Weights in a group.
+pub const GROUP: usize = 16;
+
+/// Weights under one super-scale.
+pub const SUPER: usize = 256;
+
+/// The tables, ascending.
+pub const TABLES: [[i8; 16]; 4] = [
+    [-127, -99, -80, -65, -49, -35, -22, -10, 2, 13, 25, 37, 50, 66, 84, 115],
+    [-123, -98, -79, -60, -44, -29, -17, -6, 4, 14, 26, 38, 53, 71, 98, 119],
+    [-128, -116, -83, -65, -49, -35, -22, -10, 0, 11, 23, 35, 49, 64, 82, 102],
+    [-122, -82, -63, -47, -34, -22, -12, -2, 7, 17, 28, 39, 52, 68, 89, 127],
+];
+
+/// Bits of the scale's byte that hold L; the others hold t.
+const SCALE_BITS: u32 = 6;
+
+/// The range of L.
+const SCALES: (f32, f32) = (-32.0, 31.0);
+
+/// The layout.
+pub static INT4_LUT16: Layout = Layout {
+    name: "int4_lut16",
+    group: Some(GROUP),
+    code_bits: 4,
+    parts: &[
+        Part { name: "codes", dtype: Dtype::U8, per: Per::Weight(4) },
+        Part { name: "scales", dtype: Dtype::U8, per: Per::Run(GROUP) },
+        Part { name: "supers", dtype: Dtype::F16, per: Per::Run(SUPER) },
+    ],
+    rebuild: "d*L*T[t][q]",
+    // Super-scales are some 4,000 times smaller than weights.
+    normal_from: 0.125,
+    decode,
+};
+
+/// Places of the largest weight in a table that the search tries, relative to the table's first value. One
+/// in three of those from -7 to 7: the scale is refitted for each, so that the others gain 0.2 % less error
+/// at a third of the speed.
+const SHIFTS: [f32; 5] = [-6.0, -3.0, 0.0, 3.0, 6.0];
+
+/// Rounds of choosing scales and tables under a super-scale and refitting it.
+const ROUNDS: usize = 2;
+
+/// Encodes rows by searching tables, directions and scales; see the file's head and [`search`].
+pub fn encode(level: Level, strip: Strip<'_>, parts: &mut [&mut [u8]]) -> Range {
+    level.run(Encode { strip, parts })
+}
+
+struct Encode<'a, 'b, 'c> {
+    strip: Strip<'a>,
+    parts: &'b mut [&'c mut [u8]],
+}
+
+impl Kernel for Encode<'_, '_, '_> {
+    type Output = Range;
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) -> Range {
+        let [codes, scales, supers] = self.parts else { unreachable!("the layout has three parts") };
+        let mut range = RangeLanes::new(s);
+        let cols = self.strip.cols;
+        if cols == 0 {
+            return range.finish(s);
+        }
+        let tables = Table::new(s);
+        let rows = self.strip.data.chunks_exact(cols);
+        let codes = codes.chunks_exact_mut(cols.div_ceil(2));
+        let scales = scales.chunks_exact_mut(cols.div_ceil(GROUP));
+        let supers = supers.chunks_exact_mut(2 * cols.div_ceil(SUPER));
+        for ((row, codes), (scales, supers)) in rows.zip(codes).zip(scales.zip(supers)) {
+            let blocks = row.chunks(SUPER).zip(codes.chunks_mut(SUPER / 2));
+            let parameters = scales.chunks_mut(SUPER / GROUP).zip(supers.as_chunks_mut::<2>().0);
+            for (i, ((x, codes), (scales, d))) in blocks.zip(parameters).enumerate() {
+                let importance = self.strip.importance.map(|w| &w[i * SUPER..][..x.len()]);
+                let fit = if x.len() == SUPER {
+                    super_block(s, &tables, x, importance, &mut range)
+                } else {
+                    // What is missing weighs nothing.
+                    let (mut padded, mut weights) = ([0.0; SUPER], [0.0; SUPER]);
+                    padded[..x.len()].copy_from_slice(x);
+                    match importance {
+                        Some(w) => weights[..x.len()].copy_from_slice(w),
+                        None => weights[..x.len()].fill(1.0),
+                    }
+                    super_block(s, &tables, &padded, Some(&weights), &mut range)
+                };
+                *d = fit.d.to_le_bytes();
+                scales.copy_from_slice(&fit.scales[..scales.len()]);
+                write_codes(s, &tables, x, &fit, codes);
+            }
+        }
+        range.finish(s)
+    }
+}
+
+/// The parameters of a super-block.
+struct Fit {
+    /// The super-scale's FP16 bits.
+    d: u16,
+    /// L and t of every group.
+    scales: [u8; LANES],
+}
+
+#[inline(always)]
+fn super_block<S: Simd>(
+    s: S,
+    tables: &[Table<S>; 4],
+    data: &[f32],
+    importance: Option<&[f32]>,
+    range: &mut RangeLanes<S>,
+) -> Fit {
+    let strip = Strip { data, cols: SUPER, importance };
+    let grid = Grid::new(&strip, GROUP);
+    let block = grid.first();
+    let x = grid.weights::<S, GROUP>(s, data, &block).all(s);
+    range.add(s, &x);
+    if importance.is_none() {
+        fit::<S, false>(s, tables, &x, &[s.splat(1.0); GROUP])
+    } else {
+        fit::<S, true>(s, tables, &x, &grid.load_importance(s, importance, &block))
+    }
+}
+
+/// One table, ready for look-ups.
+#[derive(Clone, Copy)]
+struct Table<S: Simd> {
+    /// The values.
+    values: S::F,
+    /// For each ninth of a value's range the threshold in it and, in the lowest four bits, the code below.
+    low: S::F,
+    /// The same for the upper half.
+    high: S::F,
+}
+
+/// Values are sorted into 32 buckets of this width, each of which holds at most one threshold.
+const BUCKET: f32 = 9.0;
+
+/// Adding this to a small number leaves it, rounded, in the lowest bits; 16 puts zero in the middle bucket.
+const TO_BUCKET: f32 = 12_582_912.0 + 16.0;
+
+const _: () = {
+    let mut t = 0;
+    while t < 4 {
+        let mut i = 2;
+        while i < 16 {
+            let (a, b, c) = (TABLES[t][i - 2] as i32, TABLES[t][i - 1] as i32, TABLES[t][i] as i32);
+            assert!(a < b && b < c, "tables ascend");
+            assert!((b + c) - (a + b) > 2 * BUCKET as i32, "a bucket holds at most one threshold");
+            i += 1;
+        }
+        t += 1;
+    }
+};
+
+/// The bits of each bucket's threshold and code.
+const fn buckets(table: &[i8; 16]) -> [f32; 32] {
+    let mut out = [0.0; 32];
+    let mut b = 0;
+    while b < 32 {
+        let from = (b as f32 - 16.5) * BUCKET;
+        let mut code = 0u32;
+        // Beyond every value of the search, for buckets with nothing above them.
+        let mut threshold = 4096.0;
+        let mut i = 15;
+        while i > 0 {
+            let t = (table[i - 1] as f32 + table[i] as f32) * 0.5;
+            if t >= from {
+                threshold = t;
+            } else {
+                code += 1;
+            }
+            i -= 1;
+        }
+        out[b] = f32::from_bits(threshold.to_bits() & !15 | code);
+        b += 1;
+    }
+    out
+}
+
+const BUCKETS: [[f32; 32]; 4] =
+    [buckets(&TABLES[0]), buckets(&TABLES[1]), buckets(&TABLES[2]), buckets(&TABLES[3])];
+
+impl<S: Simd> Table<S> {
+    #[inline(always)]
+    fn new(s: S) -> [Self; 4] {
+        let mut out = [Table { values: s.splat(0.0), low: s.splat(0.0), high: s.splat(0.0) }; 4];
+        for ((out, table), buckets) in out.iter_mut().zip(&TABLES).zip(&BUCKETS) {
+            let (low, high) = buckets.split_at(LANES);
+            out.values = s.load(&table.map(f32::from));
+            out.low = s.load(low.first_chunk().expect("32 buckets"));
+            out.high = s.load(high.first_chunk().expect("32 buckets"));
+        }
+        out
+    }
+
+    /// The codes of the values nearest to y, |y| < 139; only the lowest four bits mean something.
+    #[inline(always)]
+    fn code(&self, s: S, y: S::F) -> S::I {
+        let bucket = s.bits(s.fma(y, s.splat(1.0 / BUCKET), s.splat(TO_BUCKET)));
+        let threshold = s.lookup32(self.low, self.high, bucket);
+        s.add_one_unless(s.lt(y, threshold), s.bits(threshold))
+    }
+
+    /// The codes of the values nearest to y.
+    #[inline(always)]
+    fn code_any(&self, s: S, y: S::F) -> S::I {
+        self.code(s, s.min(s.max(y, s.splat(-BUCKET * 15.0)), s.splat(BUCKET * 15.0)))
+    }
+}
+
+/// Σw·v·x and Σw·v² for the values v nearest to x·inverse, which may be anything only if `ANY`.
+#[inline(always)]
+fn sums<S: Simd, const WEIGHTED: bool, const ANY: bool>(
+    s: S,
+    table: &Table<S>,
+    x: &[S::F; GROUP],
+    w: &[S::F; GROUP],
+    inverse: S::F,
+) -> (S::F, S::F) {
+    // Two sums of each, because one would wait for its own additions.
+    let (mut vx, mut vv) = ([s.splat(0.0); 2], [s.splat(0.0); 2]);
+    for (j, (&x, &w)) in x.iter().zip(w).enumerate() {
+        let y = s.mul(x, inverse);
+        let code = if ANY { table.code_any(s, y) } else { table.code(s, y) };
+        let v = s.lookup16(table.values, code);
+        let wv = if WEIGHTED { s.mul(w, v) } else { v };
+        vx[j % 2] = s.fma(wv, x, vx[j % 2]);
+        vv[j % 2] = s.fma(wv, v, vv[j % 2]);
+    }
+    (s.add(vx[0], vx[1]), s.add(vv[0], vv[1]))
+}
+
+/// Parameters for sixteen groups: first each group's own scale, then L and t under a common super-scale.
+#[inline(always)]
+fn fit<S: Simd, const WEIGHTED: bool>(
+    s: S,
+    tables: &[Table<S>; 4],
+    x: &[S::F; GROUP],
+    w: &[S::F; GROUP],
+) -> Fit {
+    let d = search::<S, WEIGHTED>(s, tables, x, w);
+    let mut lanes = [0.0; LANES];
+    s.store(s.abs(d), &mut lanes);
+    let largest = lanes.iter().fold(0f32, |m, d| m.max(*d));
+    let mut d_super = f16_of(s, largest / SCALES.1);
+    let mut choice = Choice { l: clamp_scale(s, s.round(divide(s, d, d_super))), t: s.splat(0.0) };
+    for round in 0..=ROUNDS {
+        let (chosen, [vx, vv]) = choose::<S, WEIGHTED>(s, tables, x, w, choice.l, d_super);
+        choice = chosen;
+        if round == ROUNDS {
+            break;
+        }
+        // The super-scale of the least squared error for these codes.
+        let (mut numerator, mut denominator) = ([0.0; LANES], [0.0; LANES]);
+        s.store(s.mul(choice.l, vx), &mut numerator);
+        s.store(s.mul(s.mul(choice.l, choice.l), vv), &mut denominator);
+        let refit = numerator.iter().sum::<f32>() / denominator.iter().sum::<f32>();
+        if refit.is_finite() {
+            d_super = f16_of(s, refit);
+        }
+    }
+    let (mut l, mut t) = ([0.0; LANES], [0.0; LANES]);
+    s.store(choice.l, &mut l);
+    s.store(choice.t, &mut t);
+    let mut scales = [0; LANES];
+    for ((out, l), t) in scales.iter_mut().zip(l).zip(t) {
+        *out = (l as i32 as u8 & ((1 << SCALE_BITS) - 1)) | (t as u8) << SCALE_BITS;
+    }
+    Fit { d: s.narrow_f16(s.splat(d_super))[0], scales }
+}
+
+/// The scale of each group that, alone, leaves the least error: for every table, both directions and
+/// several places of the largest weight.
+#[inline(always)]
+fn search<S: Simd, const WEIGHTED: bool>(
+    s: S,
+    tables: &[Table<S>; 4],
+    x: &[S::F; GROUP],
+    w: &[S::F; GROUP],
+) -> S::F {
+    let zero = s.splat(0.0);
+    let mut largest = x[0];
+    for &x in &x[1..] {
+        largest = s.select(s.lt(s.abs(largest), s.abs(x)), x, largest);
+    }
+    let per_largest = divide_lanes(s, s.splat(1.0), largest);
+    let (mut best, mut best_d) = (zero, zero);
+    for (table, values) in tables.iter().zip(&TABLES) {
+        for sign in [1.0, -1.0] {
+            for shift in SHIFTS {
+                let place = sign * (f32::from(values[0]) + shift);
+                let (vx, vv) = sums::<S, WEIGHTED, false>(s, table, x, w, s.mul(s.splat(place), per_largest));
+                let d = s.div(vx, vv);
+                let gain = s.mul(d, vx);
+                let better = s.lt(best, gain);
+                best = s.select(better, gain, best);
+                best_d = s.select(better, d, best_d);
+            }
+        }
+    }
+    best_d
+}
+
+/// L and t of every group, as FP32.
+#[derive(Clone, Copy)]
+struct Choice<S: Simd> {
+    l: S::F,
+    t: S::F,
+}
+
+/// The best of L - 1, L, L + 1 and all tables under a super-scale, with Σw·v·x and Σw·v².
+#[inline(always)]
+fn choose<S: Simd, const WEIGHTED: bool>(
+    s: S,
+    tables: &[Table<S>; 4],
+    x: &[S::F; GROUP],
+    w: &[S::F; GROUP],
+    l: S::F,
+    d_super: f32,
+) -> (Choice<S>, [S::F; 2]) {
+    let zero = s.splat(0.0);
+    let mut best = s.splat(f32::INFINITY);
+    let mut choice = Choice { l, t: zero };
+    let mut kept = [zero; 2];
+    for (t, table) in tables.iter().enumerate() {
+        for step in [0.0, -1.0, 1.0] {
+            let l = clamp_scale(s, s.add(l, s.splat(step)));
+            let scale = s.mul(s.splat(d_super), l);
+            let inverse = divide_lanes(s, s.splat(1.0), scale);
+            let (vx, vv) = sums::<S, WEIGHTED, true>(s, table, x, w, inverse);
+            // Σw(x - scale·v)² less Σw·x², which is the same for all.
+            let error = s.mul(scale, s.sub(s.mul(scale, vv), s.mul(s.splat(2.0), vx)));
+            let better = s.lt(error, best);
+            best = s.select(better, error, best);
+            choice.l = s.select(better, l, choice.l);
+            choice.t = s.select(better, s.splat(t as f32), choice.t);
+            kept[0] = s.select(better, vx, kept[0]);
+            kept[1] = s.select(better, vv, kept[1]);
+        }
+    }
+    (choice, kept)
+}
+
+/// a / b, or 0 where b is 0.
+#[inline(always)]
+fn divide_lanes<S: Simd>(s: S, a: S::F, b: S::F) -> S::F {
+    s.select(s.lt(s.splat(0.0), s.abs(b)), s.div(a, b), s.splat(0.0))
+}
+
+#[inline(always)]
+fn divide<S: Simd>(s: S, a: S::F, b: f32) -> S::F {
+    divide_lanes(s, a, s.splat(b))
+}
+
+#[inline(always)]
+fn clamp_scale<S: Simd>(s: S, l: S::F) -> S::F {
+    s.min(s.max(l, s.splat(SCALES.0)), s.splat(SCALES.1))
+}
+
+#[inline(always)]
+fn f16_of<S: Simd>(s: S, x: f32) -> f32 {
+    let mut lanes = [0.0; LANES];
+    s.store(round_f16(s, s.splat(x)), &mut lanes);
+    lanes[0]
+}
+
+/// L and t of a scale's byte.
+#[inline(always)]
+fn unpack_scale(byte: u8) -> (f32, usize) {
+    // Shifting up and back down carries the sign of L.
+    let l = (byte << (8 - SCALE_BITS)).cast_signed() >> (8 - SCALE_BITS);
+    (f32::from(l), usize::from(byte >> SCALE_BITS))
+}
+
+/// Writes the nearest codes of a super-block of `x.len()` weights.
+#[inline(always)]
+fn write_codes<S: Simd>(s: S, tables: &[Table<S>; 4], x: &[f32], fit: &Fit, codes: &mut [u8]) {
+    let d = half::f16::from_bits(fit.d).to_f32();
+    let groups = x.chunks(GROUP).zip(codes.chunks_mut(GROUP / 2));
+    for ((x, codes), scale) in groups.zip(fit.scales) {
+        let (l, t) = unpack_scale(scale);
+        let scale = d * l;
+        let inverse = if scale == 0.0 { 0.0 } else { 1.0 / scale };
+        let mut padded = [0.0; GROUP];
+        padded[..x.len()].copy_from_slice(x);
+        let code = tables[t].code_any(s, s.mul(s.load(&padded), s.splat(inverse)));
+        let packed = s.pack_nibbles(s.and(code, s.splat_i(15)));
+        codes.copy_from_slice(&packed[..codes.len()]);
+        if !x.len().is_multiple_of(2) {
+            // The last nibble of an odd row is zero, so that equal weights give equal bytes.
+            codes[x.len() / 2] &= 15;
+        }
+    }
+}
+
+fn decode(level: Level, parts: &[&[u8]], cols: usize, out: &mut [f32]) {
+    level.run(Decode { parts, cols, out })
+}
+
+struct Decode<'a, 'b> {
+    parts: &'a [&'a [u8]],
+    cols: usize,
+    out: &'b mut [f32],
+}
+
+impl Kernel for Decode<'_, '_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let [codes, scales, supers] = self.parts else { unreachable!("the layout has three parts") };
+        let cols = self.cols;
+        if cols == 0 {
+            return;
+        }
+        let values = Table::new(s).map(|t| t.values);
+        let codes = codes.chunks_exact(cols.div_ceil(2));
+        let scales = scales.chunks_exact(cols.div_ceil(GROUP));
+        let supers = supers.chunks_exact(2 * cols.div_ceil(SUPER));
+        for ((out, codes), (scales, supers)) in
+            self.out.chunks_exact_mut(cols).zip(codes).zip(scales.zip(supers))
+        {
+            // Sixteen super-scales are widened at a time.
+            let runs = out.chunks_mut(SUPER * LANES).zip(codes.chunks(SUPER * LANES / 2));
+            let parameters = scales.chunks(LANES * LANES).zip(supers.chunks(2 * LANES));
+            for ((out, codes), (scales, supers)) in runs.zip(parameters) {
+                let supers = widen(s, supers);
+                let groups = out.chunks_mut(GROUP).zip(codes.chunks(GROUP / 2)).zip(scales);
+                for (g, ((out, codes), &scale)) in groups.enumerate() {
+                    let (l, t) = unpack_scale(scale);
+                    let scale = s.splat(supers[g / LANES] * l);
+                    if let (Some(out), Some(codes)) = (out.first_chunk_mut(), codes.first_chunk()) {
+                        s.store(s.mul(scale, s.lookup16(values[t], s.nibbles(codes))), out);
+                        continue;
+                    }
+                    let mut padded = [0; GROUP / 2];
+                    padded[..codes.len()].copy_from_slice(codes);
+                    let mut rebuilt = [0.0; GROUP];
+                    s.store(s.mul(scale, s.lookup16(values[t], s.nibbles(&padded))), &mut rebuilt);
+                    out.copy_from_slice(&rebuilt[..out.len()]);
+                }
+            }
+        }
+    }
+}
