@@ -5,6 +5,7 @@
 //! `bench`, docs/codecs.md and the tests pick it up from there.
 
 mod affine;
+mod affine_u8;
 mod groups;
 mod half_floats;
 mod int8_sym;
@@ -159,6 +160,22 @@ pub static ALL: &[Codec] = &[
         encode: affine::encode::<MinMax, 32>,
     },
     Codec {
+        name: "int4_g8_v1",
+        version: 1,
+        summary: "groups of 8 with one-byte parameters: near int4_opt_llama_v1, a quarter smaller",
+        layout: &INT4_G8_U8,
+        encoder: "search",
+        encode: affine_u8::encode::<8>,
+    },
+    Codec {
+        name: "int4_g16_v1",
+        version: 1,
+        summary: "groups of 16 with one-byte parameters: near int4_opt_v1, a sixth smaller",
+        layout: &INT4_G16_U8,
+        encoder: "search",
+        encode: affine_u8::encode::<16>,
+    },
+    Codec {
         name: "int8_sym_v1",
         version: 1,
         summary: "eight bits, practically lossless: for embeddings and heads",
@@ -179,6 +196,8 @@ pub static ALL: &[Codec] = &[
 static INT4_G8_FP16: Layout = affine::layout::<8>("int4_g8_fp16", &const { affine::parts::<8>() });
 static INT4_G16_FP16: Layout = affine::layout::<16>("int4_g16_fp16", &const { affine::parts::<16>() });
 static INT4_G32_FP16: Layout = affine::layout::<32>("int4_g32_fp16", &const { affine::parts::<32>() });
+static INT4_G8_U8: Layout = affine_u8::layout::<8>("int4_g8_u8", &const { affine_u8::parts::<8>() });
+static INT4_G16_U8: Layout = affine_u8::layout::<16>("int4_g16_u8", &const { affine_u8::parts::<16>() });
 
 /// The codec of that name.
 ///

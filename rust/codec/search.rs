@@ -47,8 +47,9 @@ pub struct Best<S: Simd> {
 
 /// Sums over a group that do not depend on the codes, of weights relative to the group's minimum.
 #[derive(Clone, Copy)]
-struct Fixed<S: Simd> {
-    low: S::F,
+pub struct Fixed<S: Simd> {
+    /// The minimum.
+    pub low: S::F,
     w: S::F,
     x: S::F,
     xx: S::F,
@@ -56,7 +57,7 @@ struct Fixed<S: Simd> {
 
 /// Sums over a group that do: Σw·q, Σw·q², Σw·x·q.
 #[derive(Clone, Copy)]
-struct Coded<S: Simd> {
+pub struct Coded<S: Simd> {
     q: S::F,
     qq: S::F,
     xq: S::F,
@@ -69,20 +70,9 @@ pub fn search<S: Simd, const G: usize, const WEIGHTED: bool, const F16: bool>(
     x: &[S::F; G],
     w: &[S::F; G],
 ) -> Best<S> {
-    let (low, high) = extent(s, x);
-    let range = s.sub(high, low);
     let zero = s.splat(0.0);
-
-    // Everything is relative to the minimum, so that sums do not cancel.
     let mut x = *x;
-    let mut fixed = Fixed { low, w: zero, x: zero, xx: zero };
-    for (x, &w) in x.iter_mut().zip(w) {
-        *x = s.sub(*x, low);
-        let wx = if WEIGHTED { s.mul(w, *x) } else { *x };
-        fixed.x = s.add(fixed.x, wx);
-        fixed.xx = s.fma(wx, *x, fixed.xx);
-        fixed.w = s.add(fixed.w, w);
-    }
+    let (fixed, range) = relative::<S, G, WEIGHTED>(s, &mut x, w);
 
     let scale = s.div(range, s.splat(MAX_CODE));
     let (scale, offset, from_low) = stored::<S, F16>(s, fixed, scale, zero);
@@ -114,9 +104,36 @@ pub fn search<S: Simd, const G: usize, const WEIGHTED: bool, const F16: bool>(
     best
 }
 
+/// Makes weights relative to their group's minimum, so that sums do not cancel; returns the sums and the
+/// groups' ranges.
+#[inline(always)]
+pub fn relative<S: Simd, const G: usize, const WEIGHTED: bool>(
+    s: S,
+    x: &mut [S::F; G],
+    w: &[S::F; G],
+) -> (Fixed<S>, S::F) {
+    let (low, high) = extent(s, x);
+    let zero = s.splat(0.0);
+    let mut fixed = Fixed { low, w: zero, x: zero, xx: zero };
+    for (x, &w) in x.iter_mut().zip(w) {
+        *x = s.sub(*x, low);
+        let wx = if WEIGHTED { s.mul(w, *x) } else { *x };
+        fixed.x = s.add(fixed.x, wx);
+        fixed.xx = s.fma(wx, *x, fixed.xx);
+        fixed.w = s.add(fixed.w, w);
+    }
+    (fixed, s.sub(high, low))
+}
+
+/// The offset of the least squared error for given codes and scale, relative to the minimum.
+#[inline(always)]
+pub fn best_offset<S: Simd>(s: S, fixed: Fixed<S>, coded: Coded<S>, scale: S::F) -> S::F {
+    s.div(s.sub(fixed.x, s.mul(scale, coded.q)), fixed.w)
+}
+
 /// Sums for the nearest codes on the grid of step 1/inverse that starts at -shift/inverse.
 #[inline(always)]
-fn code<S: Simd, const G: usize, const WEIGHTED: bool>(
+pub fn code<S: Simd, const G: usize, const WEIGHTED: bool>(
     s: S,
     x: &[S::F; G],
     w: &[S::F; G],
@@ -155,7 +172,7 @@ impl<S: Simd> Refit<S> {
 
 /// Σw(x - scale·q - offset)², expanded.
 #[inline(always)]
-fn error<S: Simd>(s: S, fixed: Fixed<S>, coded: Coded<S>, scale: S::F, offset: S::F) -> S::F {
+pub fn error<S: Simd>(s: S, fixed: Fixed<S>, coded: Coded<S>, scale: S::F, offset: S::F) -> S::F {
     let two = s.splat(2.0);
     let scale_part = s.sub(s.mul(scale, coded.qq), s.mul(two, coded.xq));
     let offset_part = s.sub(s.mul(offset, fixed.w), s.mul(two, fixed.x));

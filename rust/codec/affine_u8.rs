@@ -1,0 +1,302 @@
+//! The layouts `int4_gN_u8`: four-bit codes, and one-byte scales and offsets that four FP16 numbers a row map
+//! back.
+//!
+//! s = s0 + u·ds and o = o0 + v·do, with u and v the bytes. The search first fits every group of a row
+//! freely, spreads the bytes over what it found, and then chooses them again with codes in view.
+
+use super::affine::{per_weight, quantise_block, rebuild};
+use super::groups::{Block, Grid};
+use super::range::{Range, RangeLanes};
+use super::search::{best_offset, code, error, relative, search};
+use super::simd::{Kernel, LANES, Level, Simd};
+use super::{Layout, Part, Per, Strip};
+use crate::tensor::Dtype;
+use half::f16;
+
+/// The largest byte.
+const STEPS: f32 = 255.0;
+
+/// The layout with groups of `G`.
+pub const fn layout<const G: usize>(name: &'static str, parts: &'static [Part]) -> Layout {
+    Layout {
+        name,
+        group: Some(G),
+        code_bits: 4,
+        parts,
+        rebuild: "q*(s0 + u*ds) + (o0 + v*do)",
+        // Steps are some 4,000 times smaller than weights.
+        normal_from: 0.125,
+        decode: decode::<G>,
+    }
+}
+
+/// The parts of the layout with groups of `G`.
+pub const fn parts<const G: usize>() -> [Part; 4] {
+    [
+        Part { name: "codes", dtype: Dtype::U8, per: Per::Weight(4) },
+        Part { name: "scales", dtype: Dtype::U8, per: Per::Run(G) },
+        Part { name: "offsets", dtype: Dtype::U8, per: Per::Run(G) },
+        Part { name: "row_params", dtype: Dtype::F16, per: Per::Row(4) },
+    ]
+}
+
+/// A row's map from bytes to a parameter.
+#[derive(Clone, Copy)]
+struct Map {
+    start: f16,
+    step: f16,
+}
+
+impl Map {
+    /// The map that covers `values` with 256 steps.
+    fn covering(values: &[f32]) -> Map {
+        let low = values.iter().copied().fold(f32::INFINITY, f32::min);
+        let high = values.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+        if !(low.is_finite() && high.is_finite()) {
+            return Map { start: f16::ZERO, step: f16::ZERO };
+        }
+        let start = f16::from_f32(low);
+        let mut step = f16::from_f32((high - start.to_f32()).max(0.0) / STEPS);
+        // Rounding must not leave the largest value out of reach.
+        while start.to_f32() + STEPS * step.to_f32() < high && step < f16::MAX {
+            step = f16::from_bits(step.to_bits() + 1);
+        }
+        Map { start, step }
+    }
+
+    /// The nearest bytes, as FP32.
+    #[inline(always)]
+    fn byte<S: Simd>(self, s: S, value: S::F) -> S::F {
+        let step = if self.step > f16::ZERO { self.step.to_f32() } else { f32::INFINITY };
+        let byte = s.round(s.div(s.sub(value, s.splat(self.start.to_f32())), s.splat(step)));
+        s.min(s.max(byte, s.splat(0.0)), s.splat(STEPS))
+    }
+
+    /// The parameters of bytes.
+    #[inline(always)]
+    fn value<S: Simd>(self, s: S, byte: S::F) -> S::F {
+        s.add(s.mul(byte, s.splat(self.step.to_f32())), s.splat(self.start.to_f32()))
+    }
+
+    fn to_le_bytes(self) -> [u8; 4] {
+        let (start, step) = (self.start.to_le_bytes(), self.step.to_le_bytes());
+        [start[0], start[1], step[0], step[1]]
+    }
+
+    fn from_le_bytes(bytes: [u8; 4]) -> Map {
+        let [a, b, c, d] = bytes;
+        Map { start: f16::from_le_bytes([a, b]), step: f16::from_le_bytes([c, d]) }
+    }
+}
+
+/// Encodes rows.
+pub fn encode<const G: usize>(level: Level, strip: Strip<'_>, parts: &mut [&mut [u8]]) -> Range {
+    level.run(Encode::<G> { strip, parts })
+}
+
+struct Encode<'a, 'b, 'c, const G: usize> {
+    strip: Strip<'a>,
+    parts: &'b mut [&'c mut [u8]],
+}
+
+impl<const G: usize> Kernel for Encode<'_, '_, '_, G> {
+    type Output = Range;
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) -> Range {
+        let [codes, scales, offsets, row_params] = self.parts else {
+            unreachable!("the layout has four parts")
+        };
+        let mut range = RangeLanes::new(s);
+        let cols = self.strip.cols;
+        if cols == 0 {
+            row_params.fill(0);
+            return range.finish(s);
+        }
+        let groups = cols.div_ceil(G);
+        let (mut free_scales, mut free_offsets) = (vec![0f32; groups], vec![0f32; groups]);
+        let rows = self.strip.data.chunks_exact(cols).zip(codes.chunks_exact_mut(cols.div_ceil(2)));
+        let parameters = scales.chunks_exact_mut(groups).zip(offsets.chunks_exact_mut(groups));
+        for (((data, codes), (scales, offsets)), params) in
+            rows.zip(parameters).zip(row_params.as_chunks_mut::<8>().0)
+        {
+            let row = Row {
+                strip: Strip { data, ..self.strip },
+                grid: Grid::new(&Strip { data, ..self.strip }, G),
+            };
+            for block in row.grid.blocks() {
+                let (scale, offset) = row.free::<S, G>(s, &block, &mut range);
+                let (mut scale_lanes, mut offset_lanes) = ([0.0; LANES], [0.0; LANES]);
+                s.store(scale, &mut scale_lanes);
+                s.store(offset, &mut offset_lanes);
+                for lane in 0..block.lanes {
+                    let group = row.grid.index(&block, lane);
+                    (free_scales[group], free_offsets[group]) = (scale_lanes[lane], offset_lanes[lane]);
+                }
+            }
+            let maps = [Map::covering(&free_scales), Map::covering(&free_offsets)];
+            params[..4].copy_from_slice(&maps[0].to_le_bytes());
+            params[4..].copy_from_slice(&maps[1].to_le_bytes());
+            for block in row.grid.blocks() {
+                let (u, v) = row.bytes::<S, G>(s, &block, maps, &free_scales, &free_offsets);
+                row.grid.store_per_group(&low_bytes(s, u), &block, scales);
+                row.grid.store_per_group(&low_bytes(s, v), &block, offsets);
+                let (scale, offset) = (maps[0].value(s, u), maps[1].value(s, v));
+                quantise_block::<S, G>(s, &row.grid, &block, data, scale, offset, codes);
+            }
+        }
+        range.finish(s)
+    }
+}
+
+#[inline(always)]
+fn low_bytes<S: Simd>(s: S, x: S::F) -> [[u8; 1]; LANES] {
+    let mut words = [0; LANES];
+    s.store_i(s.round_i(x), &mut words);
+    words.map(|w| [w as u8])
+}
+
+#[derive(Clone, Copy)]
+struct Row<'a> {
+    strip: Strip<'a>,
+    grid: Grid,
+}
+
+impl Row<'_> {
+    #[inline(always)]
+    fn is_plain<const G: usize>(&self, block: &Block) -> bool {
+        block.len == G && self.strip.importance.is_none()
+    }
+
+    /// Scales and offsets of a block, as FP32 and without regard to bytes.
+    #[inline(always)]
+    fn free<S: Simd, const G: usize>(&self, s: S, block: &Block, range: &mut RangeLanes<S>) -> (S::F, S::F) {
+        let x = self.grid.weights::<S, G>(s, self.strip.data, block).all(s);
+        range.add(s, &x);
+        let best = if self.is_plain::<G>(block) {
+            search::<S, G, false, false>(s, &x, &[s.splat(1.0); G])
+        } else {
+            let w = self.grid.load_importance(s, self.strip.importance, block);
+            search::<S, G, true, false>(s, &x, &w)
+        };
+        (best.scale, best.offset)
+    }
+
+    /// The bytes of a block's scales and offsets, as FP32.
+    #[inline(always)]
+    fn bytes<S: Simd, const G: usize>(
+        &self,
+        s: S,
+        block: &Block,
+        maps: [Map; 2],
+        free_scales: &[f32],
+        free_offsets: &[f32],
+    ) -> (S::F, S::F) {
+        let x = self.grid.weights::<S, G>(s, self.strip.data, block).all(s);
+        let (mut scale, mut offset) = ([0.0; LANES], [0.0; LANES]);
+        for lane in 0..LANES {
+            let group = self.grid.index(block, lane);
+            (scale[lane], offset[lane]) = (free_scales[group], free_offsets[group]);
+        }
+        let free = (s.load(&scale), s.load(&offset));
+        if self.is_plain::<G>(block) {
+            choose::<S, G, false>(s, x, &[s.splat(1.0); G], maps, free)
+        } else {
+            let w = self.grid.load_importance(s, self.strip.importance, block);
+            choose::<S, G, true>(s, x, &w, maps, free)
+        }
+    }
+}
+
+/// The best of three neighbouring scales, each with the offset that suits its codes.
+#[inline(always)]
+fn choose<S: Simd, const G: usize, const WEIGHTED: bool>(
+    s: S,
+    mut x: [S::F; G],
+    w: &[S::F; G],
+    [scales, offsets]: [Map; 2],
+    (free_scale, free_offset): (S::F, S::F),
+) -> (S::F, S::F) {
+    let zero = s.splat(0.0);
+    let (fixed, _) = relative::<S, G, WEIGHTED>(s, &mut x, w);
+    let middle = scales.byte(s, free_scale);
+    let mut best = s.splat(f32::INFINITY);
+    let mut chosen = (middle, offsets.byte(s, free_offset));
+    for step in [0.0, -1.0, 1.0] {
+        let u = s.min(s.max(s.add(middle, s.splat(step)), zero), s.splat(STEPS));
+        let scale = scales.value(s, u);
+        let inverse = s.select(s.lt(zero, scale), s.div(s.splat(1.0), scale), zero);
+        let mut v = offsets.byte(s, free_offset);
+        for _ in 0..2 {
+            let offset = s.sub(offsets.value(s, v), fixed.low);
+            let coded = code::<S, G, WEIGHTED>(s, &x, w, inverse, s.mul(s.sub(zero, offset), inverse));
+            // The error with the offset that was coded for, and with the one that suits the codes.
+            let refit = offsets.byte(s, s.add(best_offset(s, fixed, coded, scale), fixed.low));
+            for v in [v, refit] {
+                let offset = s.sub(offsets.value(s, v), fixed.low);
+                let error = error(s, fixed, coded, scale, offset);
+                let better = s.lt(error, best);
+                best = s.select(better, error, best);
+                chosen = (s.select(better, u, chosen.0), s.select(better, v, chosen.1));
+            }
+            v = refit;
+        }
+    }
+    chosen
+}
+
+fn decode<const G: usize>(level: Level, parts: &[&[u8]], cols: usize, out: &mut [f32]) {
+    level.run(Decode::<G> { parts, cols, out })
+}
+
+struct Decode<'a, 'b, const G: usize> {
+    parts: &'a [&'a [u8]],
+    cols: usize,
+    out: &'b mut [f32],
+}
+
+impl<const G: usize> Kernel for Decode<'_, '_, G> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let [codes, scales, offsets, row_params] = self.parts else {
+            unreachable!("the layout has four parts")
+        };
+        let cols = self.cols;
+        if cols == 0 {
+            return;
+        }
+        let rows = self.out.chunks_exact_mut(cols).zip(codes.chunks_exact(cols.div_ceil(2)));
+        let parameters = scales.chunks_exact(cols.div_ceil(G)).zip(offsets.chunks_exact(cols.div_ceil(G)));
+        for (((out, codes), (scales, offsets)), params) in
+            rows.zip(parameters).zip(row_params.as_chunks::<8>().0)
+        {
+            let [a, b, c, d, e, f, g, h] = *params;
+            let maps = [Map::from_le_bytes([a, b, c, d]), Map::from_le_bytes([e, f, g, h])];
+            let batches = out.chunks_mut(G * LANES).zip(codes.chunks(G * LANES / 2));
+            for ((out, codes), (scales, offsets)) in
+                batches.zip(scales.chunks(LANES).zip(offsets.chunks(LANES)))
+            {
+                let scales = values(s, maps[0], scales);
+                let offsets = values(s, maps[1], offsets);
+                for (v, (out, codes)) in out.chunks_mut(LANES).zip(codes.chunks(LANES / 2)).enumerate() {
+                    let scale = per_weight::<S, G>(s, &scales, v);
+                    rebuild(s, codes, scale, per_weight::<S, G>(s, &offsets, v), out);
+                }
+            }
+        }
+    }
+}
+
+/// Up to sixteen parameters.
+#[inline(always)]
+fn values<S: Simd>(s: S, map: Map, bytes: &[u8]) -> [f32; LANES] {
+    let mut words = [0; LANES];
+    for (word, &byte) in words.iter_mut().zip(bytes) {
+        *word = u32::from(byte);
+    }
+    let mut out = [0.0; LANES];
+    s.store(map.value(s, s.float(s.load_i(&words))), &mut out);
+    out
+}
