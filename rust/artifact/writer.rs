@@ -79,8 +79,8 @@ impl Writer {
         let NewEntry { name, shape, dtype, codec, codec_version, axis, params } = new;
         let place = |e: Error| Error::usage(e.to_string()).at(format_args!("tensor {name:?}"));
         self.limits.check_name("tensor", &name).map_err(|e| Error::input(e.to_string()))?;
-        if self.names.contains_key(&name) {
-            return Err(Error::input(format!("two tensors are named {name:?}")));
+        if self.names.contains_key(&name) || self.index.aliases.contains_key(&name) {
+            return Err(Error::input(format!("two tensors or aliases are named {name:?}")));
         }
         if self.names.len() >= self.limits.tensors {
             return Err(Error::input(format!("an artifact holds at most {} tensors", self.limits.tensors)));
