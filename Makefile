@@ -1,0 +1,73 @@
+# What people do here. CI calls the same targets.
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+MODEL ?= tests/data/tiny-llama
+FUZZ_RUNS ?= 10000000
+FUZZ_TARGETS := artifact safetensors gguf json
+
+.PHONY: help demo dev torch test lint cargo-test pytest fuzz bench docs wheel clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+demo: $(BIN)/python ## install Tenpak into .venv, then compress, inspect, verify and restore a small model
+	$(BIN)/pip install --quiet .
+	$(BIN)/tenpak compress --input $(MODEL) --output tiny-llama.tenpak --codec int4_opt_v1 --force
+	$(BIN)/tenpak inspect tiny-llama.tenpak
+	$(BIN)/tenpak verify tiny-llama.tenpak
+	$(BIN)/tenpak decompress --input tiny-llama.tenpak --output tiny-llama-restored --force
+
+dev: $(BIN)/python ## install the release wheel with everything that the tests need
+	$(BIN)/pip install --quiet 'maturin>=1.9,<2'
+	rm -rf target/wheels && $(BIN)/maturin build --release --quiet --out target/wheels
+	$(BIN)/pip install --quiet --force-reinstall --no-deps target/wheels/*.whl
+	$(BIN)/pip install --quiet "$$(echo target/wheels/*.whl)[dev]"
+
+torch: dev ## add torch and transformers, for the tests that load restored models with them
+	$(BIN)/pip install --quiet "$$(echo target/wheels/*.whl)[torch,hf]"
+
+test: dev lint cargo-test pytest ## build, lint and run every test
+
+lint: ## formatting, clippy, ruff, types and the extension's stub
+	cargo fmt --check
+	cargo clippy --all-targets --quiet -- -D warnings
+	PYO3_PYTHON=$(abspath $(BIN)/python) cargo clippy --features python --quiet -- -D warnings
+	$(BIN)/ruff check python tests
+	$(BIN)/ruff format --check python tests
+	$(BIN)/mypy
+	$(BIN)/python -m mypy.stubtest tenpak._core
+
+cargo-test: ## the Rust tests
+	cargo test
+
+pytest: ## the Python tests, on the installed wheel
+	$(BIN)/python -m pytest tests/python -q -rs
+
+fuzz: ## FUZZ_RUNS executions of each reader under a coverage-guided fuzzer
+	command -v cargo-fuzz > /dev/null || cargo install --quiet cargo-fuzz
+	set -e; for target in $(FUZZ_TARGETS); do \
+		mkdir -p tests/fuzz/corpus/$$target; \
+		RUSTC_BOOTSTRAP=1 cargo fuzz run --fuzz-dir tests/fuzz --sanitizer none $$target \
+			tests/fuzz/corpus/$$target tests/fuzz/seeds/$$target \
+			-- -runs=$(FUZZ_RUNS) -max_len=4096 -rss_limit_mb=2048 -timeout=10 -print_final_stats=1; \
+	done
+
+bench: dev ## speed beside other tools, written to tests/bench/results
+	$(BIN)/pip install --quiet libgguf==0.2.2
+	$(BIN)/python tests/bench/bench_codecs.py
+	$(BIN)/python tests/bench/bench_files.py
+
+docs: dev ## write the generated pages of docs/
+	$(BIN)/tenpak codecs --markdown > docs/codecs.md
+
+wheel: $(BIN)/python ## a wheel for this platform, for every Python from 3.11 on
+	$(BIN)/pip install --quiet 'maturin>=1.9,<2'
+	$(BIN)/maturin build --release --out target/wheels
+
+clean: ## remove what was built
+	rm -rf target $(VENV) tiny-llama.tenpak tiny-llama-restored tests/fuzz/target
