@@ -1,0 +1,165 @@
+"""An independent reader of .tenpak files: plain Python and NumPy, written from docs/format.md alone."""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+import sys
+
+import numpy as np
+
+try:
+    import blake3
+except ImportError:  # optional: digests are then not checked
+    blake3 = None
+try:
+    import xxhash
+except ImportError:
+    xxhash = None
+
+ALIGN = 256
+PLAIN = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "F64": "<f8", "F8_E4M3": "u1", "F8_E5M2": "u1", "BOOL": "?"}
+PLAIN |= {f"{kind.upper()}{bits}": f"<{kind}{bits // 8}" for kind in "iu" for bits in (8, 16, 32, 64)}
+TABLES = np.array(
+    [
+        [-127, -99, -80, -65, -49, -35, -22, -10, 2, 13, 25, 37, 50, 66, 84, 115],
+        [-123, -98, -79, -60, -44, -29, -17, -6, 4, 14, 26, 38, 53, 71, 98, 119],
+        [-128, -116, -83, -65, -49, -35, -22, -10, 0, 11, 23, 35, 49, 64, 82, 102],
+        [-122, -82, -63, -47, -34, -22, -12, -2, 7, 17, 28, 39, 52, 68, 89, 127],
+    ],
+    dtype=np.float32,
+)
+
+
+def crc32c(data: bytes) -> int:
+    crc = 0xFFFFFFFF
+    for byte in data:
+        crc ^= byte
+        for _ in range(8):
+            crc = crc >> 1 ^ (0x82F63B78 if crc & 1 else 0)
+    return crc ^ 0xFFFFFFFF
+
+
+def up(n: int) -> int:
+    return -(-n // ALIGN) * ALIGN
+
+
+def runs(n: int, length: int) -> int:
+    return -(-n // length)
+
+
+def fp16_layout(n):
+    parts = [("codes", "u1", lambda c: runs(c, 2)), ("scales", "<f2", lambda c: runs(c, n))]
+    return [*parts, ("offsets", "<f2", lambda c: runs(c, n))], lambda p, c: affine(p, c, n, p["scales"], p["offsets"])
+
+
+def u8_layout(n):
+    parts = [(name, "u1", lambda c, r=r: runs(c, r)) for name, r in [("codes", 2), ("scales", n), ("offsets", n)]]
+    parts.append(("row_params", "<f2", lambda c: 4))
+
+    def rebuild(p, c):
+        scale0, scale_step, offset0, offset_step = np.hsplit(p["row_params"].astype(np.float32), 4)
+        scales = scale0 + p["scales"].astype(np.float32) * scale_step
+        return affine(p, c, n, scales, offset0 + p["offsets"].astype(np.float32) * offset_step)
+
+    return parts, rebuild
+
+
+def nibbles(codes, cols):
+    return np.stack([codes & 15, codes >> 4], axis=-1).reshape(len(codes), codes.shape[1] * 2)[:, :cols]
+
+
+def spread(values, n, cols):
+    return np.repeat(values.astype(np.float32), n, axis=1)[:, :cols]
+
+
+def affine(parts, cols, n, scales, offsets):
+    q = nibbles(parts["codes"], cols).astype(np.float32)
+    return q * spread(scales, n, cols) + spread(offsets, n, cols)
+
+
+def lut16(parts, cols):
+    level = (parts["scales"] & 63).astype(np.int8)
+    level = np.where(level >= 32, level - 64, level)
+    table = np.repeat(parts["scales"] >> 6, 16, axis=1)[:, :cols]
+    scale = spread(parts["supers"], 256, cols) * spread(level, 16, cols)
+    return scale * TABLES[table, nibbles(parts["codes"], cols)]
+
+
+INT8 = [("codes", "i1", lambda c: c), ("scales", "<f4", lambda c: 1)]
+LUT16 = [("codes", "u1", lambda c: runs(c, 2)), ("scales", "u1", lambda c: runs(c, 16))]
+LUT16.append(("supers", "<f2", lambda c: runs(c, 256)))
+LAYOUTS = {
+    "int4_opt_v1": fp16_layout(16),
+    "int4_opt_llama_v1": fp16_layout(8),
+    "int4_g8_fp16_v1": fp16_layout(8),
+    "int4_g16_fp16_v1": fp16_layout(16),
+    "int4_g32_fp16_v1": fp16_layout(32),
+    "int4_g8_v1": u8_layout(8),
+    "int4_g16_v1": u8_layout(16),
+    "int8_sym_v1": (INT8, lambda p, c: p["codes"].astype(np.float32) * p["scales"]),
+    "int4_lut16_v1": (LUT16, lut16),
+}
+
+
+class PlainReader:
+    def __init__(self, path):
+        with open(path, "rb") as file:
+            self.bytes = file.read()
+        header, footer = self.bytes[:64], self.bytes[-64:]
+        assert header[:8] == b"\x89TPK\r\n\x1a\n", "magic"
+        version, header_len, incompat, _compat, align = struct.unpack_from("<5I", header, 8)
+        assert (version, header_len, incompat, align) == (1, 64, 0, ALIGN), "header"
+        assert header[28:60] == bytes(32) and crc32c(header[:60]) == struct.unpack_from("<I", header, 60)[0], "header"
+        off, length, file_len = struct.unpack_from("<3Q", footer)
+        assert footer[60:] == b"TPKE" and crc32c(footer[:56]) == struct.unpack_from("<I", footer, 56)[0], "footer"
+        assert file_len == len(self.bytes) == off + length + 64, "length"
+        text, self.root = self.bytes[off : off + length], footer[24:56]
+        assert blake3 is None or blake3.blake3(text).digest() == self.root, "root"
+        self.index = json.loads(text.decode("utf-8"))
+        canonical = json.dumps(self.index, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+        assert canonical.encode("utf-8") == text, "the index is not canonical"
+        self.tensors = {t["name"]: t for t in self.index["tensors"]}
+        self.files = {f["path"]: self.part(f) for f in self.index["files"]}
+        assert len(self.tensors) == len(self.index["tensors"]) and len(self.files) == len(self.index["files"]), "names"
+        ordered = [t["parts"][n] for t in self.index["tensors"] for n, *_ in self.layout(t)[0]] + self.index["files"]
+        end = 64
+        for part in [*ordered, {"off": off, "len": 0}]:
+            assert part["off"] == up(end) and not any(self.bytes[end : part["off"]]), f"placement after {end}"
+            end = part["off"] + part["len"]
+
+    def part(self, ref) -> bytes:
+        data = self.bytes[ref["off"] : ref["off"] + ref["len"]]
+        assert len(data) == ref["len"], "length of a part"
+        assert xxhash is None or xxhash.xxh3_64_hexdigest(data) == ref["xxh3"], "xxh3"
+        assert blake3 is None or blake3.blake3(data).hexdigest() == ref["b3"], "b3"
+        return data
+
+    @staticmethod
+    def layout(tensor):
+        return ([("data", None, None)], None) if tensor["codec"] == "keep" else LAYOUTS[tensor["codec"]]
+
+    def read(self, name) -> np.ndarray:
+        """FP32 for tensors under a codec and for kept BF16; other kept tensors as they are."""
+        tensor = self.tensors[self.index["aliases"].get(name, name)]
+        shape, axis, parts = tensor["shape"], tensor["axis"], tensor["parts"]
+        layout, rebuild = self.layout(tensor)
+        assert tensor["codec_version"] == 1 and sorted(parts) == sorted(n for n, *_ in layout), "parts"
+        if rebuild is None:
+            data = np.frombuffer(self.part(parts["data"]), PLAIN[tensor["dtype"]]).reshape(shape)
+            return (data.astype(np.uint32) << 16).view(np.float32) if tensor["dtype"] == "BF16" else data
+        outer, cols, inner = math.prod(shape[:axis]), (shape or [1])[axis], math.prod(shape[axis + 1 :])
+        rows = outer * inner
+        arrays = {
+            n: np.frombuffer(self.part(parts[n]), dtype).reshape(rows, per_row(cols)) for n, dtype, per_row in layout
+        }
+        weights = rebuild(arrays, cols).astype(np.float32) * np.float32(2.0 ** tensor["params"].get("exponent", 0))
+        return weights.reshape(outer, inner, cols).swapaxes(1, 2).reshape(shape)
+
+
+if __name__ == "__main__":
+    artifact = PlainReader(sys.argv[1])
+    for name, tensor in artifact.tensors.items():
+        weights = artifact.read(name)
+        print(name, tensor["codec"], weights.dtype, weights.shape, artifact.root.hex()[:8], sep="\t")
