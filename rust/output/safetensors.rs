@@ -1,0 +1,91 @@
+//! The `.safetensors` output: a header as the official library writes it, then the tensors as they come.
+
+use super::{Item, ModelWriter, Progress, order};
+use crate::atomic::AtomicFile;
+use crate::error::{Error, Result};
+use std::collections::BTreeMap;
+use std::path::Path;
+
+/// One metadata key only: with more, the official library's own order would not be reproducible.
+const METADATA: &str = r#""__metadata__":{"format":"pt"}"#;
+
+/// A file under construction.
+pub(super) struct Writer {
+    file: AtomicFile,
+    progress: Progress,
+    /// Each item's place in the file.
+    rank: Vec<usize>,
+    /// The place that is written next.
+    next: usize,
+    /// Items that came before their place was due; see [`order`].
+    early: BTreeMap<usize, Vec<u8>>,
+}
+
+impl Writer {
+    pub fn create(path: &Path, items: &[Item], force: bool) -> Result<Self> {
+        let order = order::aligned(items)?;
+        let (header, data) = header(items, &order)?;
+        let mut file = AtomicFile::create(path, force, header.len() as u64 + data)?;
+        file.put(&header)?;
+        let mut rank = vec![0; items.len()];
+        for (place, &i) in order.iter().enumerate() {
+            rank[i] = place;
+        }
+        Ok(Writer { file, progress: Progress::new(items), rank, next: 0, early: BTreeMap::new() })
+    }
+
+    pub fn commit(self) -> Result<()> {
+        self.progress.check_done()?;
+        self.file.commit()
+    }
+}
+
+impl ModelWriter for Writer {
+    fn write(&mut self, bytes: &[u8]) -> Result<()> {
+        let place = self.rank[self.progress.take(bytes)?];
+        if place != self.next {
+            self.early.insert(place, bytes.to_vec());
+            return Ok(());
+        }
+        self.file.put(bytes)?;
+        self.next += 1;
+        while let Some(bytes) = self.early.remove(&self.next) {
+            self.file.put(&bytes)?;
+            self.next += 1;
+        }
+        Ok(())
+    }
+
+    fn finish(self: Box<Self>) -> Result<()> {
+        self.commit()
+    }
+}
+
+/// The header with its length in front, and the length of the data.
+fn header(items: &[Item], order: &[usize]) -> Result<(Vec<u8>, u64)> {
+    let mut text = format!("{{{METADATA}");
+    let mut end = 0u64;
+    for &i in order {
+        let item = &items[i];
+        if item.name == "__metadata__" {
+            return Err(Error::usage("a tensor named \"__metadata__\" cannot be written to safetensors"));
+        }
+        let begin = end;
+        end = begin
+            .checked_add(item.byte_len()?)
+            .ok_or_else(|| Error::usage("the tensors are too large for one safetensors file"))?;
+        let name = serde_json::Value::from(item.name.as_str());
+        let shape = serde_json::Value::from(item.shape.clone());
+        text += &format!(
+            r#",{name}:{{"dtype":"{}","shape":{shape},"data_offsets":[{begin},{end}]}}"#,
+            item.dtype.name()
+        );
+    }
+    text.push('}');
+    // Spaces to a multiple of eight, so that the data are aligned in the file.
+    let len = text.len().next_multiple_of(8);
+    text.extend(std::iter::repeat_n(' ', len - text.len()));
+    let mut bytes = (len as u64).to_le_bytes().to_vec();
+    bytes.extend_from_slice(text.as_bytes());
+    Ok((bytes, end))
+}
