@@ -9,9 +9,6 @@ use std::sync::atomic::{AtomicU64, Ordering};
 /// Small writes are gathered up to this size; larger ones go straight to the file.
 const BUFFER: usize = 1 << 20;
 
-/// Bytes between two requests that the system start writing to the disk, so that fsync finds little left.
-const WRITE_BACK: u64 = 16 << 20;
-
 /// Symbolic links that are followed before a target is called circular.
 const MAX_LINKS: usize = 40;
 
@@ -28,7 +25,6 @@ pub struct AtomicFile {
     asked: PathBuf,
     force: bool,
     written: u64,
-    handed_over: u64,
 }
 
 impl AtomicFile {
@@ -71,7 +67,7 @@ impl AtomicFile {
             let _ = file.set_permissions(permissions);
         }
         let file = Some(BufWriter::with_capacity(BUFFER, file));
-        Ok(AtomicFile { file, temp, target, asked, force, written: 0, handed_over: 0 })
+        Ok(AtomicFile { file, temp, target, asked, force, written: 0 })
     }
 
     /// Bytes written so far.
@@ -109,36 +105,13 @@ impl AtomicFile {
         sync_folder(parent(&self.target));
         Ok(())
     }
-
-    #[cfg(target_os = "linux")]
-    fn start_write_back(&mut self) {
-        use std::os::fd::AsRawFd;
-        let Some(writer) = &self.file else { return };
-        let end = self.written - writer.buffer().len() as u64;
-        if end - self.handed_over < WRITE_BACK {
-            return;
-        }
-        let (start, len) = (self.handed_over.cast_signed(), (end - self.handed_over).cast_signed());
-        // SAFETY: the descriptor is open for as long as `writer`; the call reads no memory of ours. A
-        // failure is harmless, because fsync follows.
-        unsafe {
-            libc::sync_file_range(writer.get_ref().as_raw_fd(), start, len, libc::SYNC_FILE_RANGE_WRITE);
-        }
-        self.handed_over = end;
-    }
-
-    #[cfg(not(target_os = "linux"))]
-    fn start_write_back(&mut self) {
-        self.handed_over = self.written;
-    }
 }
 
 impl Write for AtomicFile {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         let writer = self.file.as_mut().ok_or_else(|| io::Error::other("the file is closed"))?;
-        let n = writer.write(&bytes[..bytes.len().min(WRITE_BACK as usize)])?;
+        let n = writer.write(bytes)?;
         self.written += n as u64;
-        self.start_write_back();
         Ok(n)
     }
 

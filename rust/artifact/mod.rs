@@ -1,10 +1,12 @@
 //! The `.tenpak` file: written in one pass, read with every byte checked. docs/format.md is its specification.
 
+mod checksums;
 mod header;
 mod index;
 mod limits;
 mod near;
 mod reader;
+mod size;
 mod verify;
 mod writer;
 
@@ -12,8 +14,12 @@ pub use header::{ALIGN, VERSION};
 pub use index::{Entry, PartRef, SidecarRef};
 pub use limits::Limits;
 pub use reader::ArtifactFile;
+pub use size::file_len;
 pub use verify::VerifyReport;
 pub use writer::{Finished, NewEntry, Writer};
 
 /// The codec name of a tensor that is stored as it was, in one part named `data`.
 pub const KEEP: &str = "keep";
+
+/// What this build writes as the index's `writer`.
+pub const WRITER: &str = concat!("tenpak ", env!("CARGO_PKG_VERSION"));

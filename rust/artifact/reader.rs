@@ -1,6 +1,7 @@
 //! Opens an artifact and hands out its tensors; a file is checked before anything in it is believed.
 
 use super::Limits;
+use super::checksums::map_parts;
 use super::header::{self, Footer};
 use super::index::{Entry, Index, PartRef, SidecarRef};
 use crate::error::{Error, Result};
@@ -239,11 +240,12 @@ impl ArtifactFile {
 
     /// Every part of a tensor, checked, in the order of their bytes.
     fn entry_parts(&self, entry: &Entry) -> Result<Vec<&[u8]>> {
-        let check = |(name, part): (&str, &PartRef)| {
-            self.checked_part(part, &format!("tensor {:?}, {name}", entry.name))
-        };
         // Collected as results first: the first error in order wins, whichever thread was faster.
-        let parts: Vec<_> = entry.parts_in_order().into_par_iter().map(check).collect();
+        let parts = map_parts(
+            &entry.parts_in_order(),
+            |(_, part)| part.len,
+            |(name, part)| self.checked_part(part, &format!("tensor {:?}, {name}", entry.name)),
+        );
         parts.into_iter().collect()
     }
 

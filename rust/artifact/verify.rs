@@ -1,11 +1,10 @@
 //! Checks every byte of an artifact: frames, padding, and both checksums of every part.
 
+use super::checksums::{checksums, map_parts};
 use super::index::PartRef;
 use super::reader::damaged;
-use super::writer::checksums;
 use super::{ArtifactFile, header};
 use crate::error::{Error, Result};
-use rayon::prelude::*;
 
 /// Bytes that are hashed between two calls of the progress function.
 const BATCH: u64 = 64 << 20;
@@ -48,10 +47,11 @@ impl ArtifactFile {
         let mut rest = parts.as_slice();
         while !rest.is_empty() {
             let (batch, later) = rest.split_at(batch_len(rest));
-            let sound: Vec<bool> = batch
-                .par_iter()
-                .map(|(_, part)| checksums(self.part(part)) == (part.xxh3, part.b3))
-                .collect();
+            let sound = map_parts(
+                batch,
+                |(_, part)| part.len,
+                |(_, part)| checksums(self.part(part)) == (part.xxh3, part.b3),
+            );
             for ((place, part), sound) in batch.iter().zip(sound) {
                 self.check_padding(end, part.off)?;
                 if !sound {

@@ -1,8 +1,9 @@
 //! Writes an artifact in one pass: parts as they come, then the index, then the footer.
 
+use super::checksums::checksums;
 use super::header::{self, Footer, align_up};
 use super::index::{Entry, Index, PartRef, SidecarRef, check_alias};
-use super::{KEEP, Limits};
+use super::{KEEP, Limits, WRITER};
 use crate::atomic::AtomicFile;
 use crate::error::{Error, Result};
 use crate::tensor::Dtype;
@@ -65,7 +66,7 @@ impl Writer {
         limits.check_name("codec", codec).map_err(|e| Error::usage(e.to_string()))?;
         let mut file = AtomicFile::create(target, force, expected_bytes)?;
         file.put(&header::header())?;
-        let writer = concat!("tenpak ", env!("CARGO_PKG_VERSION")).to_owned();
+        let writer = WRITER.to_owned();
         let index = Index { codec: codec.to_owned(), writer, ..Index::default() };
         Ok(Writer { file, index, names: HashMap::new(), limits })
     }
@@ -175,17 +176,4 @@ impl Writer {
         self.file.put(&[0; header::ALIGN as usize][..(start - end) as usize])?;
         Ok(start)
     }
-}
-
-/// XXH3 and BLAKE3 of a part, on the threads that are free.
-pub fn checksums(bytes: &[u8]) -> (u64, [u8; 32]) {
-    /// Below this, waking another thread costs more than hashing.
-    const WORTH_THREADS: usize = 128 << 10;
-    if bytes.len() < WORTH_THREADS {
-        return (xxhash_rust::xxh3::xxh3_64(bytes), *blake3::hash(bytes).as_bytes());
-    }
-    rayon::join(
-        || xxhash_rust::xxh3::xxh3_64(bytes),
-        || *blake3::Hasher::new().update_rayon(bytes).finalize().as_bytes(),
-    )
 }

@@ -19,7 +19,15 @@ except ImportError:
     xxhash = None
 
 ALIGN = 256
-PLAIN = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "F64": "<f8", "F8_E4M3": "u1", "F8_E5M2": "u1", "BOOL": "?"}
+PLAIN = {
+    "F32": "<f4",
+    "F16": "<f2",
+    "BF16": "<u2",
+    "F64": "<f8",
+    "BOOL": "?",
+    "F8_E4M3": "u1",
+    "F8_E5M2": "u1",
+}
 PLAIN |= {f"{kind.upper()}{bits}": f"<{kind}{bits // 8}" for kind in "iu" for bits in (8, 16, 32, 64)}
 TABLES = np.array(
     [
@@ -41,6 +49,10 @@ def crc32c(data: bytes) -> int:
     return crc ^ 0xFFFFFFFF
 
 
+def u32(data: bytes, at: int) -> int:
+    return struct.unpack_from("<I", data, at)[0]
+
+
 def up(n: int) -> int:
     return -(-n // ALIGN) * ALIGN
 
@@ -50,12 +62,20 @@ def runs(n: int, length: int) -> int:
 
 
 def fp16_layout(n):
-    parts = [("codes", "u1", lambda c: runs(c, 2)), ("scales", "<f2", lambda c: runs(c, n))]
-    return [*parts, ("offsets", "<f2", lambda c: runs(c, n))], lambda p, c: affine(p, c, n, p["scales"], p["offsets"])
+    def per_group(cols):
+        return runs(cols, n)
+
+    parts = [
+        ("codes", "u1", lambda c: runs(c, 2)),
+        ("scales", "<f2", per_group),
+        ("offsets", "<f2", per_group),
+    ]
+    return parts, lambda p, c: affine(p, c, n, p["scales"], p["offsets"])
 
 
 def u8_layout(n):
-    parts = [(name, "u1", lambda c, r=r: runs(c, r)) for name, r in [("codes", 2), ("scales", n), ("offsets", n)]]
+    sizes = [("codes", 2), ("scales", n), ("offsets", n)]
+    parts = [(name, "u1", lambda c, length=length: runs(c, length)) for name, length in sizes]
     parts.append(("row_params", "<f2", lambda c: 4))
 
     def rebuild(p, c):
@@ -111,21 +131,22 @@ class PlainReader:
         assert header[:8] == b"\x89TPK\r\n\x1a\n", "magic"
         version, header_len, incompat, _compat, align = struct.unpack_from("<5I", header, 8)
         assert (version, header_len, incompat, align) == (1, 64, 0, ALIGN), "header"
-        assert header[28:60] == bytes(32) and crc32c(header[:60]) == struct.unpack_from("<I", header, 60)[0], "header"
+        assert header[28:60] == bytes(32) and crc32c(header[:60]) == u32(header, 60), "header"
         off, length, file_len = struct.unpack_from("<3Q", footer)
-        assert footer[60:] == b"TPKE" and crc32c(footer[:56]) == struct.unpack_from("<I", footer, 56)[0], "footer"
+        assert footer[60:] == b"TPKE" and crc32c(footer[:56]) == u32(footer, 56), "footer"
         assert file_len == len(self.bytes) == off + length + 64, "length"
         text, self.root = self.bytes[off : off + length], footer[24:56]
         assert blake3 is None or blake3.blake3(text).digest() == self.root, "root"
         self.index = json.loads(text.decode("utf-8"))
         canonical = json.dumps(self.index, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
         assert canonical.encode("utf-8") == text, "the index is not canonical"
-        self.tensors = {t["name"]: t for t in self.index["tensors"]}
-        self.files = {f["path"]: self.part(f) for f in self.index["files"]}
-        assert len(self.tensors) == len(self.index["tensors"]) and len(self.files) == len(self.index["files"]), "names"
-        ordered = [t["parts"][n] for t in self.index["tensors"] for n, *_ in self.layout(t)[0]] + self.index["files"]
+        tensors, files = self.index["tensors"], self.index["files"]
+        self.tensors = {t["name"]: t for t in tensors}
+        self.files = {f["path"]: self.part(f) for f in files}
+        assert len(self.tensors) == len(tensors) and len(self.files) == len(files), "names"
+        ordered = [t["parts"][n] for t in tensors for n, *_ in self.layout(t)[0]]
         end = 64
-        for part in [*ordered, {"off": off, "len": 0}]:
+        for part in [*ordered, *files, {"off": off, "len": 0}]:
             assert part["off"] == up(end) and not any(self.bytes[end : part["off"]]), f"placement after {end}"
             end = part["off"] + part["len"]
 
@@ -151,10 +172,11 @@ class PlainReader:
             return (data.astype(np.uint32) << 16).view(np.float32) if tensor["dtype"] == "BF16" else data
         outer, cols, inner = math.prod(shape[:axis]), (shape or [1])[axis], math.prod(shape[axis + 1 :])
         rows = outer * inner
-        arrays = {
-            n: np.frombuffer(self.part(parts[n]), dtype).reshape(rows, per_row(cols)) for n, dtype, per_row in layout
-        }
-        weights = rebuild(arrays, cols).astype(np.float32) * np.float32(2.0 ** tensor["params"].get("exponent", 0))
+        arrays = {}
+        for part, dtype, per_row in layout:
+            arrays[part] = np.frombuffer(self.part(parts[part]), dtype).reshape(rows, per_row(cols))
+        unit = np.float32(2.0 ** tensor["params"].get("exponent", 0))
+        weights = rebuild(arrays, cols).astype(np.float32) * unit
         return weights.reshape(outer, inner, cols).swapaxes(1, 2).reshape(shape)
 
 

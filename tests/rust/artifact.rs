@@ -485,3 +485,30 @@ fn write_fuzz_seeds() {
     writer.file("a/b.json", b"{}").unwrap();
     writer.finish().unwrap();
 }
+
+#[test]
+fn the_size_is_known_before_anything_is_written() {
+    let bytes = small();
+    let file = open(&bytes).unwrap();
+    let tensors = file.tensors().iter().map(|entry| {
+        let new = NewEntry {
+            name: entry.name.clone(),
+            shape: entry.shape.clone(),
+            dtype: entry.dtype,
+            codec: entry.codec.clone(),
+            codec_version: entry.codec_version,
+            axis: entry.axis,
+            params: entry.params.clone(),
+        };
+        (new, entry.parts_in_order().into_iter().map(|(name, part)| (name, part.len)).collect())
+    });
+    let files: Vec<_> = file.files().iter().map(|f| (f.path.as_str(), f.part.len)).collect();
+    let len = tenpak::artifact::file_len(
+        file.codec(),
+        file.writer(),
+        tensors.collect(),
+        file.aliases().clone(),
+        &files,
+    );
+    assert_eq!(len.unwrap(), bytes.len() as u64);
+}
