@@ -10,17 +10,58 @@ pub use buffer::zeroed;
 
 use crate::codec::simd::Level;
 use crate::codec::{Codec, EXPONENTS, Range, Strip};
-use crate::error::{Error, Result};
+use crate::error::{Error, Kind, Result};
 use crate::tensor::{Dtype, Encoding, Rows, Tensor};
 use error_sums::error_sums;
 use rayon::prelude::*;
 use std::borrow::Cow;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 
 /// Weights in a strip: 256 KiB of FP32, which fits a core's second-level cache with its parts.
 const STRIP: usize = 1 << 16;
 
 /// Rows of a transposed tensor are read a whole cache line of columns at a time.
 const MIN_TRANSPOSED_ROWS: usize = 32;
+
+/// How to encode.
+#[derive(Clone, Copy, Default)]
+pub struct Options<'a> {
+    /// One positive weight per column; `None` means 1.
+    pub importance: Option<&'a [f32]>,
+    /// Whether to measure the squared error.
+    pub measure: bool,
+    /// Where to count weights, and look for a request to stop.
+    pub meter: Option<&'a Meter>,
+}
+
+/// Progress of work on other threads, and a way to stop it.
+#[derive(Debug, Default)]
+pub struct Meter {
+    done: AtomicU64,
+    stopped: AtomicBool,
+}
+
+impl Meter {
+    /// Counts work.
+    pub fn add(&self, amount: u64) {
+        self.done.fetch_add(amount, Relaxed);
+    }
+
+    /// All that was counted.
+    pub fn done(&self) -> u64 {
+        self.done.load(Relaxed)
+    }
+
+    /// Asks for the work to end soon.
+    pub fn stop(&self) {
+        self.stopped.store(true, Relaxed);
+    }
+
+    /// Whether it was asked to end.
+    pub fn is_stopped(&self) -> bool {
+        self.stopped.load(Relaxed)
+    }
+}
 
 /// What encoding a tensor leaves beside its parts.
 #[derive(Clone, Copy, Debug, Default)]
@@ -61,7 +102,8 @@ pub fn encode(
     let sizes = codec.layout.parts.iter().map(|p| rows.count() * p.row_bytes(rows.cols));
     let mut parts: Vec<Vec<u8>> = sizes.map(zeroed).collect();
     let mut slices: Vec<&mut [u8]> = parts.iter_mut().map(Vec::as_mut_slice).collect();
-    let outcome = encode_into(tensor, axis, codec, importance, measure, &mut slices)?;
+    let options = Options { importance, measure, meter: None };
+    let outcome = encode_into(tensor, axis, codec, options, &mut slices)?;
     Ok(Encoded { outcome, parts })
 }
 
@@ -74,12 +116,11 @@ pub fn encode_into(
     tensor: &Tensor<'_>,
     axis: usize,
     codec: &Codec,
-    importance: Option<&[f32]>,
-    measure: bool,
+    options: Options<'_>,
     parts: &mut [&mut [u8]],
 ) -> Result<Outcome> {
     let rows = Rows::new(&tensor.shape, axis)?;
-    check(tensor, &rows, importance)?;
+    check(tensor, &rows, options.importance)?;
     let wanted = codec.layout.part_bytes(rows.count() as u64, rows.cols as u64);
     let given: Vec<u64> = parts.iter().map(|p| p.len() as u64).collect();
     if wanted.as_ref() != Some(&given) {
@@ -88,8 +129,11 @@ pub fn encode_into(
             tensor.shape, codec.name
         )));
     }
-    let job = Job { tensor, rows, codec, importance, measure, level: Level::detect() };
+    let job = Job { tensor, rows, codec, options, level: Level::detect() };
     let (outcome, range) = job.run(0, parts);
+    if options.meter.is_some_and(Meter::is_stopped) {
+        return Err(Error::new(Kind::Interrupted, "interrupted"));
+    }
     if !range.is_finite() {
         return Err(first_non_finite(tensor));
     }
@@ -106,7 +150,7 @@ pub fn encode_into(
 pub fn exponent(tensor: &Tensor<'_>, axis: usize, codec: &Codec) -> Result<i32> {
     let rows = Rows::new(&tensor.shape, axis)?;
     check(tensor, &rows, None)?;
-    let job = Job { tensor, rows, codec, importance: None, measure: false, level: Level::detect() };
+    let job = Job { tensor, rows, codec, options: Options::default(), level: Level::detect() };
     let strips: Vec<usize> = (0..rows.count()).step_by(job.strip_rows()).collect();
     let range = strips
         .par_iter()
@@ -172,8 +216,7 @@ struct Job<'a> {
     tensor: &'a Tensor<'a>,
     rows: Rows,
     codec: &'a Codec,
-    importance: Option<&'a [f32]>,
-    measure: bool,
+    options: Options<'a>,
     level: Level,
 }
 
@@ -218,7 +261,14 @@ impl Job<'_> {
             .enumerate()
             .map_init(Scratch::default, |scratch, (i, parts)| {
                 let first = i * strip_rows;
-                self.strip(first, strip_rows.min(count - first), exponent, parts, scratch)
+                let n = strip_rows.min(count - first);
+                match self.options.meter {
+                    Some(meter) if meter.is_stopped() => return Default::default(),
+                    // Each weight is counted once, whether or not it takes a second pass.
+                    Some(meter) if exponent == 0 => meter.add((n * cols) as u64),
+                    _ => {}
+                }
+                self.strip(first, n, exponent, parts, scratch)
             })
             .collect();
         // In the order of the strips, so that the sums do not depend on the threads.
@@ -247,9 +297,9 @@ impl Job<'_> {
             scaled = weights.iter().map(|w| w * factor).collect::<Vec<_>>();
             &scaled
         };
-        let strip = Strip { data, cols: self.rows.cols, importance: self.importance };
+        let strip = Strip { data, cols: self.rows.cols, importance: self.options.importance };
         let range = (self.codec.encode)(self.level, strip, parts);
-        if !self.measure || !range.is_finite() {
+        if !self.options.measure || !range.is_finite() {
             return (range, [0.0; 2]);
         }
         let parts: Vec<&[u8]> = parts.iter().map(|p| &**p).collect();

@@ -92,7 +92,7 @@ fn main() {
             let mut parts: Vec<&mut [u8]> =
                 encoded.parts.iter_mut().map(Vec::as_mut_slice).collect();
             let (t, spread) = seconds(|| {
-                runner::encode_into(&tensor, 1, codec, None, false, &mut parts).expect("encodes");
+                runner::encode_into(&tensor, 1, codec, runner::Options::default(), &mut parts).expect("encodes");
             });
             let parts: Vec<&[u8]> = encoded.parts.iter().map(Vec::as_slice).collect();
             let (d, _) = seconds(|| {

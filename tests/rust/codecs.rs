@@ -317,7 +317,7 @@ fn wrong_requests_are_refused() {
     assert!(runner::encode(&tensor, 2, codec, None, false).is_err());
     assert!(runner::encode(&tensor, 1, codec, Some(&[1.0; 15]), false).is_err());
     assert!(runner::encode(&tensor, 1, codec, Some(&[-1.0; 16]), false).is_err());
-    assert!(runner::encode_into(&tensor, 1, codec, None, false, &mut [&mut [0; 3]]).is_err());
+    assert!(runner::encode_into(&tensor, 1, codec, runner::Options::default(), &mut [&mut [0; 3]]).is_err());
     let encoded = encode(codec, &[4, 16], 1, &weights);
     let parts: Vec<&[u8]> = encoded.parts.iter().map(Vec::as_slice).collect();
     let mut out = vec![0; 256];
