@@ -225,7 +225,7 @@ impl ArtifactFile {
             ))));
         }
         if entry.is_kept() {
-            return convert(entry.dtype, &self.entry_parts(entry)?[0], dtype, out).map_err(place);
+            return convert(entry.dtype, self.entry_parts(entry)?[0], dtype, out).map_err(place);
         }
         let Some(codec) = entry.known_codec() else {
             return Err(place(Error::unsupported(format!(
