@@ -131,9 +131,11 @@ class PlainReader:
         assert header[:8] == b"\x89TPK\r\n\x1a\n", "magic"
         version, header_len, incompat, _compat, align = struct.unpack_from("<5I", header, 8)
         assert (version, header_len, incompat, align) == (1, 64, 0, ALIGN), "header"
-        assert header[28:60] == bytes(32) and crc32c(header[:60]) == u32(header, 60), "header"
+        assert header[28:60] == bytes(32), "header"
+        assert crc32c(header[:60]) == u32(header, 60), "header"
         off, length, file_len = struct.unpack_from("<3Q", footer)
-        assert footer[60:] == b"TPKE" and crc32c(footer[:56]) == u32(footer, 56), "footer"
+        assert footer[60:] == b"TPKE", "footer"
+        assert crc32c(footer[:56]) == u32(footer, 56), "footer"
         assert file_len == len(self.bytes) == off + length + 64, "length"
         text, self.root = self.bytes[off : off + length], footer[24:56]
         assert blake3 is None or blake3.blake3(text).digest() == self.root, "root"
@@ -143,11 +145,12 @@ class PlainReader:
         tensors, files = self.index["tensors"], self.index["files"]
         self.tensors = {t["name"]: t for t in tensors}
         self.files = {f["path"]: self.part(f) for f in files}
-        assert len(self.tensors) == len(tensors) and len(self.files) == len(files), "names"
+        assert (len(self.tensors), len(self.files)) == (len(tensors), len(files)), "names"
         ordered = [t["parts"][n] for t in tensors for n, *_ in self.layout(t)[0]]
         end = 64
         for part in [*ordered, *files, {"off": off, "len": 0}]:
-            assert part["off"] == up(end) and not any(self.bytes[end : part["off"]]), f"placement after {end}"
+            assert part["off"] == up(end), f"placement after {end}"
+            assert not any(self.bytes[end : part["off"]]), f"padding after {end}"
             end = part["off"] + part["len"]
 
     def part(self, ref) -> bytes:
@@ -166,7 +169,8 @@ class PlainReader:
         tensor = self.tensors[self.index["aliases"].get(name, name)]
         shape, axis, parts = tensor["shape"], tensor["axis"], tensor["parts"]
         layout, rebuild = self.layout(tensor)
-        assert tensor["codec_version"] == 1 and sorted(parts) == sorted(n for n, *_ in layout), "parts"
+        assert tensor["codec_version"] == 1, "version"
+        assert sorted(parts) == sorted(n for n, *_ in layout), "parts"
         if rebuild is None:
             data = np.frombuffer(self.part(parts["data"]), PLAIN[tensor["dtype"]]).reshape(shape)
             return (data.astype(np.uint32) << 16).view(np.float32) if tensor["dtype"] == "BF16" else data

@@ -7,9 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from plain_reader import LAYOUTS, PlainReader
-
 import tenpak
+from plain_reader import LAYOUTS, PlainReader
 
 DATA = Path(__file__).resolve().parents[1] / "data"
 
