@@ -1,0 +1,100 @@
+"""The console script: parses arguments, runs one command, turns exceptions into exit codes.
+
+Data goes to standard output, progress and messages to standard error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+from types import FrameType
+from typing import NoReturn
+
+from tenpak import __version__, _core
+from tenpak.cli import bench, codecs, compress, decompress, doctor, inspect, verify
+from tenpak.errors import TenpakError
+
+_COMMANDS = (compress, decompress, inspect, verify, bench, codecs, doctor)
+
+_EPILOG = """\
+examples:
+  tenpak compress --input tests/data/tiny-llama --output tiny.tenpak
+  tenpak inspect tiny.tenpak
+  tenpak decompress --input tiny.tenpak --output tiny-restored
+
+exit codes:
+  0    done
+  1    an error in Tenpak itself (TENPAK_DEBUG=1 shows where)
+  2    a wrong request: an unknown option or codec, an output that exists or is the input
+  3    a model that cannot be read, or that holds NaN or infinity
+  4    a damaged artifact
+  5    valid, but of a kind or version that this build does not know
+  6    the file system refused: no such file, no space, no permission
+  130  interrupted; nothing is left half-written
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The parser of all commands."""
+    main = argparse.ArgumentParser(
+        prog="tenpak",
+        description="Shrink language-model weights to one small file, and read them back.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    main.add_argument("--version", action="version", version=f"tenpak {__version__}")
+    commands = main.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for module in _COMMANDS:
+        name = module.__name__.rsplit(".", 1)[1]
+        summary, _, rest = (module.__doc__ or "").partition("\n\n")
+        command = commands.add_parser(
+            name,
+            help=summary.split(": ", 1)[1],
+            description=summary.split(": ", 1)[1],
+            epilog=rest,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        module.add_arguments(command)
+        command.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
+        command.set_defaults(run=module.run)
+    return main
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the console script; returns its exit code."""
+    arguments = parser().parse_args(argv)
+    codes = dict(_core.exit_codes())
+    previous = signal.signal(signal.SIGTERM, _terminate)
+    try:
+        arguments.run(arguments)
+        sys.stdout.flush()
+        return 0
+    except TenpakError as error:
+        return _fail(str(error), codes[type(error).__name__])
+    except KeyboardInterrupt:
+        return _fail("interrupted; nothing was left half-written", codes["InterruptedByUser"])
+    except BrokenPipeError:
+        # Whoever read the output has seen enough; Python must not complain when it closes it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except MemoryError:
+        return _fail("not enough memory", codes["StorageError"])
+    except OSError as error:
+        return _fail(str(error), codes["StorageError"])
+    except Exception as error:
+        if os.environ.get("TENPAK_DEBUG"):
+            raise
+        return _fail(f"internal error ({type(error).__name__}: {error}); TENPAK_DEBUG=1 shows where", 1)
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _terminate(_signal: int, _frame: FrameType | None) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"tenpak: {message}", file=sys.stderr)
+    return code

@@ -1,0 +1,67 @@
+"""tenpak doctor: show what is installed, and what each optional part would need.
+
+examples:
+  tenpak doctor
+  tenpak doctor --json
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import os
+import platform
+from typing import Any
+
+from tenpak import __version__, _core
+from tenpak.cli.table import pairs, print_json, table
+
+#: Packages, what they are for, and the extra that brings them.
+_OPTIONAL = (
+    (("cupy-cuda13x", "cupy-cuda12x", "cupy"), "NVIDIA GPUs", "tenpak[cuda13] (or cuda12, by your driver)"),
+    (("torch",), "load_state_dict(framework='torch')", "tenpak[torch]"),
+    (("transformers",), "running restored folders", "tenpak[hf]"),
+    (("safetensors",), "reading restored files elsewhere", "tenpak[hf]"),
+    (("ml-dtypes",), "bfloat16 arrays in NumPy", "ml-dtypes"),
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    del parser
+
+
+def run(arguments: argparse.Namespace) -> None:
+    used, available = _core.simd()
+    about: dict[str, Any] = {
+        "tenpak": __version__,
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "numpy": importlib.metadata.version("numpy"),
+        "cores": os.cpu_count(),
+        "simd": used,
+        "simd_available": available,
+    }
+    optional = []
+    for packages, purpose, needs in _OPTIONAL:
+        found = next((f"{p} {v}" for p in packages if (v := _version(p))), None)
+        optional.append({"for": purpose, "installed": found, "install": f"pip install '{needs.split(' ')[0]}'"})
+    if arguments.json:
+        print_json(about | {"optional": optional})
+        return
+    rows = [(name, str(value)) for name, value in about.items() if name not in ("simd", "simd_available")]
+    rows.append(("simd", f"{used} (this machine has {', '.join(available)}; TENPAK_SIMD chooses)"))
+    print(pairs(rows))
+    print()
+    print(
+        table(
+            ["optional", "installed", "to install"],
+            [[o["for"], o["installed"] or "no", o["install"]] for o in optional],
+        )
+    )
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None

@@ -1,0 +1,253 @@
+"""Whole models: compressing, restoring, and loading into memory."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import ArrayLike, DTypeLike
+
+from tenpak import _core, dtypes
+from tenpak import artifact as _artifact
+from tenpak.errors import UsageError
+
+#: Called with weights done and in all, several times a second.
+Progress = Callable[[int, int], object]
+PathLike = str | os.PathLike[str]
+
+
+@dataclass(frozen=True)
+class TensorReport:
+    """What happened to one tensor."""
+
+    name: str
+    shape: tuple[int, ...]
+    #: How the source spells its elements.
+    source: str
+    #: The codec's name, `keep`, or `alias`.
+    codec: str
+    #: Why it was kept, or which tensor it is an alias of.
+    reason: str | None
+    axis: int
+    weights: int
+    #: Bytes in the artifact.
+    bytes: int
+    #: Σ(w - ŵ)² / Σw²; None for what was kept, and in a dry run.
+    relative_error: float | None
+
+
+@dataclass(frozen=True)
+class Group:
+    """Tensors with the same fate."""
+
+    codec: str
+    reason: str | None
+    tensors: int
+    weights: int
+    bytes: int
+    bits_per_weight: float | None
+    relative_error: float | None
+
+
+@dataclass(frozen=True)
+class CompressReport:
+    """What compressing did."""
+
+    #: The input's format.
+    format: str
+    #: The codec that was asked for.
+    codec: str
+    dry_run: bool
+    #: The artifact's identity; empty for a dry run.
+    root: str
+    tensors: tuple[TensorReport, ...]
+    #: Totals: what was quantised, by codec; what was kept, by reason; aliases.
+    groups: tuple[Group, ...]
+    #: Names of embedded files.
+    files: tuple[str, ...]
+    #: Elements that are stored, aliases counted once.
+    weights: int
+    file_bytes: int
+    quantised_bits_per_weight: float | None
+    file_bits_per_weight: float | None
+    #: How much smaller the file is than all weights in FP32, and in FP16.
+    compression_fp32: float | None
+    compression_fp16: float | None
+    #: Σ(w - ŵ)² / Σw² of everything that was quantised.
+    relative_error: float | None
+    seconds: float
+    #: FP32 bytes of the weights over seconds.
+    gigabytes_per_second: float
+    #: The instruction set in use.
+    simd: str
+    #: Advice, a sentence each.
+    notes: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain dictionaries and lists, for JSON."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class DecompressReport:
+    """What restoring did."""
+
+    #: The output's format: `json`, `safetensors` or `folder`.
+    format: str
+    #: Tensors written, aliases among them.
+    tensors: int
+    weights: int
+    bytes: int
+    #: Embedded files that were restored, and those that the output's format has no place for.
+    files: tuple[str, ...]
+    files_left_out: tuple[str, ...]
+    seconds: float
+    gigabytes_per_second: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain dictionaries and lists, for JSON."""
+        return asdict(self)
+
+
+def compress(
+    src: PathLike | Mapping[str, ArrayLike],
+    dst: PathLike,
+    codec: str = "int4_opt_v1",
+    *,
+    embeddings: str = "int8_sym_v1",
+    rules: Iterable[tuple[str, str]] = (),
+    input_axes: Iterable[tuple[str, int]] = (),
+    threads: int | None = None,
+    force: bool = False,
+    strict: bool = False,
+    dry_run: bool = False,
+    progress: Progress | None = None,
+) -> CompressReport:
+    """Compresses a model into one `.tenpak` file. The bytes do not depend on the number of threads.
+
+    Args:
+        src: A Hugging Face folder, a `.safetensors`, `.gguf` or JSON bundle file, or a mapping of names to arrays.
+        dst: The artifact. A failure leaves what was there before, or nothing.
+        codec: For the weights of linear layers; a name from `tenpak.codecs()`.
+        embeddings: For embeddings and output heads: a codec, or `keep`.
+        rules: Pairs of a regular expression, searched in tensor names, and a codec or `keep`; the first that
+            matches decides.
+        input_axes: Pairs of a regular expression and the input dimension of the tensors it matches, where that is
+            not what the model's kind says.
+        threads: Threads that encode; None for one on each core.
+        force: Replace an existing `dst`.
+        strict: Refuse, before any work, to leave out a weight that no rule asks to keep.
+        dry_run: Decide and measure sizes, exactly, but write nothing.
+        progress: Called with weights done and in all.
+
+    Raises:
+        UsageError: A wrong option, an existing output, or an output that is the input.
+        InputError: The model is malformed, or holds NaN or infinity.
+        UnsupportedError: A format or dtype that is not read.
+        StorageError: The file system refused.
+    """
+    if isinstance(src, Mapping):
+        source: Any = []
+        for name, value in src.items():
+            array = np.asarray(value)
+            data, dtype = dtypes.bytes_of(array)
+            source.append((name, dtype, list(array.shape), data))
+    else:
+        source = os.fspath(src)
+    report = json.loads(
+        _core.compress(
+            source,
+            os.fspath(dst),
+            codec,
+            embeddings,
+            [(pattern, choice) for pattern, choice in rules],
+            [(pattern, axis) for pattern, axis in input_axes],
+            threads or 0,
+            force,
+            strict,
+            dry_run,
+            progress,
+        )
+    )
+    report["tensors"] = tuple(TensorReport(**{**t, "shape": tuple(t["shape"])}) for t in report["tensors"])
+    report["groups"] = tuple(Group(**g) for g in report["groups"])
+    report["files"], report["notes"] = tuple(report["files"]), tuple(report["notes"])
+    return CompressReport(**report)
+
+
+def decompress(
+    src: PathLike,
+    dst: PathLike,
+    *,
+    format: Literal["json", "safetensors", "folder"] | None = None,
+    dtype: str | None = None,
+    threads: int | None = None,
+    force: bool = False,
+    shard_bytes: int | None = None,
+    progress: Progress | None = None,
+) -> DecompressReport:
+    """Restores an artifact as a model that other tools read.
+
+    Args:
+        src: The artifact.
+        dst: `….json` for a JSON bundle, `….safetensors` for one file, anything else for a Hugging Face folder
+            with config and tokenizer.
+        format: To say so where the name does not.
+        dtype: `F32`, `F16` or `BF16` for all weights; None for each tensor's own.
+        threads: Threads that decode; None for one on each core.
+        force: Replace an existing `dst`.
+        shard_bytes: The most bytes of weights in one file of a folder.
+        progress: Called with weights done and in all.
+
+    Raises:
+        UsageError: A wrong option, an existing output, or tensors that the format cannot hold.
+        ArtifactError: The artifact is damaged.
+        StorageError: The file system refused.
+    """
+    name = None if dtype is None else dtypes.name_of(dtype)
+    if name is not None and name not in dtypes.WEIGHTS:
+        raise UsageError(f"weights cannot be restored as {name}; use {', '.join(dtypes.WEIGHTS)}")
+    report = json.loads(
+        _core.decompress(os.fspath(src), os.fspath(dst), format, name, threads or 0, force, shard_bytes, progress)
+    )
+    report["files"], report["files_left_out"] = tuple(report["files"]), tuple(report["files_left_out"])
+    return DecompressReport(**report)
+
+
+def load_state_dict(
+    path: PathLike,
+    dtype: DTypeLike | None = None,
+    *,
+    framework: Literal["numpy", "torch"] = "numpy",
+    threads: int | None = None,
+) -> dict[str, Any]:
+    """Rebuilds every tensor of an artifact, aliases among them.
+
+    Args:
+        path: The artifact.
+        dtype: For weights; None for each tensor's own. With NumPy, bfloat16 becomes float32.
+        framework: `torch` gives torch tensors, for `model.load_state_dict`.
+        threads: Threads to use; None for one on each core.
+
+    Returns:
+        Arrays or tensors by name; an alias shares the memory of what it stands for.
+    """
+    if framework not in ("numpy", "torch"):
+        raise UsageError(f"unknown framework {framework!r}; choose numpy or torch")
+    with _artifact.open(path) as artifact:
+        state = {}
+        for name, info in artifact.tensors.items():
+            wanted = dtype if info.dtype in dtypes.WEIGHTS else None
+            value: Any = artifact.read(name, wanted, threads=threads)
+            if framework == "torch":
+                import torch
+
+                value = torch.from_numpy(value)
+                if info.dtype == "BF16" and dtype is None:
+                    value = value.to(torch.bfloat16)
+            state[name] = value
+        return state | {alias: state[name] for alias, name in artifact.aliases.items()}
