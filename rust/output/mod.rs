@@ -23,9 +23,17 @@ pub enum Format {
 }
 
 impl Format {
-    /// Every format with the name that options use.
-    pub const ALL: [(&'static str, Format); 3] =
-        [("json", Format::Bundle), ("safetensors", Format::Safetensors), ("folder", Format::Folder)];
+    /// Every format.
+    pub const ALL: [Format; 3] = [Format::Bundle, Format::Safetensors, Format::Folder];
+
+    /// The name that options use.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Format::Bundle => "json",
+            Format::Safetensors => "safetensors",
+            Format::Folder => "folder",
+        }
+    }
 
     /// What the path's extension asks for; anything but `.json` and `.safetensors` is a folder.
     pub fn of(path: &Path) -> Format {
@@ -44,9 +52,9 @@ impl Format {
     /// # Errors
     /// A usage error that lists the names.
     pub fn from_name(name: &str) -> Result<Format> {
-        let found = Self::ALL.iter().find(|(known, _)| *known == name);
-        found.map(|(_, format)| *format).ok_or_else(|| {
-            Error::usage(format!("unknown output format {name:?}; choose json, safetensors or folder"))
+        Self::ALL.into_iter().find(|format| format.name() == name).ok_or_else(|| {
+            let names = Self::ALL.map(Format::name).join(", ");
+            Error::usage(format!("unknown output format {name:?}; choose one of {names}"))
         })
     }
 }

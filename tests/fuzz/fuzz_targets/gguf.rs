@@ -1,0 +1,14 @@
+//! Any bytes as a GGUF file: refused or read, never a panic and never memory beyond what the file justifies.
+#![no_main]
+
+#[path = "../read_model.rs"]
+mod read_model;
+
+use libfuzzer_sys::fuzz_target;
+use tenpak::input::Gguf;
+
+fuzz_target!(|data: &[u8]| {
+    if let Ok(model) = Gguf::from_bytes("fuzz", data.to_vec()) {
+        read_model::read(&model, data.len());
+    }
+});
