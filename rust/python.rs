@@ -23,6 +23,7 @@ use pyo3::prelude::*;
 use pyo3::types::PyDict;
 use regex::Regex;
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
 
 /// The class in `tenpak.errors` for each kind.
 fn exception(kind: Kind) -> &'static str {
@@ -45,9 +46,26 @@ fn to_py(py: Python<'_>, error: Error) -> PyErr {
     }
 }
 
+/// Runs `work` on a pool of `threads` (0: one for each core), which is kept for the next call.
 fn on_pool<T: Send>(threads: usize, work: impl FnOnce() -> crate::Result<T> + Send) -> crate::Result<T> {
-    let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build();
-    pool.map_err(|e| Error::new(Kind::Io, format!("cannot start {threads} threads: {e}")))?.install(work)
+    static POOLS: Mutex<Vec<(u32, usize, Arc<rayon::ThreadPool>)>> = Mutex::new(Vec::new());
+    // A forked child has none of its parent's threads, so it must not have its pools either.
+    let process = std::process::id();
+    let pool = {
+        let mut pools = POOLS.lock().unwrap_or_else(|e| e.into_inner());
+        match pools.iter().find(|(p, n, _)| (*p, *n) == (process, threads)) {
+            Some((_, _, pool)) => pool.clone(),
+            None => {
+                let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build();
+                let pool =
+                    pool.map_err(|e| Error::new(Kind::Io, format!("cannot start {threads} threads: {e}")))?;
+                let pool = Arc::new(pool);
+                pools.push((process, threads, pool.clone()));
+                pool
+            }
+        }
+    };
+    pool.install(work)
 }
 
 fn dtype_named(name: &str) -> crate::Result<Dtype> {

@@ -61,9 +61,8 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.json:
         print_json(about | {"codecs": rows})
         return
-    print(
-        f"{about['source']}: {weights:,} weights in {len(tensors)} tensors, {about['threads']} threads, {about['simd']}\n"
-    )
+    print(f"{about['source']}: {weights:,} weights in {len(tensors)} tensors")
+    print(f"{about['threads']} threads, {about['simd']}\n")
     print(
         table(
             ["codec", "bits/weight", "FP32", "error", "encode Mw/s", "±%", "decode Mw/s", "±%"],
