@@ -118,6 +118,11 @@ impl Model for Folder {
     }
 }
 
+/// Whether that is the name of a file beside the weights.
+pub(super) fn is_sidecar(path: &Path) -> bool {
+    path.file_name().is_some_and(|name| SIDECARS.iter().any(|known| name == *known))
+}
+
 /// Name to shard, as the index has it.
 type WeightMap = BTreeMap<String, String>;
 

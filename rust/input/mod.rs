@@ -114,9 +114,16 @@ pub fn open(path: &Path) -> Result<Box<dyn Model>> {
         )));
     }
     let text = head.strip_prefix(b"\xef\xbb\xbf").unwrap_or(&head);
-    let first = text.iter().find(|b| !b.is_ascii_whitespace());
-    if matches!(first, Some(b'{' | b'[')) || has_extension(path, &["json"]) {
-        return Ok(Box::new(Bundle::open(path)?));
+    let object = text.iter().find(|b| !b.is_ascii_whitespace()) == Some(&b'{');
+    if object || has_extension(path, &["json"]) {
+        return match Bundle::open(path) {
+            Ok(bundle) => Ok(Box::new(bundle)),
+            Err(_) if huggingface::is_sidecar(path) => Err(Error::usage(format!(
+                "{}: this is one of the small files of a Hugging Face model; give its folder",
+                path.display()
+            ))),
+            Err(e) => Err(e),
+        };
     }
     Err(Error::input(format!(
         "{}: not a model that can be read; give a .safetensors, .gguf or JSON bundle file, or a Hugging Face folder",

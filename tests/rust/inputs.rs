@@ -308,6 +308,19 @@ fn both_forms_of_a_bundle_give_the_same_tensors() {
     assert!(long.notes().is_empty());
 }
 
+#[test]
+fn large_bundles_are_read_with_a_word_and_vast_ones_are_not() {
+    let mut large = vec![b' '; 100_000_001];
+    large.extend(br#"{"tensors":{"w":{"shape":[1],"data":[1]}}}"#);
+    let model = Bundle::from_bytes("large.json", large).unwrap();
+    let [note] = &model.notes()[..] else { panic!("one note") };
+    assert!(note.contains("large.json is 100 MB") && note.contains("safetensors"), "{note}");
+    let dir = TempDir::new().unwrap();
+    let path = dir.path().join("vast.json");
+    fs::File::create(&path).unwrap().set_len((1 << 30) + 1).unwrap();
+    refused(input::open(&path), Kind::Input, &["1073741825 bytes", "1024 MiB", "safetensors"], "vast");
+}
+
 // GGUF
 
 /// Writes a GGUF file piece by piece, right or wrong.
@@ -713,6 +726,8 @@ fn open_knows_formats_by_their_contents() {
         ("y.gguf", b"else", Kind::Input, &["GGUF"]),
         ("y.txt", b"hello", Kind::Input, &["not a model"]),
         ("y.json", b"hello", Kind::Input, &["line 1, column 1"]),
+        ("y.toml", b"[package]", Kind::Input, &["not a model"]),
+        ("tokenizer.json", b"{\"version\":\"1.0\"}", Kind::Usage, &["give its folder"]),
         ("y.safetensors.index.json", b"{}", Kind::Usage, &["give its folder"]),
         ("empty.json", b"", Kind::Input, &["empty"]),
         ("empty", b"", Kind::Input, &["empty"]),
@@ -733,7 +748,7 @@ fn an_unreadable_file_is_one_sentence() {
     use std::os::unix::fs::PermissionsExt;
     let dir = folder(&[("a.json", b"{}")]);
     let path = dir.path().join("a.json");
-    fs::set_permissions(&path, fs::Permissions::from_mode(0)).unwrap();
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o000)).unwrap();
     // The superuser reads it all the same.
     if fs::read(&path).is_err() {
         refused(input::open(&path), Kind::Io, &["a.json", "ermission"], "unreadable");
