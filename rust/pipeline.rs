@@ -31,6 +31,8 @@ fn supervised<T: Send>(
     progress: Progress<'_>,
     work: impl FnOnce(&Meter) -> Result<T> + Send,
 ) -> Result<T> {
+    // A caller that wants no work, or an interrupt that came meanwhile, is heard before any is done.
+    progress(0, total)?;
     let pool = rayon::ThreadPoolBuilder::new()
         .num_threads(threads)
         .build()

@@ -3,7 +3,7 @@
 use crate::codec::Codec;
 use crate::error::{Error, Result};
 use crate::input::{Model, TensorInfo};
-use crate::tensor::Rows;
+use crate::tensor::{Dtype, Rows};
 use regex::Regex;
 use std::collections::HashMap;
 
@@ -37,8 +37,8 @@ pub enum Role {
     Linear,
     /// An embedding, or an output head.
     Embedding,
-    /// Norms, biases, buffers and all else.
-    Other,
+    /// Norms, biases, buffers and all else, by the reason to keep them.
+    Other(&'static str),
 }
 
 /// What happens to a tensor.
@@ -68,6 +68,8 @@ const SMALL: &str = "norm, bias or scalar";
 const NOT_LINEAR: &str = "more than three dimensions";
 const NO_WEIGHTS: &str = "not F32, F16 or BF16";
 const ROUTER: &str = "router";
+const CONVOLUTION: &str = "convolution";
+const STATE_SPACE: &str = "state-space parameter";
 const NO_GAIN: &str = "too small to gain anything";
 
 /// Decides about every tensor of `model`.
@@ -107,13 +109,11 @@ fn decide(info: &TensorInfo, layouts: &Layouts, options: &Options) -> Result<Dec
         }
         Some(Choice::Codec(codec)) => Action::Encode(codec),
         None if !is_weight => Action::Keep(NO_WEIGHTS),
-        None if info.shape.len() < 2 => Action::Keep(SMALL),
         None => match (role, options.embeddings) {
+            (Role::Other(reason), _) => Action::Keep(reason),
             (Role::Embedding, Choice::Keep) => Action::Keep(ASKED),
             (Role::Embedding, Choice::Codec(codec)) => worthwhile(info, axis, codec)?,
             (Role::Linear, _) => worthwhile(info, axis, options.codec)?,
-            (Role::Other, _) if is_router(&info.name) => Action::Keep(ROUTER),
-            (Role::Other, _) => Action::Keep(NOT_LINEAR),
         },
     };
     if matches!(action, Action::Encode(_)) {
@@ -154,14 +154,21 @@ const EMBEDDINGS: &[&str] = &[
 fn role(info: &TensorInfo) -> Role {
     let module = info.name.strip_suffix(".weight").unwrap_or(&info.name);
     let (parent, last) = module.rsplit_once('.').unwrap_or(("", module));
+    let rank = info.shape.len();
     // `output` is a head at the top of a model and a linear layer inside it.
-    if info.shape.len() == 2 && EMBEDDINGS.contains(&last) && (last != "output" || parent.is_empty()) {
+    if rank == 2 && EMBEDDINGS.contains(&last) && (last != "output" || parent.is_empty()) {
         return Role::Embedding;
     }
-    if !(2..=3).contains(&info.shape.len()) || is_router(&info.name) {
-        return Role::Other;
+    match rank {
+        // Experts' biases and norms by attention head have two dimensions.
+        0 | 1 => Role::Other(SMALL),
+        _ if last.contains("bias") || last.contains("norm") => Role::Other(SMALL),
+        _ if is_router(&info.name) => Role::Other(ROUTER),
+        _ if last == "A_log" => Role::Other(STATE_SPACE),
+        3 if last.contains("conv") => Role::Other(CONVOLUTION),
+        2 | 3 => Role::Linear,
+        _ => Role::Other(NOT_LINEAR),
     }
-    Role::Linear
 }
 
 /// Routers choose among experts: tiny, and sensitive.
@@ -261,7 +268,7 @@ fn refuse_left_out(tensors: &[TensorInfo], decisions: &[Decision]) -> Result<()>
     let left_out: Vec<&str> = tensors
         .iter()
         .zip(decisions)
-        .filter(|(t, _)| t.shape.len() >= 2)
+        .filter(|(t, _)| t.shape.len() >= 2 && is_float(t.encoding.dtype()))
         .filter(|(_, d)| matches!(d.action, Action::Keep(reason) if reason != ASKED))
         .map(|(t, _)| t.name.as_str())
         .collect();
@@ -275,4 +282,9 @@ fn refuse_left_out(tensors: &[TensorInfo], decisions: &[Decision]) -> Result<()>
         "--strict: {} would be left out: {shown}{and_more}; name a codec or `keep` for them with --rule",
         if left_out.len() == 1 { "one weight".to_owned() } else { format!("{} weights", left_out.len()) },
     )))
+}
+
+/// Masks and indexes are integers, and nothing that could be quantised.
+fn is_float(dtype: Dtype) -> bool {
+    dtype.is_weight() || matches!(dtype, Dtype::F64 | Dtype::F8_E4M3 | Dtype::F8_E5M2)
 }

@@ -359,11 +359,13 @@ pub fn decode(
         let row_bytes = layout.parts.iter().map(|part| part.row_bytes(rows.cols));
         parts.iter().zip(row_bytes).map(|(bytes, row)| &bytes[first * row..(first + n) * row]).collect()
     };
+    let largest = dtype.largest();
     let rebuild = |first: usize, n: usize, weights: &mut [f32]| {
         (layout.decode)(level, &strip_parts(first, n), rows.cols, weights);
         if exponent != 0 {
             let factor = power_of_two(exponent);
-            weights.iter_mut().for_each(|w| *w *= factor);
+            // The levels of a group may reach a little beyond the largest weight that the dtype holds.
+            weights.iter_mut().for_each(|w| *w = (*w * factor).clamp(-largest, largest));
         }
     };
 

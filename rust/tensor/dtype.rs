@@ -56,6 +56,16 @@ impl Dtype {
         matches!(self, Dtype::F32 | Dtype::F16 | Dtype::BF16)
     }
 
+    /// The largest finite weight: that of FP32 for dtypes that hold no weights.
+    pub const fn largest(self) -> f32 {
+        match self {
+            Dtype::F16 => 65504.0,
+            // All bits of the significand that it has.
+            Dtype::BF16 => f32::from_bits(0x7f7f_0000),
+            _ => f32::MAX,
+        }
+    }
+
     /// Appends `values` in this dtype, rounded to nearest even.
     ///
     /// # Errors

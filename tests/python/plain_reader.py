@@ -180,7 +180,8 @@ class PlainReader:
         for part, dtype, per_row in layout:
             arrays[part] = np.frombuffer(self.part(parts[part]), dtype).reshape(rows, per_row(cols))
         unit = np.float32(2.0 ** tensor["params"].get("exponent", 0))
-        weights = rebuild(arrays, cols).astype(np.float32) * unit
+        largest = np.float32(65504) if tensor["dtype"] == "F16" else np.finfo(np.float32).max
+        weights = np.clip(rebuild(arrays, cols).astype(np.float32) * unit, -largest, largest)
         return weights.reshape(outer, inner, cols).swapaxes(1, 2).reshape(shape)
 
 
