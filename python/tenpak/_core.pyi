@@ -1,18 +1,32 @@
 # The extension's interface; `python -m mypy.stubtest tenpak._core` checks it against what was built.
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, final
 
-from typing_extensions import Buffer
+from numpy.typing import NDArray
 
+__all__ = [
+    "ArtifactFile",
+    "__version__",
+    "codecs",
+    "compress",
+    "decode",
+    "decompress",
+    "encode",
+    "exit_codes",
+    "output_format",
+    "part_shapes",
+    "simd",
+]
 __version__: str
+_Buffer = bytes | bytearray | memoryview | NDArray[Any]
 
 @final
 class ArtifactFile:
     def __new__(cls, path: str) -> ArtifactFile: ...
-    def __buffer__(self, flags: int, /) -> memoryview: ...
+    # Also a read-only buffer over the file; stubs can say that only from Python 3.12 on.
     def index(self) -> str: ...
     def resolve(self, name: str) -> str: ...
-    def decode(self, name: str, dtype: str, threads: int, out: Buffer) -> None: ...
+    def decode(self, name: str, dtype: str, threads: int, out: _Buffer) -> None: ...
     def check(self, name: str, part: str | None) -> None: ...
     def verify(self, progress: Callable[[int, int], object] | None) -> tuple[int, int, int, int]: ...
 
@@ -22,7 +36,7 @@ def exit_codes() -> list[tuple[str, int]]: ...
 def output_format(path: str) -> str: ...
 def part_shapes(codec: str, shape: list[int], axis: int) -> list[tuple[str, str, int, int]]: ...
 def encode(
-    data: Buffer,
+    data: _Buffer,
     dtype: str,
     shape: list[int],
     axis: int,
@@ -30,20 +44,20 @@ def encode(
     importance: list[float] | None,
     measure: bool,
     threads: int,
-    parts: list[Buffer],
+    parts: Sequence[_Buffer],
 ) -> tuple[int, float, float]: ...
 def decode(
     codec: str,
     exponent: int,
     shape: list[int],
     axis: int,
-    parts: list[Buffer],
+    parts: Sequence[_Buffer],
     dtype: str,
     threads: int,
-    out: Buffer,
+    out: _Buffer,
 ) -> None: ...
 def compress(
-    source: str | list[tuple[str, str, list[int], Buffer]],
+    source: str | list[tuple[str, str, list[int], _Buffer]],
     target: str,
     codec: str,
     embeddings: str,

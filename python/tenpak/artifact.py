@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
@@ -136,22 +136,22 @@ class ArtifactFile:
 
         They keep the file mapped, also after `close`.
         """
-        info, core = self.info(name), self._open()
+        info, core, data = self.info(name), self._open(), self._bytes()
         views = {}
         for part in info.parts:
             core.check(info.name, part.name)
             kind = dtypes.stored(part.dtype)
             count = part.nbytes // kind.itemsize
-            views[part.name] = np.frombuffer(core, kind, count, part.offset).reshape(part.shape)
+            views[part.name] = np.frombuffer(data, kind, count, part.offset).reshape(part.shape)
         return views
 
     def file(self, path: str) -> bytes:
         """An embedded file, after checking its bytes."""
         if path not in self._files:
             raise UsageError(f"no file {path!r} is embedded; there are {', '.join(self._files) or 'none'}")
-        at, core = self._files[path], self._open()
-        core.check(path, None)
-        return memoryview(core)[at["off"] : at["off"] + at["len"]].tobytes()
+        at = self._files[path]
+        self._open().check(path, None)
+        return self._bytes()[at["off"] : at["off"] + at["len"]].tobytes()
 
     def verify(self, progress: Callable[[int, int], object] | None = None) -> int:
         """Checks every byte of the file and returns their number; `ArtifactError` names the first damage.
@@ -168,6 +168,10 @@ class ArtifactFile:
         if self._core is None:
             raise UsageError(f"{self.path} has been closed")
         return self._core
+
+    def _bytes(self) -> memoryview:
+        # The extension's type is a buffer, which its stub can say only from Python 3.12 on.
+        return memoryview(cast(Any, self._open()))
 
     def __enter__(self) -> ArtifactFile:
         return self

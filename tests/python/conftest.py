@@ -5,9 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from support import DATA
-
 import tenpak
+from support import DATA
 
 
 @pytest.fixture(params=["tiny-llama", "tiny-gpt2"])

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import tenpak
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from support import gaussian, relative_error
-
-import tenpak
 
 CODECS = [codec.name for codec in tenpak.codecs()]
 every_codec = pytest.mark.parametrize("codec", CODECS)

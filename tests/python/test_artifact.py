@@ -6,9 +6,8 @@ import json
 
 import numpy as np
 import pytest
-from support import gaussian, relative_error
-
 import tenpak
+from support import gaussian, relative_error
 
 UP = "model.layers.0.mlp.up_proj.weight"
 

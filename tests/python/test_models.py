@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 
 import numpy as np
 import pytest
-from support import DATA, files_in, gaussian, relative_error, write_bundle
-
 import tenpak
+from support import DATA, files_in, gaussian, relative_error, write_bundle
 
 CODECS = [codec.name for codec in tenpak.codecs()]
 
@@ -332,6 +332,23 @@ def test_a_callback_may_end_the_work(tmp_path, llama):
     seen = []
     report = tenpak.compress(llama, tmp_path / "m.tenpak", progress=lambda done, total: seen.append((done, total)))
     assert seen[-1] == (report.weights, report.weights)
+
+
+def test_a_signal_ends_the_work_as_python_code_expects(tmp_path):
+    arrays = {f"layers.{i}.weight": gaussian(2048, 2048, seed=i) for i in range(4)}
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    previous = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.2)
+        with pytest.raises(KeyboardInterrupt):
+            tenpak.compress(arrays, tmp_path / "m.tenpak", "int4_lut16_v1", threads=1)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, previous)
+    assert files_in(tmp_path) == set()
 
 
 def test_models_that_cannot_be_read(tmp_path, packed):

@@ -41,7 +41,7 @@ def run(arguments: argparse.Namespace) -> None:
         "simd": used,
         "simd_available": available,
     }
-    optional = []
+    optional: list[dict[str, str | None]] = []
     for packages, purpose, needs in _OPTIONAL:
         found = next((f"{p} {v}" for p in packages if (v := _version(p))), None)
         optional.append({"for": purpose, "installed": found, "install": f"pip install '{needs.split(' ')[0]}'"})
@@ -55,7 +55,7 @@ def run(arguments: argparse.Namespace) -> None:
     print(
         table(
             ["optional", "installed", "to install"],
-            [[o["for"], o["installed"] or "no", o["install"]] for o in optional],
+            [[o["for"] or "", o["installed"] or "no", o["install"] or ""] for o in optional],
         )
     )
 
