@@ -83,7 +83,10 @@ def main(argv: list[str] | None = None) -> int:
         return _fail("not enough memory", codes["StorageError"])
     except OSError as error:
         return _fail(str(error), codes["StorageError"])
-    except Exception as error:
+    except SystemExit:
+        raise
+    except BaseException as error:
+        # A panic of the extension is no `Exception`.
         if os.environ.get("TENPAK_DEBUG"):
             raise
         return _fail(f"internal error ({type(error).__name__}: {error}); TENPAK_DEBUG=1 shows where", 1)

@@ -12,6 +12,7 @@ of weights a second: the median of --repeat runs, and half their range. The erro
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import platform
 import statistics
@@ -54,7 +55,10 @@ def run(arguments: argparse.Namespace) -> None:
         "weights": weights,
         "threads": arguments.threads or os.cpu_count(),
         "simd": _core.simd()[0],
-        "machine": platform.processor() or platform.machine(),
+        "cpu": _cpu(),
+        "cores": os.cpu_count(),
+        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "python": platform.python_version(),
         "tenpak": tenpak.__version__,
         "numpy": np.__version__,
     }
@@ -62,7 +66,8 @@ def run(arguments: argparse.Namespace) -> None:
         print_json(about | {"codecs": rows})
         return
     print(f"{about['source']}: {weights:,} weights in {len(tensors)} tensors")
-    print(f"{about['threads']} threads, {about['simd']}\n")
+    print(f"{about['cpu']}, {about['cores']} cores; {about['threads']} threads, {about['simd']}")
+    print(f"{about['system']}, Python {about['python']}, tenpak {about['tenpak']}, numpy {about['numpy']}\n")
     print(
         table(
             ["codec", "bits/weight", "FP32", "error", "encode Mw/s", "±%", "decode Mw/s", "±%"],
@@ -118,6 +123,15 @@ def _measure(name: str, tensors: list[tuple[NDArray[Any], int]], arguments: argp
 def _speed(weights: int, seconds: list[float]) -> tuple[float, float]:
     median = statistics.median(seconds)
     return weights / median / 1e6, 50 * (max(seconds) - min(seconds)) / median
+
+
+def _cpu() -> str:
+    """The processor's name, where the system says it."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
 
 
 def _gaussian(text: str) -> list[tuple[NDArray[Any], int]]:

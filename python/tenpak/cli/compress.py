@@ -119,13 +119,12 @@ def _text(report: CompressReport, arguments: argparse.Namespace) -> str:
             )
         )
     blocks.append(table(["codec", "tensors", "weights", "bytes", "bits/weight", "error"], rows))
+    tensors, bits = sum(g.tensors for g in quantised), report.quantised_bits_per_weight
+    smaller = f", {times(32 / bits)} smaller than FP32, {times(16 / bits)} than FP16" if bits else ""
+    whole = f", {times(report.compression_fp32)} smaller than FP32, {times(report.compression_fp16)} than FP16"
     summary = [
-        (
-            "quantised",
-            f"{number(report.quantised_bits_per_weight)} bits/weight in {sum(g.tensors for g in quantised)} tensors",
-        ),
-        ("whole file", f"{number(report.file_bits_per_weight)} bits/weight, {size(report.file_bytes)}"),
-        ("smaller than", f"FP32 {times(report.compression_fp32)}, FP16 {times(report.compression_fp16)}"),
+        ("quantised", f"{count(tensors)} tensors, {number(bits)} bits/weight{smaller}"),
+        ("whole file", f"{size(report.file_bytes)}, {number(report.file_bits_per_weight)} bits/weight{whole}"),
     ]
     if report.relative_error is not None:
         summary.append(("relative squared error", error(report.relative_error)))
@@ -137,6 +136,7 @@ def _text(report: CompressReport, arguments: argparse.Namespace) -> str:
     else:
         summary.append(("time", speed))
         summary.append(("written", arguments.output))
+        summary.append(("root", report.root))
     blocks.append(pairs(summary))
     return "\n\n".join(blocks)
 

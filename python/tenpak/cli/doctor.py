@@ -18,7 +18,7 @@ from tenpak.cli.table import pairs, print_json, table
 
 #: Packages, what they are for, and the extra that brings them.
 _OPTIONAL = (
-    (("cupy-cuda13x", "cupy-cuda12x", "cupy"), "NVIDIA GPUs", "tenpak[cuda13] (or cuda12, by your driver)"),
+    (("cupy-cuda13x", "cupy-cuda12x", "cupy"), "NVIDIA GPUs (from a later version on)", "tenpak[cuda13] (or cuda12, by your driver)"),
     (("torch",), "load_state_dict(framework='torch')", "tenpak[torch]"),
     (("transformers",), "running restored folders", "tenpak[hf]"),
     (("safetensors",), "reading restored files elsewhere", "tenpak[hf]"),
