@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import reseal
 import tenpak
+from plain_reader import crc32c
 from support import COMMAND, DATA, files_in, gaussian, tenpak_command, write_bundle
 
 COMMANDS = ["compress", "decompress", "inspect", "verify", "bench", "codecs", "doctor"]
@@ -184,8 +186,20 @@ def failing(tmp_path: Path, packed: Path) -> dict[str, tuple[int, list[object], 
     nan[1, 2] = np.nan
     damaged = tmp_path / "damaged.tenpak"
     damaged.write_bytes(packed.read_bytes()[:-1])
-    newer = tmp_path / "newer.bin"
-    newer.write_bytes(b"PK\x03\x04" + bytes(200))
+    flipped = tmp_path / "flipped.tenpak"
+    data = bytearray(packed.read_bytes())
+    data[tenpak.open(packed).info(UP).parts[0].offset] ^= 1
+    flipped.write_bytes(data)
+    newer = tmp_path / "newer.tenpak"
+    header = data[:8] + struct.pack("<I", 2) + data[12:60]
+    newer.write_bytes(header + struct.pack("<I", crc32c(header)) + data[64:])
+    pickle = tmp_path / "model.bin"
+    pickle.write_bytes(b"PK\x03\x04" + bytes(200))
+    malformed = tmp_path / "malformed.safetensors"
+    malformed.write_bytes(struct.pack("<Q", 1 << 60) + b"{}")
+    sound = write_bundle(tmp_path / "sound.json", w=gaussian(8, 64))
+    link = tmp_path / "link.json"
+    link.symlink_to(sound)
     (tmp_path / "broken.json").write_text('{"tensors":{"w":{"shape":[2],"data":[1]}}}')
     np.save(tmp_path / "a.npy", nan)
     llama, new = DATA / "tiny-llama", tmp_path / "new.tenpak"
@@ -198,13 +212,19 @@ def failing(tmp_path: Path, packed: Path) -> dict[str, tuple[int, list[object], 
         "threads": (2, [*to_new, "--threads", 0], "--threads"),
         "axis": (2, [*to_new, "--input-axis", "proj=7"], "axis"),
         "exists": (2, ["compress", "-i", llama, "-o", packed], "--force"),
+        "the input": (2, ["compress", "-i", sound, "-o", sound, "--force"], "is the input"),
+        "a link to the input": (2, ["compress", "-i", sound, "-o", link, "--force"], "is the input"),
         "no such tensor": (2, ["inspect", packed, "--tensor", UP[:-2]], UP),
         "json": (3, ["compress", "-i", tmp_path / "broken.json", "-o", new], "broken.json"),
+        "safetensors": (3, ["compress", "-i", malformed, "-o", new], "malformed.safetensors"),
         "no model": (3, ["compress", "-i", Path(__file__), "-o", new], "test_cli.py"),
         "damaged": (4, ["verify", damaged], "damaged.tenpak"),
         "damaged too": (4, ["inspect", damaged], "damaged.tenpak"),
+        "a flipped bit": (4, ["verify", flipped], UP),
+        "a flipped bit too": (4, ["decompress", "-i", flipped, "-o", tmp_path / "x"], UP),
         "no artifact": (4, ["decompress", "-i", llama / "config.json", "-o", tmp_path / "x"], "config.json"),
-        "pickle": (5, ["compress", "-i", newer, "-o", new], "safetensors"),
+        "newer": (5, ["inspect", newer], "version 2"),
+        "pickle": (5, ["compress", "-i", pickle, "-o", new], "safetensors"),
         "numpy": (5, ["compress", "-i", tmp_path / "a.npy", "-o", new], "NumPy"),
         "absent": (6, ["compress", "-i", tmp_path / "absent", "-o", new], "absent"),
         "no folder": (6, ["compress", "-i", llama, "-o", tmp_path / "none" / "m.tenpak"], "none"),
