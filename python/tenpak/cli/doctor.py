@@ -18,7 +18,7 @@ from tenpak.cli.table import pairs, print_json, table
 
 #: Packages, what they are for, and the extra that brings them.
 _OPTIONAL = (
-    (("cupy-cuda13x", "cupy-cuda12x", "cupy"), "NVIDIA GPUs (from a later version on)", "tenpak[cuda13] (or cuda12, by your driver)"),
+    (("cupy-cuda13x", "cupy-cuda12x", "cupy"), "NVIDIA GPUs (from a later version on)", "tenpak[cuda13]"),
     (("torch",), "load_state_dict(framework='torch')", "tenpak[torch]"),
     (("transformers",), "running restored folders", "tenpak[hf]"),
     (("safetensors",), "reading restored files elsewhere", "tenpak[hf]"),
@@ -44,7 +44,7 @@ def run(arguments: argparse.Namespace) -> None:
     optional: list[dict[str, str | None]] = []
     for packages, purpose, needs in _OPTIONAL:
         found = next((f"{p} {v}" for p in packages if (v := _version(p))), None)
-        optional.append({"for": purpose, "installed": found, "install": f"pip install '{needs.split(' ')[0]}'"})
+        optional.append({"for": purpose, "installed": found, "install": f"pip install '{needs}'"})
     if arguments.json:
         print_json(about | {"optional": optional})
         return
