@@ -6,7 +6,13 @@ from pathlib import Path
 
 import pytest
 import tenpak
-from support import DATA
+from support import DATA, PARTS, REQUIRED
+
+
+def pytest_configure() -> None:
+    if unknown := REQUIRED - set(PARTS):
+        # A part that is spelled wrong would never be missed.
+        raise pytest.UsageError(f"TENPAK_REQUIRE: no part {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
 
 
 @pytest.fixture(params=["tiny-llama", "tiny-gpt2"])

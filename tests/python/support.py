@@ -18,22 +18,29 @@ DATA = ROOT / "tests" / "data"
 REFERENCE = Path(os.environ.get("TENPAK_REFERENCE", ROOT.parent / "shared")) / "models"
 
 
+def _missing(extra: str, *packages: str) -> str | None:
+    absent = [package for package in packages if importlib.util.find_spec(package) is None]
+    return f"{', '.join(absent)} not installed; pip install 'tenpak[{extra}]'" if absent else None
+
+
+#: Parts that a machine may lack: each says what is absent, or None.
+PARTS = {
+    "torch": lambda: _missing("torch,hf", "torch", "transformers"),
+    "reference": lambda: (
+        None if REFERENCE.is_dir() else f"no reference models at {REFERENCE}; TENPAK_REFERENCE says where they are"
+    ),
+}
+REQUIRED = set(filter(None, os.environ.get("TENPAK_REQUIRE", "").split(",")))
+
+
 def require(part: str) -> None:
     """Skips the test, saying why, where a part is absent; TENPAK_REQUIRE=part,part makes that a failure."""
-    reason = {
-        "torch": lambda: _missing("torch", "transformers"),
-        "reference": lambda: None if REFERENCE.is_dir() else f"no reference models at {REFERENCE}",
-    }[part]()
+    reason = PARTS[part]()
     if reason is None:
         return
-    if part in os.environ.get("TENPAK_REQUIRE", "").split(","):
+    if part in REQUIRED:
         pytest.fail(f"TENPAK_REQUIRE asks for {part}: {reason}")
     pytest.skip(reason)
-
-
-def _missing(*packages: str) -> str | None:
-    absent = [package for package in packages if importlib.util.find_spec(package) is None]
-    return f"{', '.join(absent)} not installed" if absent else None
 
 
 @dataclass
