@@ -362,3 +362,15 @@ def test_models_that_cannot_be_read(tmp_path, packed):
         tenpak.compress(tmp_path / "pytorch_model.bin", tmp_path / "m.tenpak")
     with pytest.raises(tenpak.UsageError, match="already compressed"):
         tenpak.compress(packed, tmp_path / "m.tenpak")
+
+
+def test_a_state_dict_has_the_dtype_that_is_asked_for(tmp_path):
+    arrays = {"w": gaussian(8, 64, dtype=np.float16), "norm": gaussian(64), "positions": np.arange(5)}
+    tenpak.compress(arrays, tmp_path / "m.tenpak")
+    own = tenpak.load_state_dict(tmp_path / "m.tenpak")
+    assert {name: value.dtype for name, value in own.items()} == {name: a.dtype for name, a in arrays.items()}
+    wide = tenpak.load_state_dict(tmp_path / "m.tenpak", np.float32)
+    assert [wide[name].dtype for name in ("w", "norm", "positions")] == [np.float32, np.float32, np.int64]
+    assert np.array_equal(wide["w"].astype(np.float16), own["w"])
+    with pytest.raises(tenpak.UsageError, match="jax"):
+        tenpak.load_state_dict(tmp_path / "m.tenpak", framework="jax")
