@@ -93,7 +93,8 @@ mod tests {
         let shape = vec![3usize, 4, 5];
         let values: Vec<f32> = (0..60u8).map(f32::from).collect();
         let bytes: Vec<u8> = values.iter().flat_map(|v| v.to_le_bytes()).collect();
-        let tensor = Tensor { shape: shape.clone(), encoding: Encoding::Plain(Dtype::F32), bytes: bytes.into() };
+        let tensor =
+            Tensor { shape: shape.clone(), encoding: Encoding::Plain(Dtype::F32), bytes: bytes.into() };
         for axis in 0..3 {
             let rows = Rows::new(&shape, axis).unwrap();
             assert_eq!(rows.len(), 60);

@@ -17,9 +17,7 @@ const RUNS: usize = 7;
 fn gaussian(n: usize) -> Vec<f32> {
     let mut state = 0x9E37_79B9_7F4A_7C15u64;
     let mut uniform = move || {
-        state = state
-            .wrapping_mul(6364136223846793005)
-            .wrapping_add(1442695040888963407);
+        state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
         ((state >> 40) as f32 + 0.5) / (1u64 << 24) as f32
     };
     (0..n)
@@ -37,32 +35,17 @@ fn seconds(mut f: impl FnMut()) -> (f64, f64) {
         })
         .collect();
     times.sort_by(f64::total_cmp);
-    (
-        times[RUNS / 2],
-        (times[RUNS - 1] - times[0]) / times[RUNS / 2],
-    )
+    (times[RUNS / 2], (times[RUNS - 1] - times[0]) / times[RUNS / 2])
 }
 
 fn main() {
-    let filter = std::env::args()
-        .nth(1)
-        .filter(|a| !a.starts_with("--"))
-        .unwrap_or_default();
-    let threads = std::env::var("THREADS")
-        .ok()
-        .and_then(|t| t.parse().ok())
-        .unwrap_or(1);
-    let pool = rayon::ThreadPoolBuilder::new()
-        .num_threads(threads)
-        .build()
-        .expect("a thread pool");
+    let filter = std::env::args().nth(1).filter(|a| !a.starts_with("--")).unwrap_or_default();
+    let threads = std::env::var("THREADS").ok().and_then(|t| t.parse().ok()).unwrap_or(1);
+    let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().expect("a thread pool");
     let n = ROWS * COLS;
     let weights = gaussian(n);
     let tensor = runner::tensor_of(&[ROWS, COLS], &weights);
-    println!(
-        "{ROWS} x {COLS} Gaussian FP32, {threads} thread(s), {}",
-        Level::detect().name()
-    );
+    println!("{ROWS} x {COLS} Gaussian FP32, {threads} thread(s), {}", Level::detect().name());
 
     // Plain copies of as many bytes: four floats become three bytes each way.
     let mut small = runner::zeroed(n * 3 / 4);
@@ -89,15 +72,14 @@ fn main() {
     pool.install(|| {
         for codec in codec::ALL.iter().filter(|c| c.name.contains(&filter)) {
             let mut encoded = runner::encode(&tensor, 1, codec, None, true).expect("encodes");
-            let mut parts: Vec<&mut [u8]> =
-                encoded.parts.iter_mut().map(Vec::as_mut_slice).collect();
+            let mut parts: Vec<&mut [u8]> = encoded.parts.iter_mut().map(Vec::as_mut_slice).collect();
             let (t, spread) = seconds(|| {
-                runner::encode_into(&tensor, 1, codec, runner::Options::default(), &mut parts).expect("encodes");
+                runner::encode_into(&tensor, 1, codec, runner::Options::default(), &mut parts)
+                    .expect("encodes");
             });
             let parts: Vec<&[u8]> = encoded.parts.iter().map(Vec::as_slice).collect();
             let (d, _) = seconds(|| {
-                runner::decode(codec, 0, &[ROWS, COLS], 1, &parts, Dtype::F32, &mut large)
-                    .expect("decodes");
+                runner::decode(codec, 0, &[ROWS, COLS], 1, &parts, Dtype::F32, &mut large).expect("decodes");
             });
             println!(
                 "{:20} {:8.1} Mw/s ±{:2.0} %  decode {:8.0} Mw/s  error {:.3}e-3",
