@@ -151,7 +151,7 @@ def test_search_beats_min_max_at_the_same_size():
 
 
 def test_bfloat16_arrays():
-    ml_dtypes = pytest.importorskip("ml_dtypes")
+    ml_dtypes = pytest.importorskip("ml_dtypes", reason="ml-dtypes is not installed")
     weights = gaussian(8, 64).astype(ml_dtypes.bfloat16)
     encoded = tenpak.encode(weights, "int8_sym_v1")
     assert encoded.dtype == "BF16"
