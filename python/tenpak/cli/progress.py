@@ -12,7 +12,7 @@ from tenpak.cli.table import duration, size
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """`--quiet` and `--progress`."""
     group = parser.add_mutually_exclusive_group()
-    group.add_argument("--quiet", action="store_true", help="no progress and no notes on standard error")
+    group.add_argument("--quiet", "-q", action="store_true", help="no progress and no notes on standard error")
     group.add_argument("--progress", action="store_true", help="show progress also where no person is watching")
 
 
