@@ -191,9 +191,10 @@ fn sync_folder(folder: &Path) {
     }
 }
 
+/// An I/O error that names `asked` where the file system of `folder` has too little space.
 #[cfg(unix)]
 #[allow(clippy::unnecessary_cast, reason = "the fields' types differ between systems")]
-fn check_space(folder: &Path, asked: &Path, needed: u64) -> Result<()> {
+pub(crate) fn check_space(folder: &Path, asked: &Path, needed: u64) -> Result<()> {
     use std::os::unix::ffi::OsStrExt;
     let Ok(path) = std::ffi::CString::new(folder.as_os_str().as_bytes()) else {
         return Err(Error::usage(format!("{} holds a zero byte", asked.display())));
@@ -222,6 +223,6 @@ fn check_space(folder: &Path, asked: &Path, needed: u64) -> Result<()> {
 }
 
 #[cfg(not(unix))]
-fn check_space(_: &Path, _: &Path, _: u64) -> Result<()> {
+pub(crate) fn check_space(_: &Path, _: &Path, _: u64) -> Result<()> {
     Ok(())
 }

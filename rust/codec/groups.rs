@@ -133,16 +133,19 @@ impl Grid {
         block: &Block,
     ) -> Weights<'d, G> {
         const { assert!(G.is_multiple_of(8)) };
+        if self.contiguous(block) {
+            let start = block.first * G;
+            for line in (0..LANES * G).step_by(LANES) {
+                s.prefetch(data.as_ptr().wrapping_add(start + line + AHEAD));
+            }
+            let groups = data[start..].as_chunks().0.first_chunk().expect("the block lies inside the data");
+            return Weights { data, starts: [0; LANES], len: G, together: Some(groups) };
+        }
         let mut starts = [0; LANES];
         for (l, start) in starts.iter_mut().enumerate() {
             *start = self.start(block, l);
         }
-        if self.contiguous(block) {
-            for line in (0..LANES * G).step_by(LANES) {
-                s.prefetch(data.as_ptr().wrapping_add(starts[0] + line + AHEAD));
-            }
-        }
-        Weights { data, starts, len: block.len }
+        Weights { data, starts, len: block.len, together: None }
     }
 
     /// Gathers the columns' importance: 1 where there is none, 0 behind the end of a shorter group.
@@ -186,12 +189,21 @@ pub struct Weights<'d, const G: usize> {
     data: &'d [f32],
     starts: [usize; LANES],
     len: usize,
+    /// The groups, where they follow one another.
+    together: Option<&'d [[f32; G]; LANES]>,
 }
 
 impl<const G: usize> Weights<'_, G> {
     /// Weights `8·c .. 8·c + 8` of every group; a shorter group is filled up with copies of its first.
     #[inline(always)]
     pub fn eight<S: Simd>(&self, s: S, c: usize) -> [S::F; 8] {
+        if let Some(groups) = self.together {
+            let mut runs = [&[0.0; 8]; LANES];
+            for (run, group) in runs.iter_mut().zip(groups) {
+                *run = &group.as_chunks().0[c];
+            }
+            return s.transpose8(runs);
+        }
         if self.len == G {
             let mut runs = [&[0.0; 8]; LANES];
             for (run, start) in runs.iter_mut().zip(self.starts) {

@@ -17,12 +17,13 @@ impl Fit for MinMax {
         range: &mut RangeLanes<S>,
     ) -> (S::F, S::F) {
         let first = x.eight(s, 0);
+        range.add(s, &first);
         let (mut low, mut high) = extent(s, &first);
-        for c in 0..G / 8 {
-            let eight = if c == 0 { first } else { x.eight(s, c) };
+        for c in 1..G / 8 {
+            let eight = x.eight(s, c);
+            range.add(s, &eight);
             let (l, h) = extent(s, &eight);
             (low, high) = (s.min(low, l), s.max(high, h));
-            range.add(s, &eight);
         }
         (round_f16(s, s.div(s.sub(high, low), s.splat(MAX_CODE))), round_f16(s, low))
     }

@@ -1,7 +1,7 @@
 //! The Hugging Face folder output: filled beside the target under another name, then put in its place in one step.
 
 use super::{Item, ModelWriter, Options, Progress, safetensors};
-use crate::atomic::AtomicFile;
+use crate::atomic::{AtomicFile, check_space};
 use crate::error::{Error, Kind, Result};
 use crate::input::Sidecar;
 use serde_json::json;
@@ -32,7 +32,12 @@ impl Writer {
     pub fn create(path: &Path, items: &[Item], sidecars: &[Sidecar], options: &Options) -> Result<Self> {
         let shards = shards(items, options.shard_bytes)?;
         check_paths(sidecars, &shards).map_err(|e| e.at(path.display()))?;
+        let mut needed = sidecars.iter().map(|s| s.bytes.len() as u64).sum::<u64>();
+        for item in items {
+            needed = needed.saturating_add(item.byte_len()?);
+        }
         let staging = Staging::create(path, options.force)?;
+        check_space(&staging.path, path, needed)?;
         for sidecar in sidecars {
             let mut file = staging.file(&sidecar.path)?;
             file.put(&sidecar.bytes)?;

@@ -13,9 +13,8 @@ import argparse
 
 import libgguf
 import numpy as np
-from harness import machine, measure_together, report
-
 import tenpak
+from harness import machine, measure_together, report
 
 #: ggml's number and name of each peer.
 PEERS = {2: "Q4_0", 3: "Q4_1", 8: "Q8_0", 12: "Q4_K", 20: "IQ4_NL"}
@@ -49,7 +48,9 @@ def main() -> None:
         out = libgguf.quantize_rows(weights, number)
         bits[name] = out.nbytes * 8 / weights.size
         rebuilt = libgguf.dequantize_rows(out, number, args.cols)
-        errors[name] = float(np.square(weights - np.asarray(rebuilt).reshape(weights.shape), dtype=np.float64).sum()) / norm
+        errors[name] = (
+            float(np.square(weights - np.asarray(rebuilt).reshape(weights.shape), dtype=np.float64).sum()) / norm
+        )
         calls[name] = lambda q=number, out=out: libgguf.quantize_rows_into_raw(
             q, weights, out, args.rows, args.cols, None
         )

@@ -114,9 +114,7 @@ def main() -> None:
                 tensors = {f"layers.{i}.{name}": shape for name, shape in layer.items()}
                 write_safetensors(large / shard, tensors, i)
                 weight_map |= dict.fromkeys(tensors, shard)
-            (large / "model.safetensors.index.json").write_text(
-                json.dumps({"metadata": {}, "weight_map": weight_map})
-            )
+            (large / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
             seconds, peak, result = compress(large, Path(folder) / "large.tenpak", "int4_opt_v1")
             bound = 4 * 4 * width * width + 200e6
             rows.append(

@@ -197,6 +197,21 @@ fn wrong_calls_are_usage_errors_and_leave_nothing() {
 }
 
 #[test]
+fn a_model_that_no_disk_holds_is_refused_before_any_work() {
+    let folder = tempfile::tempdir().unwrap();
+    let items: Vec<Item> = (0..1 << 10).map(|i| item(&format!("t{i}"), Dtype::F32, &[1 << 40])).collect();
+    for format in [Format::Safetensors, Format::Folder] {
+        let path = folder.path().join(format.name());
+        let options = Options { shard_bytes: 1, ..Options::default() };
+        let result = output::create(format, &path, &items, &[], &options).map(drop);
+        if cfg!(unix) {
+            refused(result, Kind::Io, &[format.name(), "MB are free"]);
+        }
+    }
+    assert!(names(folder.path()).is_empty());
+}
+
+#[test]
 fn an_existing_file_needs_force_and_outlives_a_failure() {
     let folder = tempfile::tempdir().unwrap();
     let (items, data) = example();
