@@ -12,7 +12,7 @@ use tenpak::tensor::Dtype;
 
 const ROWS: usize = 4096;
 const COLS: usize = 4096;
-const RUNS: usize = 7;
+const RUNS: usize = 15;
 
 fn gaussian(n: usize) -> Vec<f32> {
     let mut state = 0x9E37_79B9_7F4A_7C15u64;
