@@ -9,10 +9,12 @@
 //! - [`atomic`]: files that appear whole or not at all.
 //! - [`artifact`]: the `.tenpak` file, written in one pass and read with every byte checked.
 //! - [`input`] and [`output`]: the model formats around it.
+//! - [`calibration`]: statistics of layers' inputs, which some encoders heed.
 //! - [`plan`] and [`pipeline`]: which tensor gets which codec, and a whole model through all of the above.
 
 pub mod artifact;
 pub mod atomic;
+pub mod calibration;
 pub mod codec;
 pub mod error;
 pub mod input;

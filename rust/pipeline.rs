@@ -4,11 +4,12 @@
 //! or ask for an end. While one tensor is encoded the one before it is hashed and written; no more than those
 //! two are in memory.
 
+mod calibrated;
 mod compress;
 mod decompress;
 mod report;
 
-pub use compress::{CompressOptions, compress, dry_run};
+pub use compress::{CalibrationOptions, CompressOptions, compress, dry_run};
 pub use decompress::{DecompressOptions, decompress};
 pub use report::{CompressReport, DecompressReport, Group, TensorReport};
 

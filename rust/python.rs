@@ -5,18 +5,21 @@
 
 mod artifact;
 mod buffers;
+mod cholesky;
 mod memory;
 mod progress;
 
-use crate::codec::{self, Codec, Per};
+use crate::calibration::{Calibration, Encoder};
+use crate::codec::{self, Codec, Factor, OutputError, Per};
 use crate::error::{Error, Kind};
 use crate::input::{self, Model};
 use crate::output::{self, Format};
-use crate::pipeline::{self, CompressOptions, DecompressOptions};
+use crate::pipeline::{self, CalibrationOptions, CompressOptions, DecompressOptions};
 use crate::plan::{self, Choice};
 use crate::runner;
 use crate::tensor::{Dtype, Encoding, Rows, Tensor};
 use buffers::{Bytes, BytesMut};
+use cholesky::LAPACK;
 use memory::MemoryModel;
 use progress::Callback;
 use pyo3::prelude::*;
@@ -157,19 +160,35 @@ fn encode(
     axis: usize,
     codec: &str,
     importance: Option<Vec<f32>>,
+    second_moment: Option<Bytes>,
     measure: bool,
     threads: usize,
     mut parts: Vec<BytesMut>,
-) -> PyResult<(i32, f64, f64)> {
+) -> PyResult<(i32, f64, f64, Option<(f64, f64, f64)>)> {
     let done = py.detach(|| {
         let tensor =
             Tensor { shape, encoding: Encoding::Plain(dtype_named(dtype)?), bytes: data.as_slice().into() };
         let codec = codec::find(codec)?;
-        let options = runner::Options { importance: importance.as_deref(), measure, meter: None };
+        let factor = match &second_moment {
+            Some(moment) => {
+                let floats: Vec<f32> =
+                    moment.as_slice().as_chunks().0.iter().map(|b| f32::from_ne_bytes(*b)).collect();
+                Some(Factor::new(&floats, Rows::new(&tensor.shape, axis)?.cols, LAPACK)?)
+            }
+            None => None,
+        };
+        let options = runner::Options {
+            importance: importance.as_deref(),
+            factor: factor.as_ref(),
+            measure,
+            meter: None,
+        };
         let mut parts: Vec<&mut [u8]> = parts.iter_mut().map(BytesMut::as_mut_slice).collect();
         on_pool(threads, || runner::encode_into(&tensor, axis, codec, options, &mut parts))
     });
-    done.map(|o| (o.exponent, o.squared_error, o.squared_norm)).map_err(|e| to_py(py, e))
+    let output = |o: OutputError| (o.error, o.before, o.norm);
+    done.map(|o| (o.exponent, o.squared_error, o.squared_norm, o.output.map(output)))
+        .map_err(|e| to_py(py, e))
 }
 
 /// Rebuilds an array from the buffers of its parts.
@@ -225,6 +244,7 @@ fn compress(
     force: bool,
     strict: bool,
     dry_run: bool,
+    calibration: Option<(PathBuf, String)>,
     progress: Option<Py<PyAny>>,
 ) -> PyResult<String> {
     let callback = Callback::new(progress);
@@ -237,7 +257,16 @@ fn compress(
             strict,
         };
         let model = source.open()?;
-        let options = CompressOptions { plan, threads, force };
+        let calibration = match &calibration {
+            Some((path, encoder)) => Some((Calibration::open(path)?, Encoder::from_name(encoder)?)),
+            None => None,
+        };
+        let calibration = calibration.as_ref().map(|(statistics, encoder)| CalibrationOptions {
+            statistics,
+            encoder: *encoder,
+            cholesky: LAPACK,
+        });
+        let options = CompressOptions { plan, threads, force, calibration };
         let progress = |done, total| callback.call(done, total);
         if dry_run {
             pipeline::dry_run(&*model, &options, &progress)

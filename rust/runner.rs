@@ -9,7 +9,7 @@ mod error_sums;
 pub use buffer::zeroed;
 
 use crate::codec::simd::Level;
-use crate::codec::{Codec, EXPONENTS, Range, Strip};
+use crate::codec::{Codec, EXPONENTS, FEEDBACK_ROWS, Factor, OutputError, Range, Strip};
 use crate::error::{Error, Kind, Result};
 use crate::tensor::{Dtype, Encoding, Rows, Tensor};
 use error_sums::error_sums;
@@ -26,8 +26,11 @@ const MIN_TRANSPOSED_ROWS: usize = 32;
 /// How to encode.
 #[derive(Clone, Copy, Default)]
 pub struct Options<'a> {
-    /// One positive weight per column; `None` means 1.
+    /// One positive weight per column for the layout's search, whatever the codec's encoder is; `None` means 1
+    /// and the codec's encoder.
     pub importance: Option<&'a [f32]>,
+    /// To choose codes again, column by column; layouts without error feedback pass it over.
+    pub factor: Option<&'a Factor>,
     /// Whether to measure the squared error.
     pub measure: bool,
     /// Where to count weights, and look for a request to stop.
@@ -73,6 +76,8 @@ pub struct Outcome {
     pub squared_error: f64,
     /// Σw², where it was asked for.
     pub squared_norm: f64,
+    /// Squared errors of the layer's outputs, where there was a factor.
+    pub output: Option<OutputError>,
 }
 
 /// A tensor's parts under a codec.
@@ -102,7 +107,7 @@ pub fn encode(
     let sizes = codec.layout.parts.iter().map(|p| rows.count() * p.row_bytes(rows.cols));
     let mut parts: Vec<Vec<u8>> = sizes.map(zeroed).collect();
     let mut slices: Vec<&mut [u8]> = parts.iter_mut().map(Vec::as_mut_slice).collect();
-    let options = Options { importance, measure, meter: None };
+    let options = Options { importance, measure, ..Options::default() };
     let outcome = encode_into(tensor, axis, codec, options, &mut slices)?;
     Ok(Encoded { outcome, parts })
 }
@@ -121,6 +126,13 @@ pub fn encode_into(
 ) -> Result<Outcome> {
     let rows = Rows::new(&tensor.shape, axis)?;
     check(tensor, &rows, options.importance)?;
+    if let Some(factor) = options.factor.filter(|f| f.cols() != rows.cols) {
+        return Err(Error::usage(format!(
+            "the second moment has {} columns, the tensor {}",
+            factor.cols(),
+            rows.cols
+        )));
+    }
     let wanted = codec.layout.part_bytes(rows.count() as u64, rows.cols as u64);
     let given: Vec<u64> = parts.iter().map(|p| p.len() as u64).collect();
     if wanted.as_ref() != Some(&given) {
@@ -222,6 +234,9 @@ struct Job<'a> {
 
 impl Job<'_> {
     fn strip_rows(&self) -> usize {
+        if self.options.factor.is_some() {
+            return FEEDBACK_ROWS;
+        }
         let least = if self.rows.inner > 1 { MIN_TRANSPOSED_ROWS } else { 1 };
         (STRIP / self.rows.cols.max(1)).max(least)
     }
@@ -256,7 +271,7 @@ impl Job<'_> {
                 strip.push(bytes);
             }
         }
-        let done: Vec<(Range, [f64; 2])> = strips
+        let done: Vec<Sums> = strips
             .par_iter_mut()
             .enumerate()
             .map_init(Scratch::default, |scratch, (i, parts)| {
@@ -272,10 +287,16 @@ impl Job<'_> {
             })
             .collect();
         // In the order of the strips, so that the sums do not depend on the threads.
-        for (strip_range, [error, norm]) in done {
-            range = range.and(strip_range);
-            outcome.squared_error += error;
-            outcome.squared_norm += norm;
+        for strip in done {
+            range = range.and(strip.range);
+            outcome.squared_error += strip.error;
+            outcome.squared_norm += strip.norm;
+            if let Some(strip) = strip.output {
+                let output = outcome.output.get_or_insert_default();
+                output.error += strip.error;
+                output.before += strip.before;
+                output.norm += strip.norm;
+            }
         }
         (outcome, range)
     }
@@ -287,7 +308,7 @@ impl Job<'_> {
         exponent: i32,
         parts: &mut [&mut [u8]],
         scratch: &mut Scratch,
-    ) -> (Range, [f64; 2]) {
+    ) -> Sums {
         let weights = self.weights(first, n, &mut scratch.weights);
         let scaled;
         let data = if exponent == 0 {
@@ -298,16 +319,38 @@ impl Job<'_> {
             &scaled
         };
         let strip = Strip { data, cols: self.rows.cols, importance: self.options.importance };
-        let range = (self.codec.encode)(self.level, strip, parts);
-        if !self.options.measure || !range.is_finite() {
-            return (range, [0.0; 2]);
+        let layout = self.codec.layout;
+        let encode = match layout.calibrated {
+            Some(calibrated) if strip.importance.is_some() => calibrated.search,
+            _ => self.codec.encode,
+        };
+        let mut sums = Sums { range: encode(self.level, strip, parts), ..Sums::default() };
+        if !sums.range.is_finite() {
+            return sums;
         }
-        let parts: Vec<&[u8]> = parts.iter().map(|p| &**p).collect();
-        scratch.rebuilt.resize(data.len(), 0.0);
-        (self.codec.layout.decode)(self.level, &parts, self.rows.cols, &mut scratch.rebuilt);
-        let unit = f64::from(power_of_two(exponent));
-        (range, error_sums(data, &scratch.rebuilt).map(|sum| sum * unit * unit))
+        let unit = f64::from(power_of_two(exponent)) * f64::from(power_of_two(exponent));
+        if let (Some(factor), Some(calibrated)) = (self.options.factor, layout.calibrated) {
+            let OutputError { error, before, norm } =
+                (calibrated.feedback)(self.level, layout, factor, strip, parts);
+            sums.output = Some(OutputError { error: error * unit, before: before * unit, norm: norm * unit });
+        }
+        if self.options.measure {
+            let parts: Vec<&[u8]> = parts.iter().map(|p| &**p).collect();
+            scratch.rebuilt.resize(data.len(), 0.0);
+            (layout.decode)(self.level, &parts, self.rows.cols, &mut scratch.rebuilt);
+            [sums.error, sums.norm] = error_sums(data, &scratch.rebuilt).map(|sum| sum * unit);
+        }
+        sums
     }
+}
+
+/// What one strip adds to the outcome.
+#[derive(Default)]
+struct Sums {
+    range: Range,
+    error: f64,
+    norm: f64,
+    output: Option<OutputError>,
 }
 
 #[derive(Default)]

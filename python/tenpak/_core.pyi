@@ -42,10 +42,11 @@ def encode(
     axis: int,
     codec: str,
     importance: list[float] | None,
+    second_moment: _Buffer | None,
     measure: bool,
     threads: int,
     parts: Sequence[_Buffer],
-) -> tuple[int, float, float]: ...
+) -> tuple[int, float, float, tuple[float, float, float] | None]: ...
 def decode(
     codec: str,
     exponent: int,
@@ -67,6 +68,7 @@ def compress(
     force: bool,
     strict: bool,
     dry_run: bool,
+    calibration: tuple[str, str] | None,
     progress: Callable[[int, int], object] | None,
 ) -> str: ...
 def decompress(

@@ -31,6 +31,10 @@ class Encoded:
     parts: dict[str, NDArray[Any]] = field(repr=False)
     #: Σ(w - ŵ)² / Σw², where it was asked for.
     relative_error: float | None = None
+    #: tr(ΔHΔᵀ) / tr(WHWᵀ), where a second moment H was given.
+    output_error: float | None = None
+    #: The same for the codes that the search alone had chosen.
+    output_error_before: float | None = None
 
     @property
     def nbytes(self) -> int:
@@ -50,6 +54,7 @@ def encode(
     axis: int = -1,
     *,
     importance: ArrayLike | None = None,
+    second_moment: ArrayLike | None = None,
     measure: bool = False,
     threads: int | None = None,
     out: Encoded | None = None,
@@ -60,8 +65,12 @@ def encode(
         array: float32, float16 or bfloat16 (`ml_dtypes`) weights, finite; it must not change meanwhile.
         codec: A name from `tenpak.codecs()`.
         axis: The input dimension: the last for `nn.Linear` weights [out, in], 0 for GPT-2's `Conv1D` [in, out].
-        importance: One positive weight per input, [shape[axis]]; squared errors are weighted with it by the
-            encoders that search. None weighs all inputs alike.
+        importance: One positive weight per input, [shape[axis]], for the layout's search, whichever encoder the
+            codec has; E[x_j²] of the layer's input is what one would give ("diag"). None weighs all inputs alike.
+            Layouts of eight bits pass it over.
+        second_moment: H = E[x xᵀ] of the layer's input, [in, in] float32: codes are chosen column by column, each
+            making good what those before it have lost (GPTQ, Frantar et al. 2022). `importance` is then H's
+            diagonal unless it is given.
         measure: Whether to fill `relative_error`.
         threads: Threads to use; None for one on each core. The result does not depend on it.
         out: The result of an earlier call with the same codec and shape, whose memory is used again.
@@ -85,11 +94,34 @@ def encode(
         parts = out.parts
         if {name: (part.shape, part.dtype) for name, part in parts.items()} != wanted:
             raise UsageError(f"out holds {out.codec} of shape {out.shape}, not {codec} of shape {tuple(shape)}")
+    moment = None
+    if second_moment is not None:
+        moment = np.ascontiguousarray(second_moment, np.float32)
+        if importance is None:
+            diagonal = np.diagonal(moment).astype(np.float64)
+            mean = float(diagonal.mean()) if diagonal.size else 0.0
+            importance = np.maximum(diagonal / mean, 1e-6) if mean > 0 else np.ones_like(diagonal)
     weights = None if importance is None else np.asarray(importance, np.float32).reshape(-1).tolist()
     buffers = [part.reshape(-1).view(np.uint8) for part in parts.values()]
-    exponent, error, norm = _core.encode(data, dtype, shape, position, codec, weights, measure, threads or 0, buffers)
+    exponent, error, norm, output = _core.encode(
+        data,
+        dtype,
+        shape,
+        position,
+        codec,
+        weights,
+        None if moment is None else moment.reshape(-1).view(np.uint8),
+        measure,
+        threads or 0,
+        buffers,
+    )
     relative = (error / norm if norm else 0.0) if measure else None
-    return Encoded(codec, tuple(shape), position, dtype, exponent, parts, relative)
+    encoded = Encoded(codec, tuple(shape), position, dtype, exponent, parts, relative)
+    if output is not None:
+        after, before, of = output
+        encoded.output_error = after / of if of else 0.0
+        encoded.output_error_before = before / of if of else 0.0
+    return encoded
 
 
 def decode(

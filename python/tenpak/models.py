@@ -38,6 +38,14 @@ class TensorReport:
     bytes: int
     #: Σ(w - ŵ)² / Σw²; None for what was kept, and in a dry run.
     relative_error: float | None
+    #: How codes were chosen: `min/max`, `search`, `nearest`, `diag`, `gptq`; None for what was kept.
+    encoder: str | None
+    #: Why statistics were heeded less than was asked for, or not at all.
+    uncalibrated: str | None
+    #: tr(ΔHΔᵀ) / tr(WHWᵀ), the squared error of the layer's outputs, and the same without error feedback; None
+    #: where there was none.
+    output_error: float | None
+    output_error_before: float | None
 
 
 @dataclass(frozen=True)
@@ -125,6 +133,8 @@ def compress(
     force: bool = False,
     strict: bool = False,
     dry_run: bool = False,
+    calibration: PathLike | None = None,
+    encoder: str = "gptq",
     progress: Progress | None = None,
 ) -> CompressReport:
     """Compresses a model into one `.tenpak` file. The bytes do not depend on the number of threads.
@@ -142,6 +152,9 @@ def compress(
         force: Replace an existing `dst`.
         strict: Refuse, before any work, to leave out a weight that no rule asks to keep.
         dry_run: Decide and measure sizes, exactly, but write nothing.
+        calibration: Statistics of the layers' inputs, as `tenpak.calibrate` writes them.
+        encoder: What to do with them: `diag` weights squared errors with E[x_j²], `gptq` also lets each column
+            make good what those before it have lost.
         progress: Called with weights done and in all.
 
     Raises:
@@ -170,6 +183,7 @@ def compress(
             force,
             strict,
             dry_run,
+            None if calibration is None else (os.fspath(calibration), encoder),
             progress,
         )
     )

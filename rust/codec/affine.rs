@@ -3,10 +3,13 @@
 //! `int4_g32_fp16` holds the numbers of GGUF's Q4_1 and of MLX's affine layout. How scale and offset are
 //! chosen is a [`Fit`]; codes are then the nearest, whichever it was.
 
+use super::feedback::{Nearest, feedback};
 use super::groups::{Block, Grid, Weights};
+use super::half_floats::widen_f16;
 use super::range::{Range, RangeLanes};
+use super::search::Search;
 use super::simd::{Kernel, LANES, Level, Simd};
-use super::{Layout, Part, Per, Strip};
+use super::{Calibrated, Layout, Part, Per, Strip};
 use crate::tensor::Dtype;
 use std::marker::PhantomData;
 
@@ -36,6 +39,7 @@ pub const fn layout<const G: usize>(name: &'static str, parts: &'static [Part]) 
         rebuild: "q*s + o",
         normal_from: 1.0 / 64.0,
         decode: decode::<G>,
+        calibrated: Some(Calibrated { search: encode::<Search, G>, feedback: feedback::<Affine<G>> }),
     }
 }
 
@@ -212,4 +216,34 @@ pub fn rebuild<S: Simd>(s: S, codes: &[u8], scale: S::F, offset: S::F, out: &mut
     let mut values = [0.0; LANES];
     s.store(s.add(s.mul(s.float(s.nibbles(&padded)), scale), offset), &mut values);
     out.copy_from_slice(&values[..out.len()]);
+}
+
+/// The rule for one weight, with a group's scale and offset.
+pub struct Affine<const G: usize>;
+
+impl<const G: usize> Nearest for Affine<G> {
+    const GROUP: usize = G;
+    type Ready<S: Simd> = ();
+
+    #[inline(always)]
+    fn ready<S: Simd>(_: S) {}
+
+    fn parameters(parts: &[&[u8]], _cols: usize, a: &mut [f32], b: &mut [f32]) {
+        widen_f16(parts[1], a);
+        widen_f16(parts[2], b);
+    }
+
+    #[inline(always)]
+    fn nearest<S: Simd>(s: S, (): &(), x: S::F, scale: S::F, offset: S::F) -> (S::I, S::F) {
+        nearest(s, x, scale, offset)
+    }
+}
+
+/// The nearest code, 0 where the scale is 0, and the weight that it stands for.
+#[inline(always)]
+pub fn nearest<S: Simd>(s: S, x: S::F, scale: S::F, offset: S::F) -> (S::I, S::F) {
+    let divisor = s.select(s.lt(s.splat(0.0), scale), scale, s.splat(f32::INFINITY));
+    let q = s.div(s.sub(x, offset), divisor);
+    let code = s.round_i(s.min(s.max(q, s.splat(0.0)), s.splat(MAX_CODE)));
+    (code, s.add(s.mul(s.float(code), scale), offset))
 }

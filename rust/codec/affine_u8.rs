@@ -4,12 +4,13 @@
 //! s = s0 + u·ds and o = o0 + v·do, with u and v the bytes. The search first fits every group of a row
 //! freely, spreads the bytes over what it found, and then chooses them again with codes in view.
 
-use super::affine::{per_weight, quantise_block, rebuild};
+use super::affine::{nearest, per_weight, quantise_block, rebuild};
+use super::feedback::{Nearest, feedback};
 use super::groups::{Block, Grid};
 use super::range::{Range, RangeLanes};
 use super::search::{best_offset, code, error, relative, search};
 use super::simd::{Kernel, LANES, Level, Simd};
-use super::{Layout, Part, Per, Strip};
+use super::{Calibrated, Layout, Part, Per, Strip};
 use crate::tensor::Dtype;
 use half::f16;
 
@@ -27,6 +28,7 @@ pub const fn layout<const G: usize>(name: &'static str, parts: &'static [Part]) 
         // Steps are some 4,000 times smaller than weights.
         normal_from: 0.125,
         decode: decode::<G>,
+        calibrated: Some(Calibrated { search: encode::<G>, feedback: feedback::<AffineU8<G>> }),
     }
 }
 
@@ -299,4 +301,34 @@ fn values<S: Simd>(s: S, map: Map, bytes: &[u8]) -> [f32; LANES] {
     let mut out = [0.0; LANES];
     s.store(map.value(s, s.float(s.load_i(&words))), &mut out);
     out
+}
+
+/// The rule for one weight, with a group's scale and offset.
+pub struct AffineU8<const G: usize>;
+
+impl<const G: usize> Nearest for AffineU8<G> {
+    const GROUP: usize = G;
+    type Ready<S: Simd> = ();
+
+    #[inline(always)]
+    fn ready<S: Simd>(_: S) {}
+
+    fn parameters(parts: &[&[u8]], cols: usize, a: &mut [f32], b: &mut [f32]) {
+        let groups = cols.div_ceil(G);
+        for (row, params) in parts[3].as_chunks::<8>().0.iter().enumerate() {
+            let [c, d, e, f, g, h, i, j] = *params;
+            let maps = [Map::from_le_bytes([c, d, e, f]), Map::from_le_bytes([g, h, i, j])];
+            let groups = row * groups..(row + 1) * groups;
+            for ((map, bytes), out) in maps.iter().zip(&parts[1..3]).zip([&mut *a, &mut *b]) {
+                for (out, &byte) in out[groups.clone()].iter_mut().zip(&bytes[groups.clone()]) {
+                    *out = f32::from(byte) * map.step.to_f32() + map.start.to_f32();
+                }
+            }
+        }
+    }
+
+    #[inline(always)]
+    fn nearest<S: Simd>(s: S, (): &(), x: S::F, scale: S::F, offset: S::F) -> (S::I, S::F) {
+        nearest(s, x, scale, offset)
+    }
 }

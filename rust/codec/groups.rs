@@ -157,17 +157,16 @@ impl Grid {
         block: &Block,
     ) -> [S::F; G] {
         let mut out = [s.splat(0.0); G];
-        for (j, out) in out[..block.len].iter_mut().enumerate() {
-            let Some(w) = importance else {
-                *out = s.splat(1.0);
-                continue;
-            };
-            let mut lanes = [0.0; LANES];
-            for (l, lane) in lanes.iter_mut().enumerate() {
-                *lane = w[self.place(block, l).1 * G + j];
-            }
-            *out = s.load(&lanes);
+        let Some(w) = importance else {
+            out[..block.len].fill(s.splat(1.0));
+            return out;
+        };
+        let mut starts = [0; LANES];
+        for (l, start) in starts.iter_mut().enumerate() {
+            *start = self.place(block, l).1 * G;
         }
+        let weights = Weights::<G> { data: w, starts, len: block.len, together: None };
+        out[..block.len].copy_from_slice(&weights.all(s)[..block.len]);
         out
     }
 

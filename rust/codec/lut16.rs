@@ -6,10 +6,12 @@
 //! fits it, forwards or (with a negative scale) backwards.
 
 use super::affine::{round_f16, widen};
+use super::feedback::{Nearest, feedback};
 use super::groups::Grid;
+use super::half_floats::widen_f16;
 use super::range::{Range, RangeLanes};
 use super::simd::{Kernel, LANES, Level, Simd};
-use super::{Layout, Part, Per, Strip};
+use super::{Calibrated, Layout, Part, Per, Strip};
 use crate::tensor::Dtype;
 
 /// Weights in a group.
@@ -46,6 +48,7 @@ pub static INT4_LUT16: Layout = Layout {
     // Super-scales are some 4,000 times smaller than weights.
     normal_from: 0.125,
     decode,
+    calibrated: Some(Calibrated { search: encode, feedback: feedback::<Lut16> }),
 };
 
 /// Places of the largest weight in a table that the search tries, relative to the table's first value. One
@@ -138,7 +141,7 @@ fn super_block<S: Simd>(
 
 /// One table, ready for look-ups.
 #[derive(Clone, Copy)]
-struct Table<S: Simd> {
+pub struct Table<S: Simd> {
     /// The values.
     values: S::F,
     /// For each ninth of a value's range the threshold in it and, in the lowest four bits, the code below.
@@ -456,5 +459,44 @@ impl Kernel for Decode<'_, '_> {
                 }
             }
         }
+    }
+}
+
+/// The rule for one weight, with its group's scale d·L and table t.
+pub struct Lut16;
+
+impl Nearest for Lut16 {
+    const GROUP: usize = GROUP;
+    type Ready<S: Simd> = [Table<S>; 4];
+
+    #[inline(always)]
+    fn ready<S: Simd>(s: S) -> [Table<S>; 4] {
+        Table::new(s)
+    }
+
+    fn parameters(parts: &[&[u8]], cols: usize, a: &mut [f32], b: &mut [f32]) {
+        let mut supers = vec![0f32; parts[2].len() / 2];
+        widen_f16(parts[2], &mut supers);
+        let (groups, per_row) = (cols.div_ceil(GROUP), cols.div_ceil(SUPER));
+        for (i, &byte) in parts[1].iter().enumerate() {
+            let (row, group) = (i / groups, i % groups);
+            let (l, t) = unpack_scale(byte);
+            a[i] = supers[row * per_row + group / (SUPER / GROUP)] * l;
+            b[i] = t as f32;
+        }
+    }
+
+    #[inline(always)]
+    fn nearest<S: Simd>(s: S, tables: &[Table<S>; 4], x: S::F, scale: S::F, t: S::F) -> (S::I, S::F) {
+        let y = s.mul(x, divide_lanes(s, s.splat(1.0), scale));
+        let mut code = tables[0].code_any(s, y);
+        let mut value = s.lookup16(tables[0].values, code);
+        for (i, table) in tables.iter().enumerate().skip(1) {
+            let other = table.code_any(s, y);
+            let below = s.lt(t, s.splat(i as f32));
+            value = s.select(below, value, s.lookup16(table.values, other));
+            code = s.select_i(below, code, other);
+        }
+        (s.and(code, s.splat_i(15)), s.mul(scale, value))
     }
 }

@@ -6,6 +6,8 @@
 
 mod affine;
 mod affine_u8;
+mod factor;
+mod feedback;
 mod groups;
 mod half_floats;
 mod int8_sym;
@@ -15,6 +17,8 @@ mod range;
 mod search;
 pub mod simd;
 
+pub use factor::{Cholesky, Factor};
+pub use feedback::{OutputError, ROWS as FEEDBACK_ROWS};
 pub use half_floats::{narrow_f16, widen_f16};
 pub use range::{EXPONENTS, Range};
 
@@ -98,7 +102,27 @@ pub struct Layout {
     pub normal_from: f32,
     /// Decodes whole rows: `parts[i]` holds rows of part i, `out` is `[rows, cols]`.
     pub decode: fn(level: Level, parts: &[&[u8]], cols: usize, out: &mut [f32]),
+    /// How codes are chosen with statistics of the layer's input; `None` where they gain nothing.
+    pub calibrated: Option<Calibrated>,
 }
+
+/// A layout's encoders that heed the layer's input, whatever the codec's own is.
+#[derive(Clone, Copy)]
+pub struct Calibrated {
+    /// The search, which weights squared errors with the strip's importance ("diag").
+    pub search: fn(level: Level, strip: Strip<'_>, parts: &mut [&mut [u8]]) -> Range,
+    /// Chooses the codes of at most [`FEEDBACK_ROWS`] rows again, column by column ("gptq").
+    pub feedback: Feedback,
+}
+
+/// See [`Calibrated::feedback`]; `parts` hold what the search has chosen.
+pub type Feedback = fn(
+    level: Level,
+    layout: &Layout,
+    factor: &Factor,
+    strip: Strip<'_>,
+    parts: &mut [&mut [u8]],
+) -> OutputError;
 
 /// One row of the table.
 pub struct Codec {

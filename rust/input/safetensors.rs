@@ -9,7 +9,7 @@ use super::{Model, Sidecar, TensorInfo};
 use crate::error::{Error, Result};
 use crate::tensor::{Dtype, Encoding, Tensor};
 use serde::de::{self, Deserialize, DeserializeSeed, Deserializer, IgnoredAny, MapAccess, Visitor};
-use std::collections::HashSet;
+use std::collections::{BTreeMap, HashSet};
 use std::fmt;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
@@ -26,6 +26,7 @@ pub struct Safetensors {
     /// In the order of the data.
     tensors: Vec<TensorInfo>,
     data: Vec<Range<usize>>,
+    metadata: BTreeMap<String, String>,
 }
 
 impl Safetensors {
@@ -54,7 +55,7 @@ impl Safetensors {
                 source.error("the header at byte 8 does not start with `{`; this is no safetensors file")
             );
         }
-        let Header(mut raw) = serde_json::from_slice(text).map_err(|e| {
+        let Header { tensors: mut raw, metadata } = serde_json::from_slice(text).map_err(|e| {
             let (offset, message) = json_error(text, &e);
             source.error(format_args!("header, byte {}: {message}", PREFIX + offset))
         })?;
@@ -80,7 +81,12 @@ impl Safetensors {
                 header_end as u64 + end
             )));
         }
-        Ok(Safetensors { source, tensors, data })
+        Ok(Safetensors { source, tensors, data, metadata })
+    }
+
+    /// The text that `__metadata__` holds under a key.
+    pub fn metadata(&self, key: &str) -> Option<&str> {
+        self.metadata.get(key).map(String::as_str)
     }
 
     /// The file's path.
@@ -197,7 +203,11 @@ impl RawInfo {
     }
 }
 
-struct Header(Vec<(String, RawInfo)>);
+#[derive(Default)]
+struct Header {
+    tensors: Vec<(String, RawInfo)>,
+    metadata: BTreeMap<String, String>,
+}
 
 impl<'de> Deserialize<'de> for Header {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
@@ -215,56 +225,58 @@ impl<'de> Visitor<'de> for HeaderVisitor {
     }
 
     fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Header, A::Error> {
-        let mut tensors: Vec<(String, RawInfo)> = Vec::new();
+        let mut header = Header::default();
         let mut seen = HashSet::new();
         while let Some(name) = map.next_key::<String>()? {
             if !seen.insert(name.clone()) {
                 return Err(de::Error::custom(format_args!("the key {} stands twice", quoted(&name))));
             }
             if name == "__metadata__" {
-                map.next_value_seed(InMetadata)
+                header.metadata = map
+                    .next_value_seed(InMetadata)
                     .map_err(|e| de::Error::custom(format_args!("__metadata__: {e}")))?;
                 continue;
             }
-            if tensors.len() == MAX_TENSORS {
+            if header.tensors.len() == MAX_TENSORS {
                 return Err(de::Error::custom(format_args!("more than {MAX_TENSORS} tensors")));
             }
             let info = map
                 .next_value::<RawInfo>()
                 .map_err(|e| de::Error::custom(format_args!("tensor {}: {e}", quoted(&name))))?;
-            tensors.push((name, info));
+            header.tensors.push((name, info));
         }
-        Ok(Header(tensors))
+        Ok(header)
     }
 }
 
-/// `__metadata__`: an object of strings, each key once. Nothing in it is used.
+/// `__metadata__`: an object of strings, each key once.
 struct InMetadata;
 
 impl<'de> DeserializeSeed<'de> for InMetadata {
-    type Value = ();
+    type Value = BTreeMap<String, String>;
 
-    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<(), D::Error> {
+    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<Self::Value, D::Error> {
         deserializer.deserialize_map(self)
     }
 }
 
 impl<'de> Visitor<'de> for InMetadata {
-    type Value = ();
+    type Value = BTreeMap<String, String>;
 
     fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("an object of strings")
     }
 
-    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<(), A::Error> {
-        let mut seen = HashSet::new();
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
+        let mut metadata = BTreeMap::new();
         while let Some(key) = map.next_key::<String>()? {
-            map.next_value::<String>()?;
-            if let Some(key) = seen.replace(key) {
+            let text = map.next_value::<String>()?;
+            if metadata.contains_key(&key) {
                 return Err(de::Error::custom(format_args!("the key {} stands twice", quoted(&key))));
             }
+            metadata.insert(key, text);
         }
-        Ok(())
+        Ok(metadata)
     }
 }
 

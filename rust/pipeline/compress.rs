@@ -1,10 +1,12 @@
 //! From a model to an artifact.
 
+use super::calibrated::Calibrated;
 use super::report::{CompressReport, Errors, TensorReport, gigabytes_per_second, groups, ratio};
 use super::{Progress, check_running, named, refuse_overwriting_input, supervised};
 use crate::artifact::{self, Finished, KEEP, NewEntry, WRITER, Writer};
-use crate::codec::Codec;
+use crate::calibration::{Calibration, Encoder};
 use crate::codec::simd::Level;
+use crate::codec::{Cholesky, Codec};
 use crate::error::{Error, Kind, Result};
 use crate::input::{Model, Sidecar, TensorInfo};
 use crate::plan::{self, Action, Decision};
@@ -17,13 +19,26 @@ use std::sync::mpsc::{Receiver, Sender, channel, sync_channel};
 use std::time::Instant;
 
 /// How to compress.
-pub struct CompressOptions {
+pub struct CompressOptions<'a> {
     /// Which tensor gets which codec.
     pub plan: plan::Options,
     /// Threads that encode; 0 for one on each core.
     pub threads: usize,
     /// Whether an existing output may be replaced.
     pub force: bool,
+    /// Statistics to heed, and how.
+    pub calibration: Option<CalibrationOptions<'a>>,
+}
+
+/// How to heed statistics of layers' inputs.
+#[derive(Clone, Copy)]
+pub struct CalibrationOptions<'a> {
+    /// The statistics.
+    pub statistics: &'a Calibration,
+    /// What to do with them.
+    pub encoder: Encoder,
+    /// From a library of linear algebra.
+    pub cholesky: Cholesky<'a>,
 }
 
 /// What is known of every tensor before any is encoded.
@@ -32,6 +47,7 @@ struct Job<'a> {
     decisions: Vec<Decision>,
     sidecars: Vec<Sidecar>,
     codec: &'a Codec,
+    calibrated: Calibrated<'a>,
 }
 
 /// A tensor on its way to the writer.
@@ -53,12 +69,12 @@ enum Parts<'a> {
 pub fn compress(
     model: &dyn Model,
     target: &Path,
-    options: &CompressOptions,
+    options: &CompressOptions<'_>,
     progress: Progress<'_>,
 ) -> Result<CompressReport> {
     let start = Instant::now();
     refuse_overwriting_input(target, &model.paths())?;
-    let job = Job::new(model, &options.plan)?;
+    let job = Job::new(model, options)?;
     let total = job.weights();
     let mut writer = Writer::create(target, options.force, job.bytes_at_least(), job.codec.name)?;
     let (outcomes, finished) = supervised(options.threads, total, progress, |meter| {
@@ -76,19 +92,20 @@ pub fn compress(
 /// As [`compress`].
 pub fn dry_run(
     model: &dyn Model,
-    options: &CompressOptions,
+    options: &CompressOptions<'_>,
     progress: Progress<'_>,
 ) -> Result<CompressReport> {
     let start = Instant::now();
-    let job = Job::new(model, &options.plan)?;
+    let job = Job::new(model, options)?;
     let file_len = supervised(options.threads, job.weights(), progress, |meter| job.file_len(meter))?;
     Ok(job.report(None, file_len, &vec![None; model.tensors().len()], start))
 }
 
 impl<'a> Job<'a> {
-    fn new(model: &'a dyn Model, options: &plan::Options) -> Result<Self> {
-        let decisions = plan::plan(model, options)?;
-        Ok(Job { model, decisions, sidecars: model.sidecars()?, codec: options.codec })
+    fn new(model: &'a dyn Model, options: &CompressOptions<'a>) -> Result<Self> {
+        let decisions = plan::plan(model, &options.plan)?;
+        let calibrated = Calibrated::new(options.calibration, model, &decisions)?;
+        Ok(Job { model, decisions, sidecars: model.sidecars()?, codec: options.plan.codec, calibrated })
     }
 
     fn tensors(&self) -> impl Iterator<Item = (usize, &TensorInfo, &Decision)> {
@@ -206,9 +223,15 @@ impl<'a> Job<'a> {
             part.resize(size as usize, 0);
         }
         let mut slices: Vec<&mut [u8]> = parts.iter_mut().map(Vec::as_mut_slice).collect();
-        let options = runner::Options { importance: None, measure: true, meter: Some(meter) };
-        let outcome = runner::encode_into(&tensor, decision.axis, codec, options, &mut slices)
-            .map_err(|e| if e.kind() == Kind::Interrupted { e } else { named(e, &info.name) })?;
+        let at = |e: Error| if e.kind() == Kind::Interrupted { e } else { named(e, &info.name) };
+        let help = self.calibrated.help(index).map_err(at)?;
+        let options = runner::Options {
+            importance: help.importance.as_deref(),
+            factor: help.factor.as_deref(),
+            measure: true,
+            meter: Some(meter),
+        };
+        let outcome = runner::encode_into(&tensor, decision.axis, codec, options, &mut slices).map_err(at)?;
         Ok(Some(Ready { index, outcome: Some(outcome), parts: Parts::Encoded(parts) }))
     }
 
@@ -285,6 +308,8 @@ impl<'a> Job<'a> {
                     Action::Alias(of) => ("alias", Some(self.model.tensors()[of].name.clone())),
                 };
                 let bytes = self.parts(info, decision).unwrap_or_default().iter().map(|p| p.1).sum();
+                let output = outcomes[i].and_then(|o| o.output);
+                let of_norm = |error: f64, norm: f64| Errors { error, norm }.relative();
                 TensorReport {
                     name: info.name.clone(),
                     shape: info.shape.clone(),
@@ -295,6 +320,13 @@ impl<'a> Job<'a> {
                     weights: elements(info),
                     bytes,
                     relative_error: errors[i].map(Errors::relative),
+                    encoder: match decision.action {
+                        Action::Encode(codec) => Some(self.calibrated.encoder(i).unwrap_or(codec.encoder)),
+                        _ => None,
+                    },
+                    uncalibrated: self.calibrated.why_not(i).map(str::to_owned),
+                    output_error: output.map(|o| of_norm(o.error, o.norm)),
+                    output_error_before: output.map(|o| of_norm(o.before, o.norm)),
                 }
             })
             .collect();
@@ -324,7 +356,7 @@ impl<'a> Job<'a> {
             seconds,
             gigabytes_per_second: gigabytes_per_second(weights, seconds),
             simd: Level::detect().name(),
-            notes: self.model.notes(),
+            notes: self.model.notes().into_iter().chain(self.calibrated.notes()).collect(),
         }
     }
 }

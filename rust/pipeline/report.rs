@@ -23,6 +23,14 @@ pub struct TensorReport {
     pub bytes: u64,
     /// Σ(w - ŵ)² / Σw², for quantised tensors that were really encoded.
     pub relative_error: Option<f64>,
+    /// How codes were chosen, for quantised tensors.
+    pub encoder: Option<&'static str>,
+    /// Why statistics were heeded less than was asked for, or not at all.
+    pub uncalibrated: Option<String>,
+    /// tr(ΔHΔᵀ) / tr(WHWᵀ), where there was error feedback: the squared error of the layer's outputs.
+    pub output_error: Option<f64>,
+    /// The same without the feedback.
+    pub output_error_before: Option<f64>,
 }
 
 /// Tensors with the same fate.
