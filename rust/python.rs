@@ -7,6 +7,7 @@ mod artifact;
 mod buffers;
 mod cholesky;
 mod memory;
+mod model;
 mod progress;
 
 use crate::calibration::{Calibration, Encoder};
@@ -320,6 +321,7 @@ fn output_format(path: PathBuf) -> &'static str {
 fn _core(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add("__version__", env!("CARGO_PKG_VERSION"))?;
     m.add_class::<artifact::ArtifactFile>()?;
+    m.add_class::<model::Model>()?;
     m.add_function(wrap_pyfunction!(codecs, m)?)?;
     m.add_function(wrap_pyfunction!(compress, m)?)?;
     m.add_function(wrap_pyfunction!(decode, m)?)?;

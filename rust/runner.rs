@@ -89,6 +89,27 @@ pub struct Encoded {
     pub parts: Vec<Vec<u8>>,
 }
 
+/// Writes all elements of `tensor` as FP32, little-endian.
+///
+/// # Errors
+/// A usage error if its elements are no weights, or `out` is not 4 bytes for each of them.
+pub fn widen_into(tensor: &Tensor<'_>, out: &mut [u8]) -> Result<()> {
+    if !tensor.encoding.dtype().is_weight() {
+        return Err(Error::usage(format!("{} elements cannot be read as F32", tensor.encoding.name())));
+    }
+    if out.len() != 4 * tensor.len() {
+        return Err(Error::usage(format!("{} bytes do not hold shape {:?} as F32", out.len(), tensor.shape)));
+    }
+    out.par_chunks_mut(4 * STRIP).enumerate().try_for_each_init(
+        || vec![0f32; STRIP],
+        |scratch, (i, out)| {
+            let weights = &mut scratch[..out.len() / 4];
+            tensor.encoding.widen(&tensor.bytes, i * STRIP, weights);
+            Dtype::F32.narrow(weights, out)
+        },
+    )
+}
+
 /// Encodes `tensor` with groups along `axis`; the same bytes for any number of threads.
 ///
 /// `importance` holds one positive weight per column. `measure` asks for the squared error.

@@ -1,0 +1,44 @@
+"""Keys and values of the positions that a decoder has seen, layer by layer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+class Cache:
+    """Grows as blocks append to it; it belongs to one batch of sequences of equal length."""
+
+    def __init__(self, layers: int, *, xp: Any) -> None:
+        self._xp = xp
+        self._keys: list[Any] = [None] * layers
+        self._values: list[Any] = [None] * layers
+        self._lengths = [0] * layers
+
+    @property
+    def length(self) -> int:
+        """Positions that every layer has seen."""
+        return min(self._lengths)
+
+    def append(self, layer: int, keys: Any, values: Any) -> tuple[Any, Any]:
+        """Adds [batch, kv_heads, new, head_dim] to a layer; returns all of it, as views that the next call ends."""
+        start = self._lengths[layer]
+        end = start + keys.shape[2]
+        for held, new in ((self._keys, keys), (self._values, values)):
+            if held[layer] is None or held[layer].shape[2] < end:
+                held[layer] = self._grown(held[layer], new, start, end)
+            held[layer][:, :, start:end] = new
+        self._lengths[layer] = end
+        return self._keys[layer][:, :, :end], self._values[layer][:, :, :end]
+
+    def truncate(self, length: int) -> None:
+        """Forgets positions from `length` on."""
+        self._lengths = [min(n, length) for n in self._lengths]
+
+    def _grown(self, old: Any, new: Any, start: int, end: int) -> Any:
+        # Doubling keeps the copies of a long generation below its own size.
+        batch, heads, _, head_dim = new.shape
+        room = max(end, 64) if old is None else max(end, 2 * old.shape[2])
+        grown = self._xp.empty((batch, heads, room, head_dim), new.dtype)
+        if old is not None:
+            grown[:, :, :start] = old[:, :, :start]
+        return grown

@@ -1,0 +1,47 @@
+"""GPT-2: learnt positions, layer norms, one projection for queries, keys and values (Radford et al. 2019)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tenpak.decoder.block import Block, Observe
+from tenpak.decoder.cache import Cache
+from tenpak.decoder.layers import LayerNorm, activation
+from tenpak.decoder.weights import Weights
+
+EMBEDDING, POSITIONS = "wte.weight", "wpe.weight"
+
+
+class GPT2Block(Block):
+    """A layer; its linear weights are stored as [in, out]."""
+
+    def __init__(self, weights: Weights, index: int) -> None:
+        super().__init__(weights, index)
+        width, inner = self._config.width, self._config.intermediate
+        at = f"h.{index}"
+        self._attention_norm = norm(weights, f"{at}.ln_1")
+        self._qkv = self._add(weights.linear(f"{at}.attn.c_attn", 3 * width, width, bias=True))
+        self._out = self._add(weights.linear(f"{at}.attn.c_proj", width, width, bias=True))
+        self._mlp_norm = norm(weights, f"{at}.ln_2")
+        self._up = self._add(weights.linear(f"{at}.mlp.c_fc", inner, width, bias=True))
+        self._down = self._add(weights.linear(f"{at}.mlp.c_proj", width, inner, bias=True))
+        self._activate = activation(self._config.activation, xp=weights.xp)
+
+    def __call__(self, h: Any, start: int = 0, cache: Cache | None = None, observe: Observe | None = None) -> Any:
+        width, heads = self._config.width, self._config.heads
+        (qkv,) = self._project((self._qkv,), self._attention_norm(h), observe)
+        q, k, v = (self._heads(qkv[..., i * width : (i + 1) * width], heads) for i in range(3))
+        mixed = self._attend(q, k, v, start, cache, None)
+        (y,) = self._project((self._out,), mixed, observe)
+        h = h + y
+        (up,) = self._project((self._up,), self._mlp_norm(h), observe)
+        (y,) = self._project((self._down,), self._activate(up), observe)
+        h += y
+        return h
+
+
+def norm(weights: Weights, name: str) -> LayerNorm:
+    """The layer norm of that name."""
+    config = weights.config
+    weight, bias = (weights.array(f"{name}.{part}", config.width) for part in ("weight", "bias"))
+    return LayerNorm(weight, bias, config.norm_eps, xp=weights.xp)

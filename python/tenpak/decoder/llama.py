@@ -1,0 +1,62 @@
+"""Llama and its kin, Mistral, Qwen2 and Qwen3: rotated positions, RMS norms, gated MLP (Touvron et al. 2023)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tenpak.decoder.block import Block, Observe
+from tenpak.decoder.cache import Cache
+from tenpak.decoder.layers import RMSNorm, Rotary, activation
+from tenpak.decoder.weights import Weights
+
+EMBEDDING = "embed_tokens.weight"
+
+
+class LlamaBlock(Block):
+    """A layer; `rotary` is shared by all of them."""
+
+    def __init__(self, weights: Weights, index: int, rotary: Rotary) -> None:
+        super().__init__(weights, index)
+        config = self._config
+        width, inner = config.width, config.intermediate
+        queries, keys = config.heads * config.head_dim, config.kv_heads * config.head_dim
+        at = f"layers.{index}"
+        self._rotary = rotary
+        self._attention_norm = norm(weights, f"{at}.input_layernorm", width)
+        self._qkv = (
+            self._add(weights.linear(f"{at}.self_attn.q_proj", queries, width, config.qkv_bias)),
+            self._add(weights.linear(f"{at}.self_attn.k_proj", keys, width, config.qkv_bias)),
+            self._add(weights.linear(f"{at}.self_attn.v_proj", keys, width, config.qkv_bias)),
+        )
+        self._q_norm = self._k_norm = None
+        if config.qk_norm:
+            self._q_norm = norm(weights, f"{at}.self_attn.q_norm", config.head_dim)
+            self._k_norm = norm(weights, f"{at}.self_attn.k_norm", config.head_dim)
+        self._out = self._add(weights.linear(f"{at}.self_attn.o_proj", width, queries, config.out_bias))
+        self._mlp_norm = norm(weights, f"{at}.post_attention_layernorm", width)
+        self._gate_up = (
+            self._add(weights.linear(f"{at}.mlp.gate_proj", inner, width, config.mlp_bias)),
+            self._add(weights.linear(f"{at}.mlp.up_proj", inner, width, config.mlp_bias)),
+        )
+        self._down = self._add(weights.linear(f"{at}.mlp.down_proj", width, inner, config.mlp_bias))
+        self._activate = activation(config.activation, xp=weights.xp)
+
+    def __call__(self, h: Any, start: int = 0, cache: Cache | None = None, observe: Observe | None = None) -> Any:
+        config = self._config
+        q, k, v = self._project(self._qkv, self._attention_norm(h), observe)
+        q, k, v = self._heads(q, config.heads), self._heads(k, config.kv_heads), self._heads(v, config.kv_heads)
+        if self._q_norm is not None and self._k_norm is not None:
+            q, k = self._q_norm(q), self._k_norm(k)
+        mixed = self._attend(q, k, v, start, cache, self._rotary)
+        (y,) = self._project((self._out,), mixed, observe)
+        h = h + y
+        gate, up = self._project(self._gate_up, self._mlp_norm(h), observe)
+        up *= self._activate(gate)
+        (y,) = self._project((self._down,), up, observe)
+        h += y
+        return h
+
+
+def norm(weights: Weights, name: str, width: int) -> RMSNorm:
+    """The RMS norm of that name."""
+    return RMSNorm(weights.array(f"{name}.weight", width), weights.config.norm_eps, xp=weights.xp)

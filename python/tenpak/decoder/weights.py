@@ -1,0 +1,55 @@
+"""Weights of a source on an array module, with the names and shapes that its config asks for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tenpak.decoder.config import Config
+from tenpak.decoder.linear import Linear
+from tenpak.decoder.source import Source
+from tenpak.errors import InputError
+
+HEAD = "lm_head.weight"
+
+#: What stands before a decoder's names where a model has an output head.
+_PREFIXES = {"gpt2": "transformer.", "llama": "model."}
+
+
+class Weights:
+    """Reads arrays and linear layers; each call reads again, so that nothing is kept here."""
+
+    def __init__(self, source: Source, config: Config, *, xp: Any) -> None:
+        self.source, self.config, self.xp = source, config, xp
+        prefix = _PREFIXES[config.family]
+        # Models that were saved without their head lack it.
+        self.prefix = prefix if any(name.startswith(prefix) for name in source.shapes) else ""
+
+    def array(self, name: str, *shape: int) -> Any:
+        """The tensor `<prefix><name>`."""
+        return self._read(self.prefix + name, shape)
+
+    def linear(self, name: str, out: int, width: int, bias: bool) -> Linear:
+        """The layer with tensors `<prefix><name>.weight` and, if `bias`, `.bias`."""
+        name = self.prefix + name
+        stored = (width, out) if self.config.input_axis == 0 else (out, width)
+        weight = self._read(name + ".weight", stored)
+        return Linear(
+            name + ".weight",
+            weight.T if self.config.input_axis == 0 else weight,
+            self._read(name + ".bias", (out,)) if bias else None,
+        )
+
+    def head(self) -> Linear:
+        """The output head of a model that has one beside its embedding."""
+        return Linear(HEAD, self._read(HEAD, (self.config.vocab, self.config.width)))
+
+    def _read(self, name: str, shape: tuple[int, ...]) -> Any:
+        stored = self.source.shapes.get(name)
+        if stored is None:
+            raise InputError(f"{self.source.path}: there is no tensor {name!r}, which its config.json asks for")
+        if stored != shape:
+            wanted = " x ".join(map(str, shape))
+            raise InputError(
+                f"{self.source.path}: {name!r} is {' x '.join(map(str, stored))}, its config.json asks for {wanted}"
+            )
+        return self.xp.asarray(self.source.read(name))
