@@ -26,6 +26,7 @@ from tenpak.errors import (
     UnsupportedError,
     UsageError,
 )
+from tenpak.evaluate import EvalReport, evaluate
 from tenpak.models import (
     CompressReport,
     DecompressReport,
@@ -43,6 +44,7 @@ __all__ = [
     "CompressReport",
     "DecompressReport",
     "Encoded",
+    "EvalReport",
     "Group",
     "InputError",
     "InterruptedByUser",
@@ -60,6 +62,7 @@ __all__ = [
     "decode",
     "decompress",
     "encode",
+    "evaluate",
     "load_state_dict",
     "open",
 ]

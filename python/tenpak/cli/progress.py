@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from collections.abc import Callable
 
 from tenpak.cli.table import duration, size
 
@@ -19,10 +20,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 class ProgressLine:
     """Called with done and total; draws over itself on a terminal, and prints a line now and then elsewhere."""
 
-    def __init__(self, label: str, arguments: argparse.Namespace, bytes_per_unit: int = 4) -> None:
+    def __init__(
+        self,
+        label: str,
+        arguments: argparse.Namespace,
+        bytes_per_unit: int = 4,
+        amount: Callable[[float], str] | None = None,
+    ) -> None:
+        """`amount` says how much a number of units is, where that is not bytes."""
         self._terminal = sys.stderr.isatty()
         self._shown = not arguments.quiet and (self._terminal or arguments.progress)
-        self._label, self._bytes = label, bytes_per_unit
+        self._label = label
+        self._amount = amount or (lambda units: size(units * bytes_per_unit))
         self._start = time.monotonic()
         self._last = 0.0
         self._width = 0
@@ -35,10 +44,9 @@ class ProgressLine:
         self._last = now
         elapsed = now - self._start
         fraction = done / total if total else 1.0
-        speed = done * self._bytes / elapsed if elapsed > 0 else 0.0
-        line = f"{self._label} {fraction:4.0%}  {size(done * self._bytes)} of {size(total * self._bytes)}"
+        line = f"{self._label} {fraction:4.0%}  {self._amount(done)} of {self._amount(total)}"
         if elapsed > 0.2:
-            line += f"  {size(speed)}/s"
+            line += f"  {self._amount(done / elapsed)}/s"
         if 0 < done < total and elapsed > 0.5:
             line += f"  {duration(elapsed * (total - done) / done)} left"
         if self._terminal:

@@ -210,6 +210,8 @@ def _rope(config: Mapping[str, Any]) -> Rope:
     if kind == "linear":
         return Rope(_positive("rope_theta", theta), "linear", _positive("factor", given.get("factor")))
     if kind == "llama3":
+        if not _positive("low_freq_factor", given.get("low_freq_factor")) < given.get("high_freq_factor", 0):
+            raise InputError("config.json: high_freq_factor must be greater than low_freq_factor")
         original = given.get("original_max_position_embeddings", config["max_position_embeddings"])
         return Rope(
             _positive("rope_theta", theta),

@@ -90,10 +90,9 @@ def frequencies(rope: Rope, head_dim: int) -> NDArray[np.float32]:
     if rope.kind == "linear":
         return np.divide(plain, np.float32(rope.factor))
     if rope.kind == "llama3":
-        turns = rope.original * plain.astype(np.float64) / (2 * math.pi)
-        blend = (turns - rope.low) / (rope.high - rope.low) if rope.high > rope.low else turns > rope.low
-        keep = np.clip(blend, 0, 1)
-        return (plain * (keep + (1 - keep) / rope.factor)).astype(np.float32)
+        turns = np.multiply(plain, rope.original / (2 * math.pi), dtype=np.float64)
+        keep = np.clip((turns - rope.low) / (rope.high - rope.low), 0, 1)
+        return np.multiply(plain, keep + (1 - keep) / rope.factor).astype(np.float32)
     return plain
 
 
