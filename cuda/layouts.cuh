@@ -1,0 +1,428 @@
+// How packed weights lie in memory for every layout, and how one lane turns its codes into the A operand of a
+// tensor-core instruction.
+//
+// A weight W [N, K] is cut into tiles of 16 rows x 64 columns, a strip of 16 rows being one run of memory along K.
+// Lane l of a warp (g = l / 4, t = l % 4) owns four words of a tile, each eight consecutive weights of one row:
+//
+//     word 0: row g, columns 8t..8t+7           word 1: row g + 8, the same columns
+//     word 2: row g, columns 32 + 8t..          word 3: row g + 8, the same columns
+//
+// The A fragment of mma.m16n8k16 (and of wgmma.m64k16, warp by warp) wants four pairs a lane: two rows, two pairs
+// of columns. Since a product does not care in which order k runs, step 0 of each 32 columns takes columns 8t..8t+3
+// of lane t and step 1 takes 8t+4..8t+7. So no shuffle is needed, and the activations' fragment for token g is x[g][32j + 8t ..
+// 8t+7], sixteen bytes of row-major memory.
+//
+// Selected at compile time: -DLAYOUT=int4_g32_fp16 -DBF16=0, and for int4_lut16 also -DLUT16_TABLES=..., the four
+// tables of rust/codec/lut16.rs as sixteen little-endian words.
+#pragma once
+
+typedef unsigned char u8;
+typedef unsigned short u16;
+typedef unsigned int u32;
+typedef unsigned long long u64;
+
+#ifndef BF16
+#define BF16 0
+#endif
+
+namespace tenpak {
+
+constexpr int TILE_ROWS = 16;
+constexpr int TILE_COLS = 64;
+constexpr int LANES = 32;
+constexpr int WORDS = 4;  // a lane's words of a tile
+
+// ---- Loads -------------------------------------------------------------------------------------------------------
+
+// Weights are read once: they pass L1 by and are the first to leave L2, so that activations stay. The policy is what
+// createpolicy.fractional.L2::evict_first makes for all of the accesses.
+constexpr u64 EVICT_FIRST = 0x12f0000000000000;
+__device__ __forceinline__ uint4 load_once(const uint4* p) {
+    uint4 v;
+    asm volatile("ld.global.nc.L1::no_allocate.L2::cache_hint.v4.u32 {%0,%1,%2,%3}, [%4], %5;"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p), "l"(EVICT_FIRST));
+    return v;
+}
+__device__ __forceinline__ uint2 load_once(const uint2* p) {
+    uint2 v;
+    asm volatile("ld.global.nc.L1::no_allocate.L2::cache_hint.v2.u32 {%0,%1}, [%2], %3;"
+                 : "=r"(v.x), "=r"(v.y) : "l"(p), "l"(EVICT_FIRST));
+    return v;
+}
+__device__ __forceinline__ u32 load_once(const u32* p) {
+    u32 v;
+    asm volatile("ld.global.nc.L1::no_allocate.L2::cache_hint.u32 %0, [%1], %2;" : "=r"(v) : "l"(p), "l"(EVICT_FIRST));
+    return v;
+}
+
+// ---- Pairs of 16-bit floats ---------------------------------------------------------------------------------------
+
+// (a & b) | c, one instruction.
+__device__ __forceinline__ u32 and_or(u32 a, u32 b, u32 c) {
+    u32 d;
+    asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+    return d;
+}
+// (a & b) ^ c, one instruction.
+__device__ __forceinline__ u32 and_xor(u32 a, u32 b, u32 c) {
+    u32 d;
+    asm("lop3.b32 %0, %1, %2, %3, 0x6a;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+    return d;
+}
+__device__ __forceinline__ u32 permute(u32 a, u32 b, u32 selector) {
+    u32 d;
+    asm("prmt.b32 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(selector));
+    return d;
+}
+// Written as moves, they become operand modifiers of the HFMA2 that uses them.
+__device__ __forceinline__ u32 low_twice(u32 pair) {
+    u32 d;
+    asm("{.reg .b16 l, h; mov.b32 {l, h}, %1; mov.b32 %0, {l, l};}" : "=r"(d) : "r"(pair));
+    return d;
+}
+__device__ __forceinline__ u32 high_twice(u32 pair) {
+    u32 d;
+    asm("{.reg .b16 l, h; mov.b32 {l, h}, %1; mov.b32 %0, {h, h};}" : "=r"(d) : "r"(pair));
+    return d;
+}
+
+__device__ __forceinline__ u32 half_fma(u32 a, u32 b, u32 c) {
+    u32 d;
+    asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+    return d;
+}
+__device__ __forceinline__ u32 half_sub(u32 a, u32 b) {
+    u32 d;
+    asm("sub.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
+    return d;
+}
+__device__ __forceinline__ u32 half_mul(u32 a, u32 b) {
+    u32 d;
+    asm("mul.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
+    return d;
+}
+__device__ __forceinline__ u32 bfloat_fma(u32 a, u32 b, u32 c) {
+    u32 d;
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+    return d;
+}
+// A pair of FP16 as a pair of BF16.
+__device__ __forceinline__ u32 to_bfloat(u32 pair) {
+    float low, high;
+    asm("{.reg .b16 l, h; mov.b32 {l, h}, %2; cvt.f32.f16 %0, l; cvt.f32.f16 %1, h;}"
+        : "=f"(low), "=f"(high) : "r"(pair));
+    u32 d;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(high), "f"(low));
+    return d;
+}
+
+// A float as the activations' type, and two of them as a pair.
+__device__ __forceinline__ u16 narrow(float x) {
+    u16 d;
+#if BF16
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(d) : "f"(x));
+#else
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(d) : "f"(x));
+#endif
+    return d;
+}
+__device__ __forceinline__ float widen(u16 x) {
+#if BF16
+    return __uint_as_float((u32)x << 16);
+#else
+    float d;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(d) : "h"(x));
+    return d;
+#endif
+}
+// In the arithmetic of weights: the type of the activations.
+__device__ __forceinline__ u32 fma_pair(u32 a, u32 b, u32 c) { return BF16 ? bfloat_fma(a, b, c) : half_fma(a, b, c); }
+
+// ---- Four-bit codes ----------------------------------------------------------------------------------------------
+
+// Pair i of a word, weights 2i and 2i + 1, as exact floats 0..15. Nibbles lie 0,2,4,6,1,3,5,7, so that one shift and
+// one mask find a pair; above them goes the exponent of 1024 (FP16) or 128 (BF16). What it added is subtracted at
+// once, exactly: folded into the offset it would cost up to half a step.
+template <int I>
+__device__ __forceinline__ u32 code_pair(u32 word) {
+    if constexpr (BF16) {
+        // 1 * (128 + q) - 128. BF16's seven bits leave no room for 16 q.
+        return bfloat_fma(and_or(word >> (4 * I), 0x000f000f, 0x43004300), 0x3f803f80, 0xc300c300);
+    } else if constexpr (I % 2 == 0) {
+        return half_sub(and_or(word >> (4 * I), 0x000f000f, 0x64006400), 0x64006400);
+    } else {
+        // (1024 + 16 q) / 16 - 64 saves a shift.
+        return half_fma(and_or(word >> (4 * I - 4), 0x00f000f0, 0x64006400), 0x2c002c00, 0xd400d400);
+    }
+}
+
+// q * s + o for the eight weights of a word.
+__device__ __forceinline__ void affine(u32 word, u32 pair, u32 (&out)[4]) {
+    const u32 p = BF16 ? to_bfloat(pair) : pair;
+    const u32 s = low_twice(p), o = high_twice(p);
+    out[0] = fma_pair(code_pair<0>(word), s, o);
+    out[1] = fma_pair(code_pair<1>(word), s, o);
+    out[2] = fma_pair(code_pair<2>(word), s, o);
+    out[3] = fma_pair(code_pair<3>(word), s, o);
+}
+
+// ---- Layouts -----------------------------------------------------------------------------------------------------
+//
+// Each has: Tile, a lane's registers for one tile (codes and params); Rows, its registers for one strip; at(weight,
+// lane): the weight as this lane sees it; load(weight, strip, k): tile k of a strip; rows(weight, strip, lane);
+// fragment<WORD>(tile, rows): eight weights; and row_scale(rows, high), which multiplies the accumulators of rows g
+// and g + 8.
+
+struct Weight {
+    const u8* codes;
+    const u8* params;
+    const u8* row_params;
+    int tiles;   // of 64 columns in a strip
+    int supers;  // super-scales of a row (int4_lut16)
+};
+
+struct NoRows {};
+
+struct FourBit {
+    static constexpr int TILE_BYTES = 16 * LANES;
+    static __device__ __forceinline__ uint4 load_codes(const Weight& w, u32 tile) {
+        return load_once(reinterpret_cast<const uint4*>(w.codes + (size_t)tile * TILE_BYTES));
+    }
+    // The weight with a lane's place in tiles added: 16 bytes of codes a lane, and parameters at `offset`.
+    static __device__ __forceinline__ Weight moved(Weight w, int lane, int offset) {
+        w.codes += 16 * lane;
+        w.params += offset;
+        return w;
+    }
+    static __device__ __forceinline__ u32 word(const uint4& codes, int i) {
+        return i == 0 ? codes.x : i == 1 ? codes.y : i == 2 ? codes.z : codes.w;
+    }
+};
+
+// FP16 (scale, offset) for groups of 8, 16 and 32: per tile [g][group of 4 / SUBGROUPS lanes][word], sixteen bytes a lane.
+template <int GROUP>
+struct AffinePairs : FourBit {
+    static_assert(GROUP == 8 || GROUP == 16 || GROUP == 32, "a word must lie in one group, and a group in one half tile");
+    static constexpr int SUBGROUPS = 32 / GROUP;
+    struct Tile {
+        uint4 codes, params;
+    };
+    using Rows = NoRows;
+    static __device__ __forceinline__ Weight at(const Weight& w, int lane) {
+        return moved(w, lane, (lane / 4 * SUBGROUPS + lane % 4 * SUBGROUPS / 4) * 16);
+    }
+    static __device__ __forceinline__ Tile load(const Weight& w, int strip, int k) {
+        const u32 tile = strip * w.tiles + k;
+        return {load_codes(w, tile), load_once(reinterpret_cast<const uint4*>(w.params + (size_t)tile * (8 * SUBGROUPS * 16)))};
+    }
+    static __device__ __forceinline__ Rows rows(const Weight&, int, int) { return {}; }
+    template <int WORD>
+    static __device__ __forceinline__ void fragment(const Tile& tile, const Rows&, u32 (&out)[4]) {
+        affine(word(tile.codes, WORD), word(tile.params, WORD), out);
+    }
+    static __device__ __forceinline__ float row_scale(const Rows&, bool) { return 1.0f; }
+};
+
+// FP16 (scale, offset) for groups of 64 and 128: [strip][group][g][row g, row g + 8], eight bytes a lane.
+template <int GROUP>
+struct AffineWide : FourBit {
+    static_assert(GROUP == 64 || GROUP == 128, "a group is one tile or two");
+    static constexpr int TILES = GROUP / TILE_COLS;
+    struct Tile {
+        uint4 codes;
+        uint2 params;
+    };
+    using Rows = NoRows;
+    static __device__ __forceinline__ Weight at(const Weight& w, int lane) { return moved(w, lane, lane / 4 * 8); }
+    static __device__ __forceinline__ Tile load(const Weight& w, int strip, int k) {
+        const u32 group = strip * ((w.tiles + TILES - 1) / TILES) + k / TILES;
+        return {load_codes(w, strip * w.tiles + k), load_once(reinterpret_cast<const uint2*>(w.params + (size_t)group * 64))};
+    }
+    static __device__ __forceinline__ Rows rows(const Weight&, int, int) { return {}; }
+    template <int WORD>
+    static __device__ __forceinline__ void fragment(const Tile& tile, const Rows&, u32 (&out)[4]) {
+        affine(word(tile.codes, WORD), WORD % 2 ? tile.params.y : tile.params.x, out);
+    }
+    static __device__ __forceinline__ float row_scale(const Rows&, bool) { return 1.0f; }
+};
+
+// One-byte (scale, offset) on a line for each row: s = s0 + u*ds, o = o0 + v*do; eight bytes a lane, in the order of
+// AffinePairs; row_params [Np][s0, ds, o0, do].
+template <int GROUP>
+struct AffineBytes : FourBit {
+    static_assert(GROUP == 8 || GROUP == 16, "the layouts that exist");
+    static constexpr int SUBGROUPS = 32 / GROUP;
+    struct Tile {
+        uint4 codes;
+        uint2 params;
+    };
+    struct Rows {
+        u32 base[2], step[2];  // (s0, o0) and (ds, do) of rows g and g + 8
+    };
+    static __device__ __forceinline__ Weight at(const Weight& w, int lane) {
+        return moved(w, lane, (lane / 4 * SUBGROUPS + lane % 4 * SUBGROUPS / 4) * 8);
+    }
+    static __device__ __forceinline__ Tile load(const Weight& w, int strip, int k) {
+        const u32 tile = strip * w.tiles + k;
+        return {load_codes(w, tile), load_once(reinterpret_cast<const uint2*>(w.params + (size_t)tile * (8 * SUBGROUPS * 8)))};
+    }
+    static __device__ __forceinline__ Rows rows(const Weight& w, int strip, int lane) {
+        Rows r;
+        for (int i = 0; i < 2; ++i) {
+            const uint2 p = __ldg(reinterpret_cast<const uint2*>(w.row_params) + strip * TILE_ROWS + lane / 4 + 8 * i);
+            r.base[i] = permute(p.x, p.y, 0x5410);
+            r.step[i] = permute(p.x, p.y, 0x7632);
+        }
+        return r;
+    }
+    template <int WORD>
+    static __device__ __forceinline__ void fragment(const Tile& tile, const Rows& rows, u32 (&out)[4]) {
+        const u32 bytes = permute(WORD < 2 ? tile.params.x : tile.params.y, 0x64646464, WORD % 2 ? 0x4342 : 0x4140);
+        affine(word(tile.codes, WORD), half_fma(half_sub(bytes, 0x64006400), rows.step[WORD % 2], rows.base[WORD % 2]), out);
+    }
+    static __device__ __forceinline__ float row_scale(const Rows&, bool) { return 1.0f; }
+};
+
+#ifdef LUT16_TABLES
+__constant__ const u32 LUT16_WORDS[16] = {LUT16_TABLES};
+#endif
+
+// Codes that index one of four tables of int8; a byte (L, t) for each 16 weights, four bytes a lane; FP16 super-scales
+// d in row_params [Np][supers]. A weight is d*L*T[t][q].
+struct Lut16 : FourBit {
+    static constexpr int SUPER_TILES = 256 / TILE_COLS;
+    struct Tile {
+        uint4 codes;
+        u32 params;
+        u32 supers;  // of rows g and g + 8
+    };
+    using Rows = NoRows;
+    static __device__ __forceinline__ Weight at(const Weight& w, int lane) {
+        Weight moved_weight = moved(w, lane, (lane / 4 * 2 + lane % 4 / 2) * 4);
+        moved_weight.row_params += (size_t)(lane / 4) * w.supers * 2;
+        return moved_weight;
+    }
+    static __device__ __forceinline__ Tile load(const Weight& w, int strip, int k) {
+        const u32 tile = strip * w.tiles + k;
+        const u16* d = reinterpret_cast<const u16*>(w.row_params) + (size_t)(strip * TILE_ROWS * w.supers + k / SUPER_TILES);
+        const u32 low = __ldg(d), high = __ldg(d + 8 * w.supers);
+        return {load_codes(w, tile), load_once(reinterpret_cast<const u32*>(w.params + (size_t)tile * 64)), permute(low, high, 0x5410)};
+    }
+    static __device__ __forceinline__ Rows rows(const Weight&, int, int) { return {}; }
+
+    // The tables in shared memory, biased by 128 to bytes 0..255; filled once by each block.
+    static __device__ __forceinline__ uint4* tables() {
+        __shared__ uint4 biased[4];
+        return biased;
+    }
+    static __device__ __forceinline__ void prepare(int thread) {
+#ifdef LUT16_TABLES
+        if (thread < 16) reinterpret_cast<u32*>(tables())[thread] = LUT16_WORDS[thread] ^ 0x80808080;
+#endif
+    }
+    // The table's bytes for the four nibbles of half a word: PRMT looks up eight entries, bit 3 chooses the half table.
+    static __device__ __forceinline__ u32 look_up(const uint4& table, u32 low_bits, u32 choice) {
+        return permute(permute(table.x, table.y, low_bits), permute(table.z, table.w, low_bits), choice);
+    }
+    template <int WORD>
+    static __device__ __forceinline__ void fragment(const Tile& tile, const Rows&, u32 (&out)[4]) {
+        const u32 codes = word(tile.codes, WORD);
+        const uint4 table = tables()[(tile.params >> (8 * WORD + 6)) & 3];
+        // L + 32 above 1024, for both words of this row.
+        const u32 l = half_sub(and_xor(WORD % 2 ? tile.params >> 8 : tile.params, 0x003f003f, 0x64206420), 0x64206420);
+        const u32 scales = half_mul(l, WORD % 2 ? high_twice(tile.supers) : low_twice(tile.supers));
+        const u32 low_bits = codes & 0x77777777;
+        const u32 choice = and_or(codes >> 1, 0x44444444, 0x32103210);
+        const u32 even = look_up(table, low_bits, choice);              // weights 0, 2, 4, 6
+        const u32 odd = look_up(table, low_bits >> 16, choice >> 16);   // weights 1, 3, 5, 7
+        const u32 s = WORD < 2 ? low_twice(scales) : high_twice(scales);
+        u32 pairs[4] = {
+            half_sub(and_or(permute(even, odd, 0x4400), 0x00ff00ff, 0x64006400), 0x64806480),
+            half_sub(and_or(permute(even, odd, 0x5511), 0x00ff00ff, 0x64006400), 0x64806480),
+            half_sub(and_or(permute(even, odd, 0x6622), 0x00ff00ff, 0x64006400), 0x64806480),
+            half_sub(and_or(permute(even, odd, 0x7733), 0x00ff00ff, 0x64006400), 0x64806480),
+        };
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const u32 weight = half_mul(pairs[i], s);
+            out[i] = BF16 ? to_bfloat(weight) : weight;
+        }
+    }
+    static __device__ __forceinline__ float row_scale(const Rows&, bool) { return 1.0f; }
+};
+
+// Eight bits and one FP32 scale a row, which multiplies the accumulators. Two planes of sixteen bytes a lane: words 0
+// and 1, then 2 and 3, biased by 128.
+struct EightBit {
+    struct Tile {
+        uint4 low, high;
+    };
+    struct Rows {
+        float scale[2];
+    };
+    static constexpr int TILE_BYTES = 2 * 16 * LANES;
+    static __device__ __forceinline__ Weight at(Weight w, int lane) {
+        w.codes += 16 * lane;
+        return w;
+    }
+    static __device__ __forceinline__ Tile load(const Weight& w, int strip, int k) {
+        const uint4* p = reinterpret_cast<const uint4*>(w.codes + (size_t)(u32)(strip * w.tiles + k) * TILE_BYTES);
+        return {load_once(p), load_once(p + LANES)};
+    }
+    static __device__ __forceinline__ Rows rows(const Weight& w, int strip, int lane) {
+        const float* p = reinterpret_cast<const float*>(w.row_params) + strip * TILE_ROWS + lane / 4;
+        return {{__ldg(p), __ldg(p + 8)}};
+    }
+    // Two of four bytes as exact floats -128..127.
+    template <int HIGH>
+    static __device__ __forceinline__ u32 byte_pair(u32 bytes) {
+        if constexpr (BF16) {
+            // BF16 holds seven bits below its leading one: bit 7 goes into what is subtracted, 128 or 256.
+            const u32 spread = permute(bytes, 0, HIGH ? 0x4342 : 0x4140);
+            return bfloat_fma(and_or(spread, 0x007f007f, 0x43004300), 0x3f803f80, and_xor(spread, 0x00800080, 0xc380c380));
+        } else {
+            return half_sub(permute(bytes, 0x64646464, HIGH ? 0x4342 : 0x4140), 0x64806480);
+        }
+    }
+    template <int WORD>
+    static __device__ __forceinline__ void fragment(const Tile& tile, const Rows&, u32 (&out)[4]) {
+        const uint4& plane = WORD < 2 ? tile.low : tile.high;
+        const u32 first = WORD % 2 ? plane.z : plane.x, second = WORD % 2 ? plane.w : plane.y;
+        out[0] = byte_pair<0>(first);
+        out[1] = byte_pair<1>(first);
+        out[2] = byte_pair<0>(second);
+        out[3] = byte_pair<1>(second);
+    }
+    static __device__ __forceinline__ float row_scale(const Rows& rows, bool high) { return rows.scale[high]; }
+};
+
+using int4_g8_fp16 = AffinePairs<8>;
+using int4_g16_fp16 = AffinePairs<16>;
+using int4_g32_fp16 = AffinePairs<32>;
+using int4_g64_fp16 = AffineWide<64>;
+using int4_g128_fp16 = AffineWide<128>;
+using int4_g8_u8 = AffineBytes<8>;
+using int4_g16_u8 = AffineBytes<16>;
+using int4_lut16 = Lut16;
+using int8_sym = EightBit;
+
+#ifdef LAYOUT
+using Layout = LAYOUT;
+
+// The A operands of the two steps of columns 32*HALF..32*HALF+31: a[step][row g, row g+8, row g, row g+8].
+template <int HALF>
+__device__ __forceinline__ void fragments(const Layout::Tile& tile, const Layout::Rows& rows, u32 (&a)[2][4]) {
+    u32 upper[4], lower[4];
+    Layout::template fragment<2 * HALF>(tile, rows, upper);
+    Layout::template fragment<2 * HALF + 1>(tile, rows, lower);
+#pragma unroll
+    for (int step = 0; step < 2; ++step) {
+        a[step][0] = upper[2 * step];
+        a[step][1] = lower[2 * step];
+        a[step][2] = upper[2 * step + 1];
+        a[step][3] = lower[2 * step + 1];
+    }
+}
+#endif
+
+}  // namespace tenpak
