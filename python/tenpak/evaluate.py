@@ -129,6 +129,8 @@ def evaluate(
     if batch is None:
         batch = 1 if decoder.xp is np else 8
 
+    for one in both:
+        _ = one.blocks, one.head
     start = time.perf_counter()
     sums = []
     for first in range(0, len(parts), batch):

@@ -26,6 +26,7 @@ def _missing(extra: str, *packages: str) -> str | None:
 #: Parts that a machine may lack: each says what is absent, or None.
 PARTS = {
     "torch": lambda: _missing("torch,hf", "torch", "transformers"),
+    "text": lambda: _missing("text", "tokenizers"),
     "reference": lambda: (
         None if REFERENCE.is_dir() else f"no reference models at {REFERENCE}; TENPAK_REFERENCE says where they are"
     ),

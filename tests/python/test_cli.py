@@ -16,7 +16,7 @@ import tenpak
 from plain_reader import crc32c
 from support import COMMAND, DATA, files_in, gaussian, tenpak_command, write_bundle
 
-COMMANDS = ["compress", "decompress", "inspect", "verify", "bench", "codecs", "doctor"]
+COMMANDS = ["compress", "decompress", "inspect", "verify", "eval", "bench", "codecs", "doctor"]
 UP = "model.layers.0.mlp.up_proj.weight"
 
 

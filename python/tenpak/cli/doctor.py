@@ -19,6 +19,7 @@ from tenpak.cli.table import pairs, print_json, table
 #: Packages, what they are for, and the extra that brings them.
 _OPTIONAL = (
     (("cupy-cuda13x", "cupy-cuda12x", "cupy"), "NVIDIA GPUs (from a later version on)", "tenpak[cuda13]"),
+    (("tokenizers",), "text, as in `tenpak eval`", "tenpak[text]"),
     (("torch",), "load_state_dict(framework='torch')", "tenpak[torch]"),
     (("transformers",), "running restored folders", "tenpak[hf]"),
     (("safetensors",), "reading restored files elsewhere", "tenpak[hf]"),

@@ -163,7 +163,7 @@ _ERF_BELOW = (
 
 
 def erf(x: Any, *, xp: Any) -> Any:
-    """The error function of FP32 arrays, which NumPy lacks, to about 1e-7."""
+    """The error function of FP32 arrays, which NumPy lacks, to 4e-7."""
     x = xp.clip(x, np.float32(-4), np.float32(4))
     square = x * x
 
