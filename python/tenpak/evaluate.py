@@ -125,7 +125,7 @@ def evaluate(
             )
     if original is not None:
         _check_pair(decoder, original, tokens_given=not isinstance(text, str | Path))
-    parts = _windows(_tokens(decoder, text), context, windows)
+    parts = windows_of(tokens_of(decoder, text), context, windows)
     if batch is None:
         batch = 1 if decoder.xp is np else 8
 
@@ -182,6 +182,31 @@ def array_module(device: str) -> Any:
     return cupy
 
 
+def tokens_of(model: Decoder, text: str | Path | Sequence[int] | NDArray[Any]) -> NDArray[np.int64]:
+    """The tokens of a text itself, of a UTF-8 file, or as they are."""
+    if isinstance(text, Path):
+        try:
+            text = text.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise InputError(f"{text}: byte {error.start} is no UTF-8; give a text file") from None
+        except OSError as error:
+            raise StorageError(f"cannot read {text}: {error.strerror}") from error
+    tokens = np.asarray(model.encode_text(text) if isinstance(text, str) else text)
+    if tokens.ndim != 1 or (tokens.size and tokens.dtype.kind not in "iu"):
+        raise UsageError(f"tokens must be integers in one dimension; these are {tokens.dtype} {tokens.shape}")
+    if len(tokens) < 2:
+        raise UsageError(f"the text has {len(tokens)} tokens; two are the least that can be predicted")
+    return tokens.astype(np.int64)
+
+
+def windows_of(tokens: NDArray[np.int64], context: int, most: int | None) -> NDArray[np.int64]:
+    """The first `most` windows of tokens, or all: [windows, context], or [1, all] of a shorter text."""
+    context = min(context, len(tokens))
+    count = len(tokens) // context
+    count = count if most is None else min(count, most)
+    return tokens[: count * context].reshape(count, context)
+
+
 def _check_pair(model: Decoder, original: Decoder, tokens_given: bool) -> None:
     if model.xp is not original.xp:
         raise UsageError("model and original must be on the same device")
@@ -199,30 +224,6 @@ def _check_pair(model: Decoder, original: Decoder, tokens_given: bool) -> None:
         return
     if model.tokenizer.to_str() != original.tokenizer.to_str():
         raise UsageError(f"{paths} have different tokenizers; only models of one tokenizer can be compared")
-
-
-def _tokens(model: Decoder, text: str | Path | Sequence[int] | NDArray[Any]) -> NDArray[np.int64]:
-    if isinstance(text, Path):
-        try:
-            text = text.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise InputError(f"{text}: byte {error.start} is no UTF-8; give a text file") from None
-        except OSError as error:
-            raise StorageError(f"cannot read {text}: {error.strerror}") from error
-    tokens = np.asarray(model.encode_text(text) if isinstance(text, str) else text)
-    if tokens.ndim != 1 or (tokens.size and tokens.dtype.kind not in "iu"):
-        raise UsageError(f"tokens must be integers in one dimension; these are {tokens.dtype} {tokens.shape}")
-    if len(tokens) < 2:
-        raise UsageError(f"the text has {len(tokens)} tokens; two are the least that can be predicted")
-    return tokens.astype(np.int64)
-
-
-def _windows(tokens: NDArray[np.int64], context: int, most: int | None) -> NDArray[np.int64]:
-    """[windows, context], or [1, all] of a shorter text."""
-    context = min(context, len(tokens))
-    count = len(tokens) // context
-    count = count if most is None else min(count, most)
-    return tokens[: count * context].reshape(count, context)
 
 
 def _measure(model: Decoder, original: Decoder | None, windows: NDArray[np.int64]) -> NDArray[np.float64]:

@@ -79,6 +79,24 @@ pub trait Model: Send + Sync {
     }
 }
 
+/// BLAKE3 of every tensor's name, dtype, shape and elements, in the order of the names: what a model is, whatever
+/// file or shards hold it.
+///
+/// # Errors
+/// An input error if a file has changed since it was opened.
+pub fn digest(model: &dyn Model) -> Result<[u8; 32]> {
+    let mut order: Vec<usize> = (0..model.tensors().len()).collect();
+    order.sort_by(|&a, &b| model.tensors()[a].name.cmp(&model.tensors()[b].name));
+    let mut hasher = blake3::Hasher::new();
+    for i in order {
+        let info = &model.tensors()[i];
+        let head = format!("{:?} {} {:?}\n", info.name, info.encoding.name(), info.shape);
+        hasher.update(head.as_bytes());
+        hasher.update_rayon(&model.read(i)?.bytes);
+    }
+    Ok(*hasher.finalize().as_bytes())
+}
+
 /// Opens a model of any format: the contents decide, not the file's name.
 ///
 /// # Errors

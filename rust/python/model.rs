@@ -48,6 +48,12 @@ impl Model {
         done.map_err(|e| to_py(py, e))
     }
 
+    /// BLAKE3 of all tensors, in hexadecimal.
+    fn digest(&self, py: Python<'_>) -> PyResult<String> {
+        let digest = py.detach(|| on_pool(0, || input::digest(&*self.core))).map_err(|e| to_py(py, e))?;
+        Ok(digest.iter().map(|b| format!("{b:02x}")).collect())
+    }
+
     /// `config.json`, if the model has one.
     fn config(&self) -> Option<String> {
         self.core.config().map(ToString::to_string)

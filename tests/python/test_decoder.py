@@ -283,6 +283,22 @@ def test_every_source_gives_the_same_logits(tmp_path, model):
     assert 1e-5 < distance(from_packed, logits) < 0.05
 
 
+def test_digests_are_of_the_weights_alone(tmp_path, small):
+    one = Decoder.open(small).source.digest()
+    assert len(one) == 64
+    moved = tmp_path / "moved"
+    shutil.copytree(small, moved)
+    change_config(moved, eos_token_id=7)
+    assert Decoder.open(moved).source.digest() == one
+    data = bytearray((moved / "model.safetensors").read_bytes())
+    data[-1] ^= 1
+    (moved / "model.safetensors").write_bytes(data)
+    assert Decoder.open(moved).source.digest() != one
+    tenpak.compress(small, tmp_path / "m.tenpak")
+    with tenpak.open(tmp_path / "m.tenpak") as artifact:
+        assert Decoder.open(tmp_path / "m.tenpak").source.digest() == artifact.root
+
+
 def test_sources_say_what_they_lack(tmp_path, small):
     with pytest.raises(StorageError, match="absent"):
         Decoder.open(tmp_path / "absent")

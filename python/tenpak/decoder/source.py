@@ -39,6 +39,9 @@ class Source(Protocol):
     def read(self, name: str) -> NDArray[np.float32]:
         """One tensor in the shape in which it is stored; each call reads it again."""
 
+    def digest(self) -> str:
+        """What the weights are, in hexadecimal: an artifact's root, or BLAKE3 of all tensors."""
+
 
 def open_source(path: str | os.PathLike[str]) -> Source:
     """Opens a `.tenpak`, a Hugging Face folder, or a weight file with `config.json` beside it.
@@ -72,6 +75,9 @@ class ArtifactSource:
     def read(self, name: str) -> NDArray[np.float32]:
         return self.artifact.read(name, np.float32)
 
+    def digest(self) -> str:
+        return self.artifact.root
+
     def _file(self, name: str) -> bytes | None:
         return self.artifact.file(name) if name in self.artifact.files else None
 
@@ -100,6 +106,12 @@ class ModelSource:
         out = np.empty(self.shapes[name], np.float32)
         self._core.read(name, 0, out.reshape(-1).view(np.uint8))
         return out
+
+    def digest(self) -> str:
+        return self._core.digest()
+
+    def digest(self) -> str:
+        return self._core.digest()
 
     def _file(self, name: str) -> bytes | None:
         if self._beside is None:
