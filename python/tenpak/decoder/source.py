@@ -110,9 +110,6 @@ class ModelSource:
     def digest(self) -> str:
         return self._core.digest()
 
-    def digest(self) -> str:
-        return self._core.digest()
-
     def _file(self, name: str) -> bytes | None:
         if self._beside is None:
             return self._core.sidecar(name)
