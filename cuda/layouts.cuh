@@ -32,27 +32,22 @@ constexpr int TILE_COLS = 64;
 constexpr int LANES = 32;
 constexpr int WORDS = 4;  // a lane's words of a tile
 
-// ---- Loads -------------------------------------------------------------------------------------------------------
+// ---- Copies to shared memory --------------------------------------------------------------------------------------
 
-// Weights are read once: they pass L1 by and are the first to leave L2, so that activations stay. The policy is what
-// createpolicy.fractional.L2::evict_first makes for all of the accesses.
-constexpr u64 EVICT_FIRST = 0x12f0000000000000;
-__device__ __forceinline__ uint4 load_once(const uint4* p) {
-    uint4 v;
-    asm volatile("ld.global.nc.L1::no_allocate.L2::cache_hint.v4.u32 {%0,%1,%2,%3}, [%4], %5;"
-                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p), "l"(EVICT_FIRST));
-    return v;
+__device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
+// Weights are read once, so they pass L1 by.
+__device__ __forceinline__ void copy_once(u32 to, const u8* from) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" :: "r"(to), "l"(from) : "memory");
 }
-__device__ __forceinline__ uint2 load_once(const uint2* p) {
-    uint2 v;
-    asm volatile("ld.global.nc.L1::no_allocate.L2::cache_hint.v2.u32 {%0,%1}, [%2], %3;"
-                 : "=r"(v.x), "=r"(v.y) : "l"(p), "l"(EVICT_FIRST));
-    return v;
+__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+// Until at most PENDING of this thread's groups of copies are under way.
+template <int PENDING>
+__device__ __forceinline__ void wait_for_copies() {
+    asm volatile("cp.async.wait_group %0;" :: "n"(PENDING) : "memory");
 }
-__device__ __forceinline__ u32 load_once(const u32* p) {
-    u32 v;
-    asm volatile("ld.global.nc.L1::no_allocate.L2::cache_hint.u32 %0, [%1], %2;" : "=r"(v) : "l"(p), "l"(EVICT_FIRST));
-    return v;
+template <class T>
+__device__ __forceinline__ T read(const u8* from) {
+    return *reinterpret_cast<const T*>(from);
 }
 
 // ---- Pairs of 16-bit floats ---------------------------------------------------------------------------------------
@@ -168,10 +163,13 @@ __device__ __forceinline__ void affine(u32 word, u32 pair, u32 (&out)[4]) {
 
 // ---- Layouts -----------------------------------------------------------------------------------------------------
 //
-// Each has: Tile, a lane's registers for one tile (codes and params); Rows, its registers for one strip; at(weight,
-// lane): the weight as this lane sees it; load(weight, strip, k): tile k of a strip; rows(weight, strip, lane);
-// fragment<WORD>(tile, rows): eight weights; and row_scale(rows, high), which multiplies the accumulators of rows g
-// and g + 8.
+// A warp copies two tiles' codes and parameters, as they lie in memory, to a stage in shared memory, and reads its
+// lanes' parts from there. (Loads straight into registers would share the few scoreboards that the hardware has, so
+// that waiting for the oldest tile means waiting for the newest.) Each layout has: CODE_BYTES of a tile and
+// PARAM_BYTES of a stage; copy_params(weight, strip, k, count, stage, lane), k being even and count 1 or 2; Tile, a
+// lane's registers for one tile, and tile<J>(codes, params, lane) of tile J of a stage; Rows, its registers for one
+// strip, and rows(weight, strip, lane); fragment<WORD>(tile, rows): eight weights; and row_scale(rows, high), which
+// multiplies the accumulators of rows g and g + 8.
 
 struct Weight {
     const u8* codes;
@@ -184,43 +182,46 @@ struct Weight {
 struct NoRows {};
 
 struct FourBit {
-    static constexpr int TILE_BYTES = 16 * LANES;
-    static __device__ __forceinline__ uint4 load_codes(const Weight& w, u32 tile) {
-        return load_once(reinterpret_cast<const uint4*>(w.codes + (size_t)tile * TILE_BYTES));
-    }
-    // The weight with a lane's place in tiles added: 16 bytes of codes a lane, and parameters at `offset`.
-    static __device__ __forceinline__ Weight moved(Weight w, int lane, int offset) {
-        w.codes += 16 * lane;
-        w.params += offset;
-        return w;
-    }
+    static constexpr int CODE_BYTES = 16 * LANES;
     static __device__ __forceinline__ u32 word(const uint4& codes, int i) {
         return i == 0 ? codes.x : i == 1 ? codes.y : i == 2 ? codes.z : codes.w;
     }
+    static __device__ __forceinline__ float row_scale(const NoRows&, bool) { return 1.0f; }
 };
+
+// `count` times BYTES that follow each other in memory.
+template <int BYTES>
+__device__ __forceinline__ void copy_run(const u8* params, u32 first, int count, u32 stage, int lane) {
+    const u8* from = params + (size_t)first * BYTES + 16 * lane;
+#pragma unroll
+    for (int at = 0; at < 2 * BYTES; at += 16 * LANES)
+        if (at + 16 * lane < count * BYTES) copy_once(stage + at + 16 * lane, from + at);
+}
 
 // FP16 (scale, offset) for groups of 8, 16 and 32: per tile [g][group of 4 / SUBGROUPS lanes][word], sixteen bytes a lane.
 template <int GROUP>
 struct AffinePairs : FourBit {
     static_assert(GROUP == 8 || GROUP == 16 || GROUP == 32, "a word must lie in one group, and a group in one half tile");
     static constexpr int SUBGROUPS = 32 / GROUP;
+    static constexpr int BYTES = 8 * SUBGROUPS * 16, PARAM_BYTES = 2 * BYTES;
+    static_assert(BYTES == TILE_ROWS * TILE_COLS / GROUP * 4, "four bytes a group");
     struct Tile {
         uint4 codes, params;
     };
     using Rows = NoRows;
-    static __device__ __forceinline__ Weight at(const Weight& w, int lane) {
-        return moved(w, lane, (lane / 4 * SUBGROUPS + lane % 4 * SUBGROUPS / 4) * 16);
+    static __device__ __forceinline__ void copy_params(const Weight& w, int strip, int k, int count, u32 stage, int lane) {
+        copy_run<BYTES>(w.params, strip * w.tiles + k, count, stage, lane);
     }
-    static __device__ __forceinline__ Tile load(const Weight& w, int strip, int k) {
-        const u32 tile = strip * w.tiles + k;
-        return {load_codes(w, tile), load_once(reinterpret_cast<const uint4*>(w.params + (size_t)tile * (8 * SUBGROUPS * 16)))};
+    template <int J>
+    static __device__ __forceinline__ Tile tile(const u8* codes, const u8* params, int lane) {
+        return {read<uint4>(codes + 16 * lane),
+                read<uint4>(params + J * BYTES + (lane / 4 * SUBGROUPS + lane % 4 * SUBGROUPS / 4) * 16)};
     }
     static __device__ __forceinline__ Rows rows(const Weight&, int, int) { return {}; }
     template <int WORD>
     static __device__ __forceinline__ void fragment(const Tile& tile, const Rows&, u32 (&out)[4]) {
         affine(word(tile.codes, WORD), word(tile.params, WORD), out);
     }
-    static __device__ __forceinline__ float row_scale(const Rows&, bool) { return 1.0f; }
 };
 
 // FP16 (scale, offset) for groups of 64 and 128: [strip][group][g][row g, row g + 8], eight bytes a lane.
@@ -228,22 +229,24 @@ template <int GROUP>
 struct AffineWide : FourBit {
     static_assert(GROUP == 64 || GROUP == 128, "a group is one tile or two");
     static constexpr int TILES = GROUP / TILE_COLS;
+    static constexpr int BYTES = TILE_ROWS * 4, PARAM_BYTES = 2 / TILES * BYTES;
     struct Tile {
         uint4 codes;
         uint2 params;
     };
     using Rows = NoRows;
-    static __device__ __forceinline__ Weight at(const Weight& w, int lane) { return moved(w, lane, lane / 4 * 8); }
-    static __device__ __forceinline__ Tile load(const Weight& w, int strip, int k) {
-        const u32 group = strip * ((w.tiles + TILES - 1) / TILES) + k / TILES;
-        return {load_codes(w, strip * w.tiles + k), load_once(reinterpret_cast<const uint2*>(w.params + (size_t)group * 64))};
+    static __device__ __forceinline__ void copy_params(const Weight& w, int strip, int k, int count, u32 stage, int lane) {
+        copy_run<BYTES>(w.params, strip * ((w.tiles + TILES - 1) / TILES) + k / TILES, TILES == 1 ? count : 1, stage, lane);
+    }
+    template <int J>
+    static __device__ __forceinline__ Tile tile(const u8* codes, const u8* params, int lane) {
+        return {read<uint4>(codes + 16 * lane), read<uint2>(params + J / TILES * BYTES + lane / 4 * 8)};
     }
     static __device__ __forceinline__ Rows rows(const Weight&, int, int) { return {}; }
     template <int WORD>
     static __device__ __forceinline__ void fragment(const Tile& tile, const Rows&, u32 (&out)[4]) {
         affine(word(tile.codes, WORD), WORD % 2 ? tile.params.y : tile.params.x, out);
     }
-    static __device__ __forceinline__ float row_scale(const Rows&, bool) { return 1.0f; }
 };
 
 // One-byte (scale, offset) on a line for each row: s = s0 + u*ds, o = o0 + v*do; eight bytes a lane, in the order of
@@ -252,6 +255,8 @@ template <int GROUP>
 struct AffineBytes : FourBit {
     static_assert(GROUP == 8 || GROUP == 16, "the layouts that exist");
     static constexpr int SUBGROUPS = 32 / GROUP;
+    static constexpr int BYTES = 8 * SUBGROUPS * 8, PARAM_BYTES = 2 * BYTES;
+    static_assert(BYTES == TILE_ROWS * TILE_COLS / GROUP * 2, "two bytes a group");
     struct Tile {
         uint4 codes;
         uint2 params;
@@ -259,12 +264,13 @@ struct AffineBytes : FourBit {
     struct Rows {
         u32 base[2], step[2];  // (s0, o0) and (ds, do) of rows g and g + 8
     };
-    static __device__ __forceinline__ Weight at(const Weight& w, int lane) {
-        return moved(w, lane, (lane / 4 * SUBGROUPS + lane % 4 * SUBGROUPS / 4) * 8);
+    static __device__ __forceinline__ void copy_params(const Weight& w, int strip, int k, int count, u32 stage, int lane) {
+        copy_run<BYTES>(w.params, strip * w.tiles + k, count, stage, lane);
     }
-    static __device__ __forceinline__ Tile load(const Weight& w, int strip, int k) {
-        const u32 tile = strip * w.tiles + k;
-        return {load_codes(w, tile), load_once(reinterpret_cast<const uint2*>(w.params + (size_t)tile * (8 * SUBGROUPS * 8)))};
+    template <int J>
+    static __device__ __forceinline__ Tile tile(const u8* codes, const u8* params, int lane) {
+        return {read<uint4>(codes + 16 * lane),
+                read<uint2>(params + J * BYTES + (lane / 4 * SUBGROUPS + lane % 4 * SUBGROUPS / 4) * 8)};
     }
     static __device__ __forceinline__ Rows rows(const Weight& w, int strip, int lane) {
         Rows r;
@@ -288,25 +294,31 @@ __constant__ const u32 LUT16_WORDS[16] = {LUT16_TABLES};
 #endif
 
 // Codes that index one of four tables of int8; a byte (L, t) for each 16 weights, four bytes a lane; FP16 super-scales
-// d in row_params [Np][supers]. A weight is d*L*T[t][q].
+// d in row_params [strips][supers][16 rows]. A weight is d*L*T[t][q]. Nibbles lie in natural order: what is looked up
+// are bytes, and PRMT pairs them.
 struct Lut16 : FourBit {
     static constexpr int SUPER_TILES = 256 / TILE_COLS;
+    static constexpr int SCALE_BYTES = TILE_ROWS * TILE_COLS / 16;
+    static constexpr int SUPER_BYTES = TILE_ROWS * 2;
+    static constexpr int PARAM_BYTES = 2 * SCALE_BYTES + SUPER_BYTES;
     struct Tile {
         uint4 codes;
         u32 params;
         u32 supers;  // of rows g and g + 8
     };
     using Rows = NoRows;
-    static __device__ __forceinline__ Weight at(const Weight& w, int lane) {
-        Weight moved_weight = moved(w, lane, (lane / 4 * 2 + lane % 4 / 2) * 4);
-        moved_weight.row_params += (size_t)(lane / 4) * w.supers * 2;
-        return moved_weight;
+    static __device__ __forceinline__ void copy_params(const Weight& w, int strip, int k, int count, u32 stage, int lane) {
+        constexpr int SCALES = 2 * SCALE_BYTES / 16;
+        const u8* scales = w.params + (size_t)(u32)(strip * w.tiles + k) * SCALE_BYTES;
+        const u8* supers = w.row_params + (size_t)(u32)(strip * w.supers + k / SUPER_TILES) * SUPER_BYTES - 16 * SCALES;
+        if (lane < PARAM_BYTES / 16 && (count == 2 || lane >= SCALES || lane < SCALES / 2))
+            copy_once(stage + 16 * lane, (lane < SCALES ? scales : supers) + 16 * lane);
     }
-    static __device__ __forceinline__ Tile load(const Weight& w, int strip, int k) {
-        const u32 tile = strip * w.tiles + k;
-        const u16* d = reinterpret_cast<const u16*>(w.row_params) + (size_t)(strip * TILE_ROWS * w.supers + k / SUPER_TILES);
-        const u32 low = __ldg(d), high = __ldg(d + 8 * w.supers);
-        return {load_codes(w, tile), load_once(reinterpret_cast<const u32*>(w.params + (size_t)tile * 64)), permute(low, high, 0x5410)};
+    template <int J>
+    static __device__ __forceinline__ Tile tile(const u8* codes, const u8* params, int lane) {
+        const u8* supers = params + 2 * SCALE_BYTES + lane / 4 * 2;
+        return {read<uint4>(codes + 16 * lane), read<u32>(params + J * SCALE_BYTES + (lane / 4 * 2 + lane % 4 / 2) * 4),
+                permute(read<u16>(supers), read<u16>(supers + 16), 0x5410)};
     }
     static __device__ __forceinline__ Rows rows(const Weight&, int, int) { return {}; }
 
@@ -333,41 +345,34 @@ struct Lut16 : FourBit {
         const u32 scales = half_mul(l, WORD % 2 ? high_twice(tile.supers) : low_twice(tile.supers));
         const u32 low_bits = codes & 0x77777777;
         const u32 choice = and_or(codes >> 1, 0x44444444, 0x32103210);
-        const u32 even = look_up(table, low_bits, choice);              // weights 0, 2, 4, 6
-        const u32 odd = look_up(table, low_bits >> 16, choice >> 16);   // weights 1, 3, 5, 7
+        const u32 first = look_up(table, low_bits, choice);               // weights 0..3
+        const u32 second = look_up(table, low_bits >> 16, choice >> 16);  // weights 4..7
         const u32 s = WORD < 2 ? low_twice(scales) : high_twice(scales);
-        u32 pairs[4] = {
-            half_sub(and_or(permute(even, odd, 0x4400), 0x00ff00ff, 0x64006400), 0x64806480),
-            half_sub(and_or(permute(even, odd, 0x5511), 0x00ff00ff, 0x64006400), 0x64806480),
-            half_sub(and_or(permute(even, odd, 0x6622), 0x00ff00ff, 0x64006400), 0x64806480),
-            half_sub(and_or(permute(even, odd, 0x7733), 0x00ff00ff, 0x64006400), 0x64806480),
-        };
+        const u32 pairs[4] = {permute(first, 0x64646464, 0x4140), permute(first, 0x64646464, 0x4342),
+                              permute(second, 0x64646464, 0x4140), permute(second, 0x64646464, 0x4342)};
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-            const u32 weight = half_mul(pairs[i], s);
+            const u32 weight = half_mul(half_sub(pairs[i], 0x64806480), s);
             out[i] = BF16 ? to_bfloat(weight) : weight;
         }
     }
-    static __device__ __forceinline__ float row_scale(const Rows&, bool) { return 1.0f; }
 };
 
 // Eight bits and one FP32 scale a row, which multiplies the accumulators. Two planes of sixteen bytes a lane: words 0
 // and 1, then 2 and 3, biased by 128.
 struct EightBit {
+    static constexpr int CODE_BYTES = 2 * 16 * LANES;
+    static constexpr int PARAM_BYTES = 0;
     struct Tile {
         uint4 low, high;
     };
     struct Rows {
         float scale[2];
     };
-    static constexpr int TILE_BYTES = 2 * 16 * LANES;
-    static __device__ __forceinline__ Weight at(Weight w, int lane) {
-        w.codes += 16 * lane;
-        return w;
-    }
-    static __device__ __forceinline__ Tile load(const Weight& w, int strip, int k) {
-        const uint4* p = reinterpret_cast<const uint4*>(w.codes + (size_t)(u32)(strip * w.tiles + k) * TILE_BYTES);
-        return {load_once(p), load_once(p + LANES)};
+    static __device__ __forceinline__ void copy_params(const Weight&, int, int, int, u32, int) {}
+    template <int J>
+    static __device__ __forceinline__ Tile tile(const u8* codes, const u8*, int lane) {
+        return {read<uint4>(codes + 16 * lane), read<uint4>(codes + 16 * (LANES + lane))};
     }
     static __device__ __forceinline__ Rows rows(const Weight& w, int strip, int lane) {
         const float* p = reinterpret_cast<const float*>(w.row_params) + strip * TILE_ROWS + lane / 4;
@@ -408,6 +413,23 @@ using int8_sym = EightBit;
 
 #ifdef LAYOUT
 using Layout = LAYOUT;
+
+constexpr int STAGE_TILES = 2;
+constexpr int STAGE_BYTES = STAGE_TILES * Layout::CODE_BYTES + Layout::PARAM_BYTES;
+static_assert(STAGE_BYTES % 16 == 0, "stages are copied in pieces of 16 bytes");
+
+// Tile k of a strip, and the one after it if count is 2, to a stage, by the lanes of one warp.
+__device__ __forceinline__ void copy_stage(const Weight& w, int strip, int k, int count, u32 stage, int lane) {
+    const u8* codes = w.codes + (size_t)(u32)(strip * w.tiles + k) * Layout::CODE_BYTES + 16 * lane;
+#pragma unroll
+    for (int at = 0; at < STAGE_TILES * Layout::CODE_BYTES; at += 16 * LANES)
+        if (at < Layout::CODE_BYTES || count == 2) copy_once(stage + at + 16 * lane, codes + at);
+    Layout::copy_params(w, strip, k, count, stage + STAGE_TILES * Layout::CODE_BYTES, lane);
+}
+template <int J>
+__device__ __forceinline__ Layout::Tile read_stage(const u8* stage, int lane) {
+    return Layout::template tile<J>(stage + J * Layout::CODE_BYTES, stage + STAGE_TILES * Layout::CODE_BYTES, lane);
+}
 
 // The A operands of the two steps of columns 32*HALF..32*HALF+31: a[step][row g, row g+8, row g, row g+8].
 template <int HALF>

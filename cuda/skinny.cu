@@ -1,9 +1,9 @@
-// y = x Wᵀ for few tokens: the weights stream from memory once, straight into registers, and tensor cores do the sums.
+// y = x Wᵀ for few tokens: the weights stream from memory once, and tensor cores do the sums.
 //
 // Weights are the 16-row operand of mma.m16n8k16 and tokens its 8 columns, so eight tokens cost what one does. A block
 // stages its slice of x in shared memory once and walks over strips of 16 rows; its warps share the columns of a
-// strip, tile after tile. Each warp keeps DEPTH tiles of weights in flight, also across the end of a strip, so that
-// memory never waits for sums. The warps' sums meet in shared memory; where K is cut into slices over blocks, the
+// strip, pairs of tiles in turn. Each warp copies its own tiles, DEPTH pairs in flight, also across the end of a strip, so
+// that memory never waits for sums and warps wait for each other only at the end of a strip. The warps' sums meet in shared memory; where K is cut into slices over blocks, the
 // last block to arrive at a strip adds the slices in order (always the same order, so results repeat) and leaves the
 // counter at zero for the next launch.
 //
@@ -32,8 +32,6 @@ __device__ __forceinline__ void multiply(float (&d)[4], const u32 (&a)[4], u32 b
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-__device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
-
 // x[first .. first+count, columns of the slice] to shared memory, zeros beyond K.
 __device__ __forceinline__ void stage(u8* to, const u16* x, int row_bytes, int count, int k, int first_column, int columns,
                                       long long stride) {
@@ -52,10 +50,9 @@ __device__ __forceinline__ void stage(u8* to, const u16* x, int row_bytes, int c
                 reinterpret_cast<u16*>(line)[c] = first_column + c < k ? from[c] : (u16)0;
         }
     }
-    asm volatile("cp.async.wait_all;" ::: "memory");
 }
 
-// A tile times its columns of x, for all tokens.
+// Half a tile times its columns of x, for all tokens.
 template <int HALF>
 __device__ __forceinline__ void half_tile(const Layout::Tile& tile, const Layout::Rows& rows, const u8* const (&x)[COLUMNS],
                                           int offset, float (&sums)[CHAINS][COLUMNS][4]) {
@@ -67,6 +64,12 @@ __device__ __forceinline__ void half_tile(const Layout::Tile& tile, const Layout
         multiply(sums[HALF % CHAINS][column], a[0], b.x, b.y);
         multiply(sums[HALF % CHAINS][column], a[1], b.z, b.w);
     }
+}
+
+__device__ __forceinline__ void multiply_tile(const Layout::Tile& tile, const Layout::Rows& rows, const u8* const (&x)[COLUMNS],
+                                              int offset, float (&sums)[CHAINS][COLUMNS][4]) {
+    half_tile<0>(tile, rows, x, offset, sums);
+    half_tile<1>(tile, rows, x, offset, sums);
 }
 
 struct Output {
@@ -107,21 +110,23 @@ skinny(const unsigned char* codes, const unsigned char* params, const unsigned c
        int tiles, int supers, int slice, float scale) {
     using namespace tenpak;
     extern __shared__ uint4 dynamic[];
-    const int warp = threadIdx.x / LANES, lane = threadIdx.x % LANES, g = lane / 4, t = lane % 4;
+    const int warp = __shfl_sync(~0u, threadIdx.x / LANES, 0), lane = threadIdx.x % LANES, g = lane / 4, t = lane % 4;
     const int matrix = blockIdx.z, slices = gridDim.y;
     const int strips = (n + TILE_ROWS - 1) / TILE_ROWS;
     const int first_tile = blockIdx.y * slice, count = min(slice, tiles - first_tile);
-    const int steps = ((count + WARPS - 1) / WARPS + DEPTH - 1) / DEPTH * DEPTH;
+    // Steps of a warp, each two tiles, filled up to whole turns of the ring.
+    const int steps = ((count + 2 * WARPS - 1) / (2 * WARPS) + DEPTH - 1) / DEPTH * DEPTH;
     const Weight weight{codes + matrix * codes_step, params + matrix * params_step, row_params + matrix * row_params_step,
                         tiles, supers};
-    const Weight my_weight = Layout::at(weight, lane);
     const long long begin = offsets ? offsets[matrix] : (long long)matrix * m;
     const int total = offsets ? offsets[matrix + 1] - (int)begin : m;
     if (total <= 0) return;
 
     const int row_bytes = count * TILE_COLS * 2 + ROW_PAD;
     float4* sums_of_warps = reinterpret_cast<float4*>(dynamic);
-    u8* staged = reinterpret_cast<u8*>(sums_of_warps + BUFFERS * WARPS * COLUMNS * LANES);
+    u8* stages = reinterpret_cast<u8*>(sums_of_warps + BUFFERS * WARPS * COLUMNS * LANES);
+    u8* staged_x = stages + WARPS * DEPTH * STAGE_BYTES;
+    const u32 my_stages = shared_address(stages) + warp * (DEPTH * STAGE_BYTES);
 
 #ifdef LUT16_TABLES
     Lut16::prepare(threadIdx.x);
@@ -132,22 +137,24 @@ skinny(const unsigned char* codes, const unsigned char* params, const unsigned c
         const Output out{y + (begin + token) * n, bias ? bias + (size_t)matrix * n : nullptr, n, scale};
         const size_t slot = begin / TOKENS + matrix + chunk;
 
-        // Weights first: they come from farther than x.
-        Layout::Tile ring[DEPTH];
+        if (chunk) __syncthreads();
+        stage(staged_x, x + (begin + token) * x_stride, row_bytes, tokens, k, first_tile * TILE_COLS, count * TILE_COLS, x_stride);
+        commit_copies();
 #pragma unroll
         for (int i = 0; i < DEPTH; ++i) {
-            const int tile = i * WARPS + warp;
-            if (tile < count) ring[i] = Layout::load(my_weight, blockIdx.x, first_tile + tile);
+            const int tile = 2 * (i * WARPS + warp);
+            if (tile < count)
+                copy_stage(weight, blockIdx.x, first_tile + tile, min(2, count - tile), my_stages + i * STAGE_BYTES, lane);
+            commit_copies();
         }
         Layout::Rows rows = Layout::rows(weight, blockIdx.x, lane);
-        if (chunk) __syncthreads();
-        stage(staged, x + (begin + token) * x_stride, row_bytes, tokens, k, first_tile * TILE_COLS, count * TILE_COLS, x_stride);
+        wait_for_copies<DEPTH>();
         __syncthreads();
 
         const u8* my_x[COLUMNS];
 #pragma unroll
         for (int column = 0; column < COLUMNS; ++column)
-            my_x[column] = staged + min(column * 8 + g, tokens - 1) * row_bytes + t * 16;
+            my_x[column] = staged_x + min(column * 8 + g, tokens - 1) * row_bytes + t * 16;
 
         int turn = 0;
         for (int strip = blockIdx.x; strip < strips; strip += gridDim.x, ++turn) {
@@ -160,13 +167,18 @@ skinny(const unsigned char* codes, const unsigned char* params, const unsigned c
                 const int count_ahead = strip_ahead < strips ? count : 0;
 #pragma unroll
                 for (int i = 0; i < DEPTH; ++i) {
-                    const int tile = (base + i) * WARPS + warp;
-                    if (tile < count) {
-                        half_tile<0>(ring[i], rows, my_x, tile * (TILE_COLS * 2), sums);
-                        half_tile<1>(ring[i], rows, my_x, tile * (TILE_COLS * 2), sums);
-                    }
-                    const int ahead = (base_ahead + i) * WARPS + warp;
-                    if (ahead < count_ahead) ring[i] = Layout::load(my_weight, strip_ahead, first_tile + ahead);
+                    const int tile = 2 * ((base + i) * WARPS + warp), ahead = 2 * ((base_ahead + i) * WARPS + warp);
+                    wait_for_copies<DEPTH - 1>();
+                    __syncwarp();
+                    const u8* my_stage = stages + (warp * DEPTH + i) * STAGE_BYTES;
+                    const Layout::Tile first = read_stage<0>(my_stage, lane), second = read_stage<1>(my_stage, lane);
+                    __syncwarp();
+                    if (ahead < count_ahead)
+                        copy_stage(weight, strip_ahead, first_tile + ahead, min(2, count_ahead - ahead),
+                                   my_stages + i * STAGE_BYTES, lane);
+                    commit_copies();
+                    if (tile < count) multiply_tile(first, rows, my_x, tile * (TILE_COLS * 2), sums);
+                    if (tile + 1 < count) multiply_tile(second, rows, my_x, (tile + 1) * (TILE_COLS * 2), sums);
                 }
             }
 

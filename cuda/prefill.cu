@@ -1,0 +1,417 @@
+// y = x Wᵀ for many tokens on Hopper: weights go through registers into wgmma, which reads the tokens from shared memory.
+//
+// A block owns tiles of ROWS = 64 * BLOCKS * GROUPS rows by TOKENS tokens. GROUPS consumer warpgroups copy packed
+// weights, each warp its own strips, DEPTH pairs of tiles ahead, turn them into A operands and multiply; the next
+// operand is made while the last one is multiplied. One producer warpgroup copies x, STAGES tiles of 64 columns ahead,
+// in pieces of two elements: that is how x gets both the order of columns that layouts.cuh describes and the 128-byte
+// swizzle that wgmma reads, without a pass of its own.
+//
+// Work is cut evenly (stream-K): every block takes the same number of units, a unit being 128 columns of a tile, so that no
+// multiprocessor idles in a last wave. The block that begins a tile finishes it: it waits for the sums of those that
+// went on with it and adds them in order, so results repeat. Blocks take their shares from the back: a block waits only
+// for blocks that were started before it.
+//
+// sm_90a. -DGROUPS, -DBLOCKS (of 64 rows a warpgroup), -DTOKENS, -DDEPTH, -DSTAGES.
+#include "layouts.cuh"
+
+namespace tenpak {
+
+constexpr int CONSUMER_WARPS = 4 * GROUPS;
+constexpr int CONSUMERS = 128 * GROUPS;
+constexpr int PRODUCERS = 128;
+constexpr int ROWS = 64 * BLOCKS * GROUPS;
+constexpr int SUMS = TOKENS / 2;  // of a thread, for 64 rows
+constexpr int X_BYTES = TOKENS * TILE_COLS * 2;
+constexpr int RING_BYTES = BLOCKS * STAGE_BYTES;  // one step of a warp: two tiles of each of its strips
+static_assert(TOKENS % 8 == 0 && X_BYTES % 1024 == 0, "the swizzle repeats every 1024 bytes");
+
+// ---- Barriers in shared memory --------------------------------------------------------------------------------------
+
+__device__ __forceinline__ void barrier_init(u32 barrier, u32 count) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" :: "r"(barrier), "r"(count));
+}
+__device__ __forceinline__ void barrier_arrive(u32 barrier) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" :: "r"(barrier) : "memory");
+}
+// Arrives once this thread's copies so far are there.
+__device__ __forceinline__ void barrier_arrive_after_copies(u32 barrier) {
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" :: "r"(barrier) : "memory");
+}
+__device__ __forceinline__ void barrier_wait(u32 barrier, u32 parity) {
+    asm volatile(
+        "{\n.reg .pred done;\n"
+        "again: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+        "@!done bra again;\n}" :: "r"(barrier), "r"(parity) : "memory");
+}
+
+// ---- wgmma ------------------------------------------------------------------------------------------------------------
+
+__device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+template <int PENDING>
+__device__ __forceinline__ void wgmma_wait() {
+    asm volatile("wgmma.wait_group.sync.aligned %0;" :: "n"(PENDING) : "memory");
+}
+
+// Rows of 128 bytes, swizzled; eight rows are 1024 bytes on.
+__device__ __forceinline__ u64 descriptor(u32 address) {
+    return (u64)((address & 0x3ffff) >> 4) | (u64)1 << 16 | (u64)(1024 >> 4) << 32 | (u64)1 << 62;
+}
+
+#if BF16
+#define WGMMA_TYPE ".f32.bf16.bf16"
+#else
+#define WGMMA_TYPE ".f32.f16.f16"
+#endif
+#define D8(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
+#define OPERANDS "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b)
+__device__ __forceinline__ void wgmma(float (&d)[SUMS], const u32 (&a)[4], u64 b) {
+#if TOKENS == 16
+    asm volatile("wgmma.mma_async.sync.aligned.m64n16k16" WGMMA_TYPE " {%0,%1,%2,%3,%4,%5,%6,%7}, {%8,%9,%10,%11}, %12, 1, 1, 1, 0;"
+                 : D8(0) : OPERANDS);
+#elif TOKENS == 32
+    asm volatile("wgmma.mma_async.sync.aligned.m64n32k16" WGMMA_TYPE
+                 " {%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15}, {%16,%17,%18,%19}, %20, 1, 1, 1, 0;"
+                 : D8(0), D8(8) : OPERANDS);
+#elif TOKENS == 64
+    asm volatile("wgmma.mma_async.sync.aligned.m64n64k16" WGMMA_TYPE
+                 " {%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,"
+                 "%29,%30,%31}, {%32,%33,%34,%35}, %36, 1, 1, 1, 0;"
+                 : D8(0), D8(8), D8(16), D8(24) : OPERANDS);
+#elif TOKENS == 128
+    asm volatile("wgmma.mma_async.sync.aligned.m64n128k16" WGMMA_TYPE
+                 " {%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,"
+                 "%29,%30,%31,%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,"
+                 "%56,%57,%58,%59,%60,%61,%62,%63}, {%64,%65,%66,%67}, %68, 1, 1, 1, 0;"
+                 : D8(0), D8(8), D8(16), D8(24), D8(32), D8(40), D8(48), D8(56) : OPERANDS);
+#else
+#error "TOKENS is 16, 32, 64 or 128"
+#endif
+}
+
+// Makes the compiler keep `values` where wgmma, unseen, reads and writes them.
+template <int N>
+__device__ __forceinline__ void pin(float (&values)[N]) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) asm volatile("" : "+f"(values[i])::"memory");
+}
+
+// ---- Work -------------------------------------------------------------------------------------------------------------
+
+// A block's place in the units of all tiles, tile after tile.
+struct Work {
+    int row_tiles, token_tiles, steps;  // steps: units of a tile
+    u64 units;
+
+    __device__ __forceinline__ u64 begin(u32 share) const { return share * units / gridDim.x; }
+    // Whose share unit u is in.
+    __device__ __forceinline__ u32 owner(u64 u) const { return (u32)(((u + 1) * gridDim.x - 1) / units); }
+};
+
+// The tile and step of a unit, and how to go on.
+struct Cursor {
+    int step, strip, token, matrix;
+    u32 tile;
+
+    __device__ __forceinline__ void place(const Work& w) {
+        const u32 row_and_matrix = tile / w.token_tiles;
+        token = (tile - row_and_matrix * w.token_tiles) * TOKENS;
+        matrix = row_and_matrix / w.row_tiles;
+        strip = (row_and_matrix - matrix * w.row_tiles) * (ROWS / TILE_ROWS);
+    }
+    __device__ __forceinline__ Cursor(const Work& w, u64 unit) : step(unit % w.steps), tile((u32)(unit / w.steps)) { place(w); }
+    __device__ __forceinline__ void next(const Work& w) {
+        if (++step == w.steps) {
+            step = 0;
+            ++tile;
+            place(w);
+        }
+    }
+};
+
+// ---- Producer -----------------------------------------------------------------------------------------------------------
+
+// Two elements of each row by one lane: columns 2 lane and 2 lane + 1 go to where wgmma wants them.
+__device__ __forceinline__ void copy_x(const u16* x, u32 stage, int first_column, int tokens, int k, long long stride, bool pairs, u8* generic) {
+    const int warp = threadIdx.x / LANES % 4, lane = threadIdx.x % LANES;
+    const int half = lane / 16, t = lane % 16 / 4, step = lane % 4 / 2, part = lane % 2;
+    const int chunk = (half * 2 + step) * 2 + part, column = first_column + 2 * lane;
+    const u32 at[2] = {(u32)(warp * 128 + (chunk ^ warp) * 16 + t * 4), (u32)((warp + 4) * 128 + (chunk ^ (warp + 4)) * 16 + t * 4)};
+    const u16* from = x + warp * stride + column;
+    const int my_tokens = column < k ? tokens - warp : 0;
+#pragma unroll 2
+    for (int eight = 0; eight < TOKENS; eight += 8) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            const int row = eight + 4 * i;  // beyond `warp`
+            if (pairs) {
+                const int bytes = row < my_tokens ? 4 : 0;
+                asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;"
+                             :: "r"(stage + eight * 128 + at[i]), "l"(bytes ? from : x), "r"(bytes) : "memory");
+            } else {
+                const u32 low = row < my_tokens ? from[0] : 0, high = row < my_tokens && column + 1 < k ? from[1] : 0;
+                *reinterpret_cast<u32*>(generic + eight * 128 + at[i]) = low | high << 16;
+            }
+            from += 4 * stride;
+        }
+    }
+}
+
+// ---- Consumers ------------------------------------------------------------------------------------------------------------
+
+__device__ __forceinline__ u32 transpose8x8(u32 pair) {
+    u32 d;
+    asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(d) : "r"(pair));
+    return d;
+}
+
+// The sums of 16 rows a warp to y [tokens, n].
+__device__ __forceinline__ void store(const float (&sums)[SUMS], u16* y, const u16* bias, int strip, int tokens, int n, float scale,
+                                      float low, float high, int lane) {
+    const int g = lane / 4, t = lane % 4, row = strip * TILE_ROWS;
+    const float low_bias = bias && row + g < n ? widen(bias[row + g]) : 0.0f;
+    const float high_bias = bias && row + g + 8 < n ? widen(bias[row + g + 8]) : 0.0f;
+    const bool even = n % 2 == 0 && (u64)y % 4 == 0;
+    low *= scale;
+    high *= scale;
+#pragma unroll
+    for (int j = 0; j < TOKENS / 8; ++j) {
+        if (8 * j >= tokens) break;
+        const u32 upper = narrow(sums[4 * j] * low + low_bias) | (u32)narrow(sums[4 * j + 1] * low + low_bias) << 16;
+        const u32 lower = narrow(sums[4 * j + 2] * high + high_bias) | (u32)narrow(sums[4 * j + 3] * high + high_bias) << 16;
+        // Now a lane holds rows 2t and 2t + 1 of token g: neighbours in y.
+        const u32 pairs[2] = {transpose8x8(upper), transpose8x8(lower)};
+        const int token = 8 * j + g;
+        if (token >= tokens) continue;
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            const int r = row + 8 * i + 2 * t;
+            u16* to = y + (size_t)token * n + r;
+            if (even) {
+                if (r < n) *reinterpret_cast<u32*>(to) = pairs[i];
+            } else {
+                if (r < n) to[0] = (u16)pairs[i];
+                if (r + 1 < n) to[1] = (u16)(pairs[i] >> 16);
+            }
+        }
+    }
+}
+
+__device__ __forceinline__ void group_barrier(int group) { asm volatile("bar.sync %0, 128;" :: "r"(group + 1) : "memory"); }
+
+}  // namespace tenpak
+
+// x [batch, m, k] with rows of x_stride elements; y [batch, m, n]; bias [batch, n] or null. partial: [gridDim.x][2][GROUPS]
+// [BLOCKS][SUMS / 4][128] float4; arrived: a counter for each tile and group, zero before and after. At most one block
+// a multiprocessor.
+extern "C" __global__ void __launch_bounds__(128 * GROUPS + 128, 1)
+prefill(const unsigned char* codes, const unsigned char* params, const unsigned char* row_params, const unsigned short* x,
+        unsigned short* y, const unsigned short* bias, float4* partial, unsigned int* arrived, long long codes_step,
+        long long params_step, long long row_params_step, long long x_stride, int batch, int m, int n, int k, int tiles,
+        int supers, float scale) {
+    using namespace tenpak;
+    extern __shared__ __align__(1024) u8 dynamic[];
+    __shared__ alignas(8) u64 barriers[2 * STAGES];
+    u8* const staged_x = reinterpret_cast<u8*>(((u64)dynamic + 1023) / 1024 * 1024);
+    const u32 x_address = shared_address(staged_x);
+    const u32 full = shared_address(barriers), empty = full + 8 * STAGES;
+
+    Work work;
+    work.row_tiles = (n + ROWS - 1) / ROWS;
+    work.token_tiles = (m + TOKENS - 1) / TOKENS;
+    work.steps = (tiles + 1) / 2;
+    work.units = (u64)batch * work.row_tiles * work.token_tiles * work.steps;
+    const u32 share = gridDim.x - 1 - blockIdx.x;
+    const u64 begin = work.begin(share), end = work.begin(share + 1);
+
+    if (threadIdx.x == 0) {
+        for (int i = 0; i < STAGES; ++i) {
+            barrier_init(full + 8 * i, PRODUCERS);
+            barrier_init(empty + 8 * i, CONSUMER_WARPS);
+        }
+        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    }
+#ifdef LUT16_TABLES
+    Lut16::prepare(threadIdx.x);
+#endif
+    __syncthreads();
+    if (begin == end) return;
+
+    if (threadIdx.x >= CONSUMERS) {
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" :: "n"(GROUPS == 4 ? 32 : 40));
+        const bool pairs = k % 2 == 0 && x_stride % 2 == 0 && (u64)x % 4 == 0;
+        int stage = 0;
+        u32 phase = 1;  // all stages are empty
+        Cursor at(work, begin);
+        for (u64 unit = begin; unit < end; ++unit, at.next(work)) {
+            const u16* from = x + ((long long)at.matrix * m + at.token) * x_stride;
+            for (int tile = 2 * at.step; tile < min(2 * at.step + 2, tiles); ++tile) {
+                barrier_wait(empty + 8 * stage, phase);
+                copy_x(from, x_address + stage * X_BYTES, tile * TILE_COLS, m - at.token, k, x_stride, pairs,
+                       staged_x + stage * X_BYTES);
+                if (pairs)
+                    barrier_arrive_after_copies(full + 8 * stage);
+                else
+                    barrier_arrive(full + 8 * stage);
+                if (++stage == STAGES) {
+                    stage = 0;
+                    phase ^= 1;
+                }
+            }
+        }
+        // Copies must have landed before the block's memory goes to another.
+        asm volatile("cp.async.wait_all;" ::: "memory");
+    } else {
+        asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" :: "n"(GROUPS == 4 ? 112 : 232));
+        const int warp = __shfl_sync(~0u, threadIdx.x / LANES, 0), lane = threadIdx.x % LANES, group = warp / 4;
+        const int strips = (n + TILE_ROWS - 1) / TILE_ROWS;
+        // Strips of this warp: first_strip + 4 * block within a tile.
+        const int first_strip = group * (4 * BLOCKS) + warp % 4;
+        const u8* const ring = staged_x + STAGES * X_BYTES + warp * (DEPTH * RING_BYTES);
+        const u32 ring_address = shared_address(ring);
+
+        Cursor ahead(work, begin);
+        u64 unit_ahead = begin;
+        int slot_ahead = 0;
+        auto copy_ahead = [&] {
+            if (unit_ahead < end) {
+                const Weight w{codes + ahead.matrix * codes_step, params + ahead.matrix * params_step,
+                               row_params + ahead.matrix * row_params_step, tiles, supers};
+#pragma unroll
+                for (int block = 0; block < BLOCKS; ++block) {
+                    const int strip = ahead.strip + first_strip + 4 * block;
+                    if (strip < strips)
+                        copy_stage(w, strip, 2 * ahead.step, min(2, tiles - 2 * ahead.step),
+                                   ring_address + slot_ahead * RING_BYTES + block * STAGE_BYTES, lane);
+                }
+                ahead.next(work);
+                ++unit_ahead;
+            }
+            commit_copies();
+            slot_ahead = slot_ahead + 1 == DEPTH ? 0 : slot_ahead + 1;
+        };
+#pragma unroll 1
+        for (int i = 0; i < DEPTH - 1; ++i) copy_ahead();
+
+        int stage = 0, slot = 0;
+        u32 phase = 0;
+        int to_release = -1;  // the stage whose products may still be under way
+        Cursor at(work, begin);
+        for (u64 unit = begin; unit < end;) {
+            const int first_step = at.step, tile_steps = (int)min((u64)(work.steps - first_step), end - unit);
+            const Weight w{codes + at.matrix * codes_step, params + at.matrix * params_step,
+                           row_params + at.matrix * row_params_step, tiles, supers};
+            Layout::Rows rows[BLOCKS];
+            float sums[BLOCKS][SUMS];
+#pragma unroll
+            for (int block = 0; block < BLOCKS; ++block) {
+                rows[block] = Layout::rows(w, min(at.strip + first_strip + 4 * block, strips - 1), lane);
+#pragma unroll
+                for (int i = 0; i < SUMS; ++i) sums[block][i] = 0.0f;
+            }
+
+#pragma unroll 1
+            for (int step = first_step; step < first_step + tile_steps; ++step) {
+                wait_for_copies<DEPTH - 2>();
+                __syncwarp();
+                const u8* here = ring + slot * RING_BYTES;
+                slot = slot + 1 == DEPTH ? 0 : slot + 1;
+                // Into the slot that the last step emptied.
+                copy_ahead();
+#pragma unroll
+                for (int j = 0; j < 2; ++j) {
+                    if (2 * step + j >= tiles) break;
+                    barrier_wait(full + 8 * stage, phase);
+                    // The copies wrote through the generic proxy; wgmma reads through the asynchronous one.
+                    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+                    const u64 b = descriptor(x_address + stage * X_BYTES);
+#pragma unroll
+                    for (int block = 0; block < BLOCKS; ++block) {
+                        const Layout::Tile tile = j ? read_stage<1>(here + block * STAGE_BYTES, lane) : read_stage<0>(here + block * STAGE_BYTES, lane);
+                        u32 a[2][2][4];
+                        fragments<0>(tile, rows[block], a[0]);
+                        fragments<1>(tile, rows[block], a[1]);
+                        wgmma_fence();
+                        wgmma(sums[block], a[0][0], b);
+                        wgmma(sums[block], a[0][1], b + 2);
+                        wgmma(sums[block], a[1][0], b + 4);
+                        wgmma(sums[block], a[1][1], b + 6);
+                        wgmma_commit();
+                        if constexpr (BLOCKS == 1) {
+                            // The other warpgroups' products fill the time in which this one makes its next tile.
+                            wgmma_wait<0>();
+                            if (lane == 0) barrier_arrive(empty + 8 * stage);
+                        } else {
+                            // The tile before is done, and with it, at a stage's first tile, the stage before. The next
+                            // tile is made while this one is multiplied.
+                            wgmma_wait<1>();
+                            if (block == 0 && to_release >= 0 && lane == 0) barrier_arrive(empty + 8 * to_release);
+                        }
+                    }
+                    to_release = stage;
+                    if (++stage == STAGES) {
+                        stage = 0;
+                        phase ^= 1;
+                    }
+                }
+                __syncwarp();
+            }
+            wgmma_wait<0>();
+#pragma unroll
+            for (int block = 0; block < BLOCKS; ++block) pin(sums[block]);
+
+            const u64 tile_begin = unit - first_step, tile_end = tile_begin + work.steps;
+            const bool begins = first_step == 0, ends = unit + tile_steps == tile_end;
+            constexpr int PART = BLOCKS * SUMS / 4 * 128;  // float4 of one group
+            const int thread = threadIdx.x % 128;
+            unsigned int* const counter = arrived + (size_t)at.tile * GROUPS + group;
+            if (!begins) {
+                float4* to = partial + ((size_t)share * GROUPS + group) * PART + thread;
+#pragma unroll
+                for (int block = 0; block < BLOCKS; ++block)
+#pragma unroll
+                    for (int i = 0; i < SUMS / 4; ++i)
+                        __stcg(to + (block * (SUMS / 4) + i) * 128, make_float4(sums[block][4 * i], sums[block][4 * i + 1],
+                                                                                sums[block][4 * i + 2], sums[block][4 * i + 3]));
+                __threadfence();
+                group_barrier(group);
+                if (thread == 0) atomicAdd(counter, 1);
+            } else {
+                if (!ends) {
+                    const u32 last = work.owner(tile_end - 1);
+                    if (thread == 0) {
+                        u32 seen;
+                        do {
+                            asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(seen) : "l"(counter) : "memory");
+                        } while (seen < last - share);
+                        *counter = 0;
+                    }
+                    group_barrier(group);
+                    __threadfence();
+                    for (u32 other = share + 1; other <= last; ++other) {
+                        const float4* from = partial + ((size_t)other * GROUPS + group) * PART + thread;
+#pragma unroll
+                        for (int block = 0; block < BLOCKS; ++block)
+#pragma unroll
+                            for (int i = 0; i < SUMS / 4; ++i) {
+                                const float4 v = __ldcg(from + (block * (SUMS / 4) + i) * 128);
+                                sums[block][4 * i] += v.x;
+                                sums[block][4 * i + 1] += v.y;
+                                sums[block][4 * i + 2] += v.z;
+                                sums[block][4 * i + 3] += v.w;
+                            }
+                    }
+                }
+                u16* to = y + ((size_t)at.matrix * m + at.token) * n;
+#pragma unroll
+                for (int block = 0; block < BLOCKS; ++block)
+                    store(sums[block], to, bias ? bias + (size_t)at.matrix * n : nullptr, at.strip + first_strip + 4 * block,
+                          m - at.token, n, scale, Layout::row_scale(rows[block], false), Layout::row_scale(rows[block], true), lane);
+            }
+            unit += tile_steps;
+            at.step = work.steps - 1;
+            at.next(work);
+        }
+        wait_for_copies<0>();
+    }
+}
