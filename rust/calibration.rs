@@ -53,6 +53,14 @@ impl Encoder {
     }
 }
 
+/// Turns mean squares into importance: each over their mean, and never quite 0. What is no mean square stays.
+pub fn importance_of(mean_squares: &mut [f32]) {
+    let mean = mean_squares.iter().map(|&h| f64::from(h)).sum::<f64>() / mean_squares.len().max(1) as f64;
+    for h in mean_squares.iter_mut().filter(|h| **h >= 0.0) {
+        *h = if mean > 0.0 { ((f64::from(*h) / mean) as f32).max(LEAST_IMPORTANCE) } else { 1.0 };
+    }
+}
+
 /// An open file of statistics.
 pub struct Calibration {
     file: Safetensors,
@@ -184,10 +192,7 @@ impl Calibration {
                 diagonal[j]
             )));
         }
-        let mean = diagonal.iter().map(|&h| f64::from(h)).sum::<f64>() / diagonal.len().max(1) as f64;
-        for h in &mut diagonal {
-            *h = if mean > 0.0 { ((f64::from(*h) / mean) as f32).max(LEAST_IMPORTANCE) } else { 1.0 };
-        }
+        importance_of(&mut diagonal);
         Ok(diagonal)
     }
 

@@ -10,7 +10,7 @@ mod memory;
 mod model;
 mod progress;
 
-use crate::calibration::{Calibration, Encoder};
+use crate::calibration::{Calibration, Encoder, importance_of};
 use crate::codec::{self, Codec, Factor, OutputError, Per};
 use crate::error::{Error, Kind};
 use crate::input::{self, Model};
@@ -160,7 +160,7 @@ fn encode(
     shape: Vec<usize>,
     axis: usize,
     codec: &str,
-    importance: Option<Vec<f32>>,
+    mut importance: Option<Vec<f32>>,
     second_moment: Option<Bytes>,
     measure: bool,
     threads: usize,
@@ -174,10 +174,16 @@ fn encode(
             Some(moment) => {
                 let floats: Vec<f32> =
                     moment.as_slice().as_chunks().0.iter().map(|b| f32::from_ne_bytes(*b)).collect();
-                Some(Factor::new(&floats, Rows::new(&tensor.shape, axis)?.cols, LAPACK)?)
+                let cols = Rows::new(&tensor.shape, axis)?.cols;
+                let factor = Factor::new(&floats, cols, LAPACK)?;
+                importance.get_or_insert_with(|| floats.iter().step_by(cols + 1).copied().collect());
+                Some(factor)
             }
             None => None,
         };
+        if let Some(importance) = &mut importance {
+            importance_of(importance);
+        }
         let options = runner::Options {
             importance: importance.as_deref(),
             factor: factor.as_ref(),

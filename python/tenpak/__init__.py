@@ -16,6 +16,7 @@ Importing this package loads neither CuPy nor torch.
 from tenpak._core import __version__
 from tenpak.arrays import Encoded, decode, encode
 from tenpak.artifact import ArtifactFile, Part, TensorInfo, open
+from tenpak.calibrate import CalibrationReport, calibrate
 from tenpak.codecs import CodecInfo, PartInfo, codecs
 from tenpak.errors import (
     ArtifactError,
@@ -40,6 +41,7 @@ from tenpak.models import (
 __all__ = [
     "ArtifactError",
     "ArtifactFile",
+    "CalibrationReport",
     "CodecInfo",
     "CompressReport",
     "DecompressReport",
@@ -57,6 +59,7 @@ __all__ = [
     "UnsupportedError",
     "UsageError",
     "__version__",
+    "calibrate",
     "codecs",
     "compress",
     "decode",

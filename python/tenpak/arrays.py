@@ -65,7 +65,7 @@ def encode(
         array: float32, float16 or bfloat16 (`ml_dtypes`) weights, finite; it must not change meanwhile.
         codec: A name from `tenpak.codecs()`.
         axis: The input dimension: the last for `nn.Linear` weights [out, in], 0 for GPT-2's `Conv1D` [in, out].
-        importance: One positive weight per input, [shape[axis]], for the layout's search, whichever encoder the
+        importance: One weight per input, none negative, [shape[axis]], for the layout's search, whichever encoder the
             codec has; E[x_j²] of the layer's input is what one would give ("diag"). None weighs all inputs alike.
             Layouts of eight bits pass it over.
         second_moment: H = E[x xᵀ] of the layer's input, [in, in] float32: codes are chosen column by column, each
@@ -97,10 +97,6 @@ def encode(
     moment = None
     if second_moment is not None:
         moment = np.ascontiguousarray(second_moment, np.float32)
-        if importance is None:
-            diagonal = np.diagonal(moment).astype(np.float64)
-            mean = float(diagonal.mean()) if diagonal.size else 0.0
-            importance = np.maximum(diagonal / mean, 1e-6) if mean > 0 else np.ones_like(diagonal)
     weights = None if importance is None else np.asarray(importance, np.float32).reshape(-1).tolist()
     buffers = [part.reshape(-1).view(np.uint8) for part in parts.values()]
     exponent, error, norm, output = _core.encode(

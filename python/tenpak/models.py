@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -87,6 +88,9 @@ class CompressReport:
     compression_fp16: float | None
     #: Σ(w - ŵ)² / Σw² of everything that was quantised.
     relative_error: float | None
+    #: The mean of tr(ΔHΔᵀ) / tr(WHWᵀ) over tensors with error feedback, and the same before it.
+    output_error: float | None
+    output_error_before: float | None
     seconds: float
     #: FP32 bytes of the weights over seconds.
     gigabytes_per_second: float
@@ -152,7 +156,8 @@ def compress(
         force: Replace an existing `dst`.
         strict: Refuse, before any work, to leave out a weight that no rule asks to keep.
         dry_run: Decide and measure sizes, exactly, but write nothing.
-        calibration: Statistics of the layers' inputs, as `tenpak.calibrate` writes them.
+        calibration: Statistics of the layers' inputs, as `tenpak.calibrate` writes them; `self` gathers them from
+            text that the model samples, with the defaults of `tenpak.calibrate`, and does not keep them.
         encoder: What to do with them: `diag` weights squared errors with E[x_j²], `gptq` also lets each column
             make good what those before it have lost.
         progress: Called with weights done and in all.
@@ -163,6 +168,21 @@ def compress(
         UnsupportedError: A format or dtype that is not read.
         StorageError: The file system refused.
     """
+    if calibration == "self":
+        return _compress_with_own_text(
+            src,
+            dst,
+            codec,
+            embeddings=embeddings,
+            rules=rules,
+            input_axes=input_axes,
+            threads=threads,
+            force=force,
+            strict=strict,
+            dry_run=dry_run,
+            encoder=encoder,
+            progress=progress,
+        )
     if isinstance(src, Mapping):
         source: Any = []
         for name, value in src.items():
@@ -191,6 +211,38 @@ def compress(
     report["groups"] = tuple(Group(**g) for g in report["groups"])
     report["files"], report["notes"] = tuple(report["files"]), tuple(report["notes"])
     return CompressReport(**report)
+
+
+def _compress_with_own_text(
+    src: PathLike | Mapping[str, ArrayLike],
+    dst: PathLike,
+    codec: str,
+    *,
+    encoder: str,
+    dry_run: bool,
+    force: bool,
+    progress: Progress | None,
+    **options: Any,
+) -> CompressReport:
+    if isinstance(src, Mapping):
+        raise UsageError("calibration 'self' needs a model with config.json; give statistics, or a model's folder")
+    if os.path.lexists(dst) and not force and not dry_run:
+        # Before the minutes that sampling takes.
+        raise UsageError(f"output {os.fspath(dst)} exists; choose another, or replace it with --force")
+    if dry_run:
+        return compress(src, dst, codec, dry_run=True, force=force, progress=progress, **options)
+    from tenpak.calibrate import calibrate
+
+    def weights_done(done: int, total: int, _what: str) -> None:
+        if progress is not None:
+            progress(done, total)
+
+    with tempfile.TemporaryDirectory(prefix="tenpak-") as folder:
+        statistics = os.path.join(folder, "statistics.safetensors")
+        calibrate(src, statistics, diagonal=encoder == "diag", progress=weights_done)
+        return compress(
+            src, dst, codec, calibration=statistics, encoder=encoder, force=force, progress=progress, **options
+        )
 
 
 def decompress(

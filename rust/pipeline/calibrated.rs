@@ -2,10 +2,11 @@
 //! input.
 
 use super::compress::CalibrationOptions;
+use super::report::hex;
 use crate::calibration::Encoder;
 use crate::codec::Factor;
 use crate::error::{Error, Kind, Result};
-use crate::input::Model;
+use crate::input::{self, Model};
 use crate::plan::{Action, Decision};
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex};
@@ -97,6 +98,12 @@ impl<'a> Calibrated<'a> {
                 "the statistics know none of the {wanted} tensors to quantise (they know {known:?}, for example); \
                  they are of another model"
             )));
+        }
+        let known = options.statistics.model();
+        if !known.is_empty() && wanted > 0 && known != hex(&input::digest(model)?) {
+            out.notes.push(
+                "the statistics were gathered with another model; they may suit this one less".to_owned(),
+            );
         }
         if without > 0 {
             out.notes

@@ -1,7 +1,7 @@
 //! From a model to an artifact.
 
 use super::calibrated::Calibrated;
-use super::report::{CompressReport, Errors, TensorReport, gigabytes_per_second, groups, ratio};
+use super::report::{CompressReport, Errors, TensorReport, gigabytes_per_second, groups, hex, mean, ratio};
 use super::{Progress, check_running, named, refuse_overwriting_input, supervised};
 use crate::artifact::{self, Finished, KEEP, NewEntry, WRITER, Writer};
 use crate::calibration::{Calibration, Encoder};
@@ -342,8 +342,10 @@ impl<'a> Job<'a> {
             format: self.model.format(),
             codec: self.codec.name.to_owned(),
             dry_run: finished.is_none(),
-            root: finished.map(|f| f.root.iter().map(|b| format!("{b:02x}")).collect()).unwrap_or_default(),
+            root: finished.map(|f| hex(&f.root)).unwrap_or_default(),
             groups: groups(&tensors, &errors),
+            output_error: mean(tensors.iter().map(|t| t.output_error)),
+            output_error_before: mean(tensors.iter().map(|t| t.output_error_before)),
             tensors,
             files: self.sidecars.iter().map(|s| s.path.clone()).collect(),
             weights,

@@ -83,6 +83,10 @@ pub struct CompressReport {
     pub compression_fp16: Option<f64>,
     /// Σ(w - ŵ)² / Σw² of everything that was quantised.
     pub relative_error: Option<f64>,
+    /// The mean of tr(ΔHΔᵀ) / tr(WHWᵀ) over tensors with error feedback.
+    pub output_error: Option<f64>,
+    /// The same before the feedback.
+    pub output_error_before: Option<f64>,
     /// Wall-clock seconds, opening the input left out.
     pub seconds: f64,
     /// Weights a second, as FP32: 4e-9 · weights / seconds.
@@ -172,6 +176,17 @@ pub(super) fn groups(tensors: &[TensorReport], errors: &[Option<Errors>]) -> Vec
         (fate, std::cmp::Reverse(g.weights))
     });
     groups
+}
+
+/// A digest for people.
+pub(crate) fn hex(digest: &[u8; 32]) -> String {
+    digest.iter().map(|b| format!("{b:02x}")).collect()
+}
+
+/// The mean of those that there are.
+pub(super) fn mean(values: impl Iterator<Item = Option<f64>>) -> Option<f64> {
+    let values: Vec<f64> = values.flatten().collect();
+    (!values.is_empty()).then(|| values.iter().sum::<f64>() / values.len() as f64)
 }
 
 pub(super) fn ratio(a: u64, b: u64) -> Option<f64> {

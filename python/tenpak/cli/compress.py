@@ -3,6 +3,7 @@
 examples:
   tenpak compress --input model-folder --output model.tenpak
   tenpak compress --input model.gguf --output model.tenpak --codec int4_lut16_v1
+  tenpak compress --input model-folder --output model.tenpak --codec int4_lut16_v1 --calibration self
   tenpak compress --input model-folder --output model.tenpak --dry-run
   tenpak compress --input model-folder --output model.tenpak \\
       --rule 'down_proj=int4_opt_llama_v1' --rule 'layers\\.0\\.=keep' --embeddings keep
@@ -10,6 +11,9 @@ examples:
 The input is a Hugging Face folder, a .safetensors, .gguf or JSON bundle file. Weights of linear layers get
 --codec, embeddings and output heads --embeddings, norms and biases are kept; the first --rule that matches a
 tensor's name overrides all of that. `tenpak codecs` lists the codecs.
+
+With --calibration, four-bit codes are chosen so that the layers' outputs change least: by the statistics that
+`tenpak calibrate` has gathered, or (self) from text that the model samples itself, which takes minutes.
 """
 
 from __future__ import annotations
@@ -51,6 +55,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="REGEX=AXIS",
         help="the input dimension of tensors whose names match, where it is not what the model's kind says",
     )
+    parser.add_argument(
+        "--calibration",
+        metavar="FILE|self",
+        help="statistics of `tenpak calibrate`; self gathers them from text that the model samples",
+    )
+    parser.add_argument(
+        "--encoder",
+        choices=("gptq", "diag"),
+        default="gptq",
+        help="what to do with the statistics: gptq loses least, diag is faster (%(default)s)",
+    )
     parser.add_argument("--threads", type=int, metavar="N", help="threads that encode (all cores)")
     parser.add_argument("--dry-run", action="store_true", help="decide, and show exact sizes, but write nothing")
     parser.add_argument("--strict", action="store_true", help="refuse to leave out a weight that no rule asks to keep")
@@ -76,6 +91,8 @@ def run(arguments: argparse.Namespace) -> None:
             force=arguments.force,
             strict=arguments.strict,
             dry_run=arguments.dry_run,
+            calibration=arguments.calibration,
+            encoder=arguments.encoder,
             progress=line,
         )
     if not arguments.quiet:
@@ -104,15 +121,17 @@ def _text(report: CompressReport, arguments: argparse.Namespace) -> str:
     if arguments.tensors:
         blocks.append(
             table(
-                ["tensor", "shape", "from", "to", "bits/weight", "error"],
+                ["tensor", "shape", "from", "to", "encoder", "bits/weight", "error", "output error"],
                 [
                     [
                         t.name,
                         " x ".join(map(str, t.shape)),
                         t.source,
                         t.codec if t.reason is None else f"{t.codec}: {t.reason}",
+                        (t.encoder or "") if t.uncalibrated is None else f"{t.encoder} ({t.uncalibrated})",
                         number(8 * t.bytes / t.weights if t.weights and t.codec != "alias" else None),
                         error(t.relative_error),
+                        error(t.output_error),
                     ]
                     for t in report.tensors
                 ],
@@ -128,6 +147,10 @@ def _text(report: CompressReport, arguments: argparse.Namespace) -> str:
     ]
     if report.relative_error is not None:
         summary.append(("relative squared error", error(report.relative_error)))
+    if report.output_error is not None:
+        summary.append(
+            ("squared error of outputs", f"{error(report.output_error)}, {error(report.output_error_before)} before gptq")
+        )
     speed = f"{duration(report.seconds)}, {report.gigabytes_per_second:.2f} GB/s as FP32"
     if report.dry_run:
         summary.append(

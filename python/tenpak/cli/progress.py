@@ -65,3 +65,27 @@ class ProgressLine:
         if self._width:
             sys.stderr.write("\r" + " " * self._width + "\r")
             sys.stderr.flush()
+
+
+class Stages:
+    """Called with steps done, in all, and what they are; draws a line for each stage."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self._arguments = arguments
+        self._line: ProgressLine | None = None
+        self._stage = ""
+
+    def __call__(self, done: int, total: int, stage: str) -> None:
+        if self._line is None or stage != self._stage:
+            self.__exit__()
+            self._stage = stage
+            self._line = ProgressLine(stage, self._arguments, amount=lambda n: f"{n:.0f} steps")
+        self._line(done, total)
+
+    def __enter__(self) -> Stages:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._line is not None:
+            self._line.__exit__()
+            self._line = None

@@ -1,0 +1,83 @@
+"""tenpak calibrate: gather statistics of the layers' inputs, for compress --calibration.
+
+examples:
+  tenpak calibrate model-folder --self --output statistics.safetensors
+  tenpak calibrate model-folder --text book.txt --output statistics.safetensors
+  tenpak calibrate model-folder --text book.txt --windows 128 --sequential int4_lut16_v1 --output statistics.safetensors
+  tenpak compress --input model-folder --output model.tenpak --calibration statistics.safetensors
+
+The text should be of the kind that the model will be used for; --self needs none, since the model samples its own.
+Statistics serve every codec and both encoders, but those of --sequential only the codec that they name. --diagonal
+keeps mean squares alone: small, and enough for --encoder diag. Models are those that `tenpak eval` reads;
+`tenpak.torch.collect_statistics` gathers from any other, in PyTorch.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import tenpak
+from tenpak.calibrate import WINDOWS
+from tenpak.cli import progress
+from tenpak.cli.table import count, duration, pairs, print_json, size
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    codecs = [codec.name for codec in tenpak.codecs()]
+    parser.add_argument("model", metavar="MODEL", help="the original, not quantised")
+    text = parser.add_mutually_exclusive_group(required=True)
+    text.add_argument("--text", "-t", metavar="FILE", help="a UTF-8 text")
+    text.add_argument("--self", action="store_true", dest="sampled", help="text that the model samples itself")
+    parser.add_argument("--output", "-o", required=True, metavar="FILE", help="the .safetensors file to write")
+    parser.add_argument(
+        "--windows", type=int, default=WINDOWS, metavar="N", help="windows to use, spread over the text (%(default)s)"
+    )
+    parser.add_argument("--context", type=int, metavar="N", help="tokens in a window (1024, or the model's most)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="for sampling (%(default)s)")
+    parser.add_argument("--diagonal", action="store_true", help="mean squares alone, for --encoder diag")
+    parser.add_argument(
+        "--sequential",
+        choices=codecs,
+        metavar="CODEC",
+        help="gather each layer's statistics with the layers before it quantised under this codec",
+    )
+    parser.add_argument(
+        "--encoder", choices=("gptq", "diag"), default="gptq", help="for --sequential (%(default)s)"
+    )
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to compute (%(default)s)")
+    parser.add_argument("--force", "-f", action="store_true", help="replace an existing output")
+    progress.add_arguments(parser)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    with progress.Stages(arguments) as stages:
+        report = tenpak.calibrate(
+            arguments.model,
+            arguments.output,
+            None if arguments.sampled else Path(arguments.text),
+            windows=arguments.windows,
+            context=arguments.context,
+            seed=arguments.seed,
+            diagonal=arguments.diagonal,
+            sequential=arguments.sequential,
+            encoder=arguments.encoder,
+            device=arguments.device,
+            force=arguments.force,
+            progress=stages,
+        )
+    if arguments.json:
+        print_json({"output": arguments.output, **report.to_dict()})
+        return
+    tokens = report.windows * report.context
+    text = "sampled by the model" if report.text == "sampled" else report.text
+    rows = [
+        ("model", report.model),
+        ("text", f"{text}, {count(report.windows)} windows of {count(report.context)} tokens"),
+        ("inputs", f"{count(report.inputs)}, read by {count(report.weights)} weights"),
+        ("time", f"{duration(report.seconds)}, {count(round(tokens / report.seconds))} tokens/s on {report.device}"),
+        ("written", f"{arguments.output}, {size(report.file_bytes)}"),
+    ]
+    if report.sequential is not None:
+        rows.insert(3, ("layers before", f"quantised under {report.sequential}"))
+    print(pairs(rows))

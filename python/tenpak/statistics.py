@@ -1,0 +1,123 @@
+"""The file of statistics that calibrated encoders read: one safetensors file, written input by input.
+
+An input NAME has `NAME.diagonal` ([in], E[x_j²]) and, unless only diagonals are wanted, `NAME.second_moment`
+([in, in], E[x xᵀ]), both FP32. The metadata key `tenpak.calibration` holds JSON that says which weights read which
+input, how many tokens were seen, and of which model and text.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tenpak.errors import StorageError, UsageError
+
+KEY = "tenpak.calibration"
+VERSION = 1
+
+
+class StatisticsWriter:
+    """Writes inputs as they come, so that one at a time is in memory; the file appears whole, or not at all.
+
+    safetensors has its header in front, and what stands there is known only at the end: data goes to a file beside
+    the target first.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], *, force: bool = False) -> None:
+        self.path = Path(path)
+        if self.path.exists() and not force:
+            raise UsageError(f"output {self.path} exists; choose another, or replace it with --force")
+        self._temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}")
+        self._tensors: dict[str, dict[str, Any]] = {}
+        self._inputs: dict[str, dict[str, Any]] = {}
+        self._end = 0
+        self._data: BinaryIO | None = None
+        try:
+            self._data = self._part("data").open("wb")
+        except OSError as error:
+            raise self._storage_error(error) from error
+
+    def add(
+        self,
+        weights: Iterable[str],
+        tokens: int,
+        diagonal: NDArray[np.float32],
+        second_moment: NDArray[np.float32] | None,
+    ) -> None:
+        """Adds the statistics of one input.
+
+        Args:
+            weights: Names of the weights that read it.
+            tokens: How many tokens were seen.
+            diagonal: E[x_j²], [in].
+            second_moment: E[x xᵀ], [in, in], or None.
+        """
+        names = list(weights)
+        name = names[0].removesuffix(".weight")
+        self._inputs[name] = {"tokens": int(tokens), "weights": names}
+        self._append(f"{name}.diagonal", diagonal)
+        if second_moment is not None:
+            self._append(f"{name}.second_moment", second_moment)
+
+    def finish(self, about: dict[str, Any]) -> None:
+        """Writes the header, with `about` beside the inputs, and puts the file in its place."""
+        if self._data is None:
+            raise UsageError("the statistics are already written")
+        # One key with sorted JSON: files with several keys would differ from run to run.
+        text = json.dumps({"version": VERSION, "inputs": self._inputs, **about}, sort_keys=True)
+        header = json.dumps({"__metadata__": {KEY: text}, **self._tensors}).encode()
+        header += b" " * (-len(header) % 8)
+        whole = self._part("whole")
+        try:
+            self._data.close()
+            self._data = None
+            with whole.open("wb") as file, self._part("data").open("rb") as data:
+                file.write(len(header).to_bytes(8, "little") + header)
+                shutil.copyfileobj(data, file, 1 << 24)
+                file.flush()
+                os.fsync(file.fileno())
+            whole.replace(self.path)
+        except OSError as error:
+            raise self._storage_error(error) from error
+        finally:
+            self._clean()
+
+    def _append(self, name: str, array: NDArray[np.float32]) -> None:
+        if self._data is None:
+            raise UsageError("the statistics are already written")
+        try:
+            self._data.write(np.ascontiguousarray(array, "<f4").reshape(-1).view(np.uint8).data)
+        except OSError as error:
+            raise self._storage_error(error) from error
+        end = self._end + 4 * array.size
+        self._tensors[name] = {"dtype": "F32", "shape": list(array.shape), "data_offsets": [self._end, end]}
+        self._end = end
+
+    def _part(self, what: str) -> Path:
+        return self._temporary.with_name(f"{self._temporary.name}.{what}")
+
+    def _clean(self) -> None:
+        if self._data is not None:
+            self._data.close()
+            self._data = None
+        for what in ("data", "whole"):
+            self._part(what).unlink(missing_ok=True)
+
+    def _storage_error(self, error: OSError) -> StorageError:
+        return StorageError(f"cannot write {self.path}: {error.strerror or error}")
+
+    def __enter__(self) -> StatisticsWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._clean()
