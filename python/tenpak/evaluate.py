@@ -105,7 +105,7 @@ def evaluate(
     Raises:
         UsageError: A wrong option, a text of fewer than two tokens, a context that a model was not made for, models
             with different vocabularies or tokenizers, or a package that is missing.
-        InputError: A model that cannot be read, or a text that is no UTF-8.
+        InputError: A model that cannot be read or computes NaN or infinity, or a text that is no UTF-8.
         StorageError, ArtifactError, UnsupportedError: As for `Decoder.open`.
     """
     for name, value, least in (("context", context, 2), ("windows", windows, 1), ("batch", batch, 1)):
@@ -134,17 +134,21 @@ def evaluate(
     start = time.perf_counter()
     sums = []
     for first in range(0, len(parts), batch):
-        sums.append(_measure(decoder, original, parts[first : first + batch]))
+        # What overflows is found below, for all windows at once.
+        with np.errstate(over="ignore", invalid="ignore"):
+            sums.append(_measure(decoder, original, parts[first : first + batch]))
         if progress is not None:
             progress(min(first + batch, len(parts)) * parts.shape[1], parts.size)
     seconds = time.perf_counter() - start
     by_window = np.concatenate(sums)
+    if not np.isfinite(by_window).all():
+        raise InputError(f"{' or '.join(one.source.path for one in both)} computes NaN or infinity on this text")
 
     loss, original_loss, divergence, agreed = by_window.T
     comparison = None
     if original is not None:
         change = _mean(loss - original_loss)
-        ratio = math.exp(change.value)
+        ratio = _exp(change.value)
         comparison = Comparison(
             original=original.source.path,
             perplexity=_perplexity(original_loss),
@@ -282,5 +286,10 @@ def _mean(values: NDArray[np.float64]) -> Mean:
 
 def _perplexity(losses: NDArray[np.float64]) -> Mean:
     mean = _mean(losses)
-    value = math.exp(mean.value)
+    value = _exp(mean.value)
     return Mean(value, None if mean.error is None else value * mean.error)
+
+
+def _exp(value: float) -> float:
+    # A broken model may be off by more than a double can say.
+    return math.exp(value) if value < 709 else math.inf

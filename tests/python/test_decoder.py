@@ -230,6 +230,19 @@ def test_old_and_new_spellings_of_rotation_mean_the_same():
     assert stretched[-1] == pytest.approx(plain[-1] / 8)
 
 
+def test_layers_that_see_a_window_are_those_of_the_config():
+    qwen2 = LLAMA | {"model_type": "qwen2", "sliding_window": 9, "max_window_layers": 1}
+    assert Config.parse(qwen2).windows == (None, None, None), "unless it is asked for"
+    qwen2 |= {"use_sliding_window": True}
+    assert Config.parse(qwen2).windows == (None, 9, 9)
+    types = ["sliding_attention", "full_attention", "full_attention"]
+    assert Config.parse(qwen2 | {"layer_types": types}).windows == (9, None, None)
+    with pytest.raises(InputError, match="layer_types has 1 entries for 3 layers"):
+        Config.parse(qwen2 | {"layer_types": types[:1]})
+    assert Config.parse(LLAMA | {"model_type": "mistral"}).windows == (4096,) * 3
+    assert Config.parse(LLAMA | {"sliding_window": 9}).windows == (None,) * 3
+
+
 @pytest.mark.parametrize(
     ("changes", "error", "says"),
     [

@@ -145,6 +145,20 @@ def test_wrong_requests_are_refused(llama, tokens, options, error, says):
         tenpak.evaluate(llama, tokens, **options)
 
 
+def test_a_model_that_computes_no_numbers_is_refused(tmp_path, llama, recwarn):
+    from safetensors.numpy import load_file, save_file
+
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "config.json").write_bytes((llama / "config.json").read_bytes())
+    arrays = {name: array.astype(np.float32) for name, array in load_file(llama / "model.safetensors").items()}
+    arrays["model.layers.2.mlp.up_proj.weight"][:] = 1e38
+    save_file(arrays, broken / "model.safetensors")
+    with pytest.raises(InputError, match=f"{broken} computes NaN or infinity"):
+        tenpak.evaluate(broken, some_tokens(20))
+    assert not recwarn.list
+
+
 def test_only_models_of_one_vocabulary_and_tokenizer_are_compared(tmp_path, llama):
     other = tmp_path / "other"
     other.mkdir()
