@@ -2,9 +2,9 @@
 //
 // A block owns tiles of ROWS = 64 * BLOCKS * GROUPS rows by TOKENS tokens. GROUPS consumer warpgroups copy packed
 // weights, each warp its own strips, DEPTH pairs of tiles ahead, turn them into A operands and multiply; the next
-// operand is made while the last one is multiplied. One producer warpgroup copies x, STAGES tiles of 64 columns ahead,
-// in pieces of two elements: that is how x gets both the order of columns that layouts.cuh describes and the 128-byte
-// swizzle that wgmma reads, without a pass of its own.
+// operand is made while the last one is multiplied. One producer warpgroup brings x, STAGES units of 128 columns ahead,
+// through registers: that is how x gets both the order of columns that layouts.cuh describes and the 128-byte swizzle
+// that wgmma reads, without a pass of its own.
 //
 // Work is cut evenly (stream-K): every block takes the same number of units, a unit being 128 columns of a tile, so that no
 // multiprocessor idles in a last wave. The block that begins a tile finishes it: it waits for the sums of those that
@@ -21,7 +21,7 @@ constexpr int CONSUMERS = 128 * GROUPS;
 constexpr int PRODUCERS = 128;
 constexpr int ROWS = 64 * BLOCKS * GROUPS;
 constexpr int SUMS = TOKENS / 2;  // of a thread, for 64 rows
-constexpr int X_BYTES = TOKENS * TILE_COLS * 2;
+constexpr int X_BYTES = TOKENS * TILE_COLS * 2;  // of one tile; a stage holds two
 constexpr int RING_BYTES = BLOCKS * STAGE_BYTES;  // one step of a warp: two tiles of each of its strips
 static_assert(TOKENS % 8 == 0 && X_BYTES % 1024 == 0, "the swizzle repeats every 1024 bytes");
 
@@ -32,10 +32,6 @@ __device__ __forceinline__ void barrier_init(u32 barrier, u32 count) {
 }
 __device__ __forceinline__ void barrier_arrive(u32 barrier) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" :: "r"(barrier) : "memory");
-}
-// Arrives once this thread's copies so far are there.
-__device__ __forceinline__ void barrier_arrive_after_copies(u32 barrier) {
-    asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" :: "r"(barrier) : "memory");
 }
 __device__ __forceinline__ void barrier_wait(u32 barrier, u32 parity) {
     asm volatile(
@@ -131,30 +127,43 @@ struct Cursor {
 
 // ---- Producer -----------------------------------------------------------------------------------------------------------
 
-// Two elements of each row by one lane: columns 2 lane and 2 lane + 1 go to where wgmma wants them.
-__device__ __forceinline__ void copy_x(const u16* x, u32 stage, int first_column, int tokens, int k, long long stride, bool pairs, u8* generic) {
-    const int warp = threadIdx.x / LANES % 4, lane = threadIdx.x % LANES;
-    const int half = lane / 16, t = lane % 16 / 4, step = lane % 4 / 2, part = lane % 2;
-    const int chunk = (half * 2 + step) * 2 + part, column = first_column + 2 * lane;
-    const u32 at[2] = {(u32)(warp * 128 + (chunk ^ warp) * 16 + t * 4), (u32)((warp + 4) * 128 + (chunk ^ (warp + 4)) * 16 + t * 4)};
-    const u16* from = x + warp * stride + column;
-    const int my_tokens = column < k ? tokens - warp : 0;
-#pragma unroll 2
-    for (int eight = 0; eight < TOKENS; eight += 8) {
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-            const int row = eight + 4 * i;  // beyond `warp`
-            if (pairs) {
-                const int bytes = row < my_tokens ? 4 : 0;
-                asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;"
-                             :: "r"(stage + eight * 128 + at[i]), "l"(bytes ? from : x), "r"(bytes) : "memory");
-            } else {
-                const u32 low = row < my_tokens ? from[0] : 0, high = row < my_tokens && column + 1 < k ? from[1] : 0;
-                *reinterpret_cast<u32*>(generic + eight * 128 + at[i]) = low | high << 16;
+// A thread brings columns 8c..8c+7 of every sixteenth token, c being its place among eight.
+constexpr int PASSES = TOKENS / 16;
+
+struct XTile {
+    const u16* from;  // this thread's columns of its first token
+    int tokens;       // from there on, if its columns exist
+    int columns;
+};
+
+__device__ __forceinline__ uint4 load_x(const XTile& tile, int pass, long long stride, bool vectors) {
+    uint4 v = make_uint4(0, 0, 0, 0);
+    if (16 * pass < tile.tokens) {
+        const u16* from = tile.from + 16 * pass * stride;
+        if (vectors) {
+            v = __ldg(reinterpret_cast<const uint4*>(from));
+        } else {
+            // Rows that are not aligned: rare, so short rather than fast.
+#pragma unroll 1
+            for (int i = 0; i < 8; ++i) {
+                const u32 next = i < tile.columns ? from[i] : 0;
+                v.x = v.x >> 16 | v.y << 16;
+                v.y = v.y >> 16 | v.z << 16;
+                v.z = v.z >> 16 | v.w << 16;
+                v.w = v.w >> 16 | next << 16;
             }
-            from += 4 * stride;
         }
     }
+    return v;
+}
+
+// Pair i of lane t = c % 4 and half c / 4 is element 2t of the chunk of sixteen bytes 4 * half + i; no two lanes meet in a bank.
+__device__ __forceinline__ void store_x(u8* tile, int pass, const uint4& v, int thread) {
+    const int row = thread / 8, half = thread % 8 / 4, t = thread % 4;
+    u8* to = tile + pass * 2048 + row * 128 + t * 4;
+    const u32 pairs[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) *reinterpret_cast<u32*>(to + (((half * 4 + i) ^ (row & 7)) * 16)) = pairs[i];
 }
 
 // ---- Consumers ------------------------------------------------------------------------------------------------------------
@@ -212,7 +221,7 @@ prefill(const unsigned char* codes, const unsigned char* params, const unsigned 
     using namespace tenpak;
     extern __shared__ __align__(1024) u8 dynamic[];
     __shared__ alignas(8) u64 barriers[2 * STAGES];
-    u8* const staged_x = reinterpret_cast<u8*>(((u64)dynamic + 1023) / 1024 * 1024);
+    u8* const staged_x = dynamic + (0u - shared_address(dynamic)) % 1024;
     const u32 x_address = shared_address(staged_x);
     const u32 full = shared_address(barriers), empty = full + 8 * STAGES;
 
@@ -238,36 +247,53 @@ prefill(const unsigned char* codes, const unsigned char* params, const unsigned 
     if (begin == end) return;
 
     if (threadIdx.x >= CONSUMERS) {
-        asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" :: "n"(GROUPS == 4 ? 32 : 40));
-        const bool pairs = k % 2 == 0 && x_stride % 2 == 0 && (u64)x % 4 == 0;
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" :: "n"(GROUPS == 4 ? 64 : 104));
+        const int thread = threadIdx.x - CONSUMERS;
+        const bool vectors = k % 8 == 0 && x_stride % 8 == 0 && (u64)x % 16 == 0;
+        auto tile_of = [&](const Cursor& c, int j) {
+            const int column = (2 * c.step + j) * TILE_COLS + thread % 8 * 8;
+            return XTile{x + ((long long)c.matrix * m + c.token + thread / 8) * x_stride + column,
+                         column < k ? m - c.token - thread / 8 : 0, k - column};
+        };
+        Cursor at(work, begin);
+        uint4 held[2][PASSES];
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+            const XTile tile = tile_of(at, j);
+#pragma unroll
+            for (int pass = 0; pass < PASSES; ++pass) held[j][pass] = load_x(tile, pass, x_stride, vectors);
+        }
         int stage = 0;
         u32 phase = 1;  // all stages are empty
-        Cursor at(work, begin);
-        for (u64 unit = begin; unit < end; ++unit, at.next(work)) {
-            const u16* from = x + ((long long)at.matrix * m + at.token) * x_stride;
-            for (int tile = 2 * at.step; tile < min(2 * at.step + 2, tiles); ++tile) {
-                barrier_wait(empty + 8 * stage, phase);
-                copy_x(from, x_address + stage * X_BYTES, tile * TILE_COLS, m - at.token, k, x_stride, pairs,
-                       staged_x + stage * X_BYTES);
-                if (pairs)
-                    barrier_arrive_after_copies(full + 8 * stage);
-                else
-                    barrier_arrive(full + 8 * stage);
-                if (++stage == STAGES) {
-                    stage = 0;
-                    phase ^= 1;
-                }
+        for (u64 unit = begin; unit < end; ++unit) {
+            at.next(work);
+            barrier_wait(empty + 8 * stage, phase);
+            // While a unit is stored the next is on its way. A second tile beyond K is all zeros.
+#pragma unroll
+            for (int j = 0; j < 2; ++j) {
+                u8* to = staged_x + (2 * stage + j) * X_BYTES;
+                XTile tile = tile_of(at, j);
+                if (unit + 1 == end) tile.tokens = 0;
+#pragma unroll
+                for (int pass = 0; pass < PASSES; ++pass) store_x(to, pass, held[j][pass], thread);
+#pragma unroll
+                for (int pass = 0; pass < PASSES; ++pass) held[j][pass] = load_x(tile, pass, x_stride, vectors);
+            }
+            // Written through the generic proxy, read by wgmma through the asynchronous one.
+            asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+            barrier_arrive(full + 8 * stage);
+            if (++stage == STAGES) {
+                stage = 0;
+                phase ^= 1;
             }
         }
-        // Copies must have landed before the block's memory goes to another.
-        asm volatile("cp.async.wait_all;" ::: "memory");
     } else {
-        asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" :: "n"(GROUPS == 4 ? 112 : 232));
+        asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" :: "n"(GROUPS == 4 ? 104 : 200));
         const int warp = __shfl_sync(~0u, threadIdx.x / LANES, 0), lane = threadIdx.x % LANES, group = warp / 4;
         const int strips = (n + TILE_ROWS - 1) / TILE_ROWS;
         // Strips of this warp: first_strip + 4 * block within a tile.
         const int first_strip = group * (4 * BLOCKS) + warp % 4;
-        const u8* const ring = staged_x + STAGES * X_BYTES + warp * (DEPTH * RING_BYTES);
+        const u8* const ring = staged_x + 2 * STAGES * X_BYTES + warp * (DEPTH * RING_BYTES);
         const u32 ring_address = shared_address(ring);
 
         Cursor ahead(work, begin);
@@ -318,41 +344,41 @@ prefill(const unsigned char* codes, const unsigned char* params, const unsigned 
                 slot = slot + 1 == DEPTH ? 0 : slot + 1;
                 // Into the slot that the last step emptied.
                 copy_ahead();
+                barrier_wait(full + 8 * stage, phase);
 #pragma unroll
                 for (int j = 0; j < 2; ++j) {
                     if (2 * step + j >= tiles) break;
-                    barrier_wait(full + 8 * stage, phase);
-                    // The copies wrote through the generic proxy; wgmma reads through the asynchronous one.
-                    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-                    const u64 b = descriptor(x_address + stage * X_BYTES);
+                    const u64 b = descriptor(x_address + (2 * stage + j) * X_BYTES);
 #pragma unroll
                     for (int block = 0; block < BLOCKS; ++block) {
                         const Layout::Tile tile = j ? read_stage<1>(here + block * STAGE_BYTES, lane) : read_stage<0>(here + block * STAGE_BYTES, lane);
+                        float (&d)[SUMS] = sums[block];
                         u32 a[2][2][4];
                         fragments<0>(tile, rows[block], a[0]);
                         fragments<1>(tile, rows[block], a[1]);
+                        pin(d);
                         wgmma_fence();
-                        wgmma(sums[block], a[0][0], b);
-                        wgmma(sums[block], a[0][1], b + 2);
-                        wgmma(sums[block], a[1][0], b + 4);
-                        wgmma(sums[block], a[1][1], b + 6);
+                        wgmma(d, a[0][0], b);
+                        wgmma(d, a[0][1], b + 2);
+                        wgmma(d, a[1][0], b + 4);
+                        wgmma(d, a[1][1], b + 6);
                         wgmma_commit();
                         if constexpr (BLOCKS == 1) {
                             // The other warpgroups' products fill the time in which this one makes its next tile.
                             wgmma_wait<0>();
-                            if (lane == 0) barrier_arrive(empty + 8 * stage);
                         } else {
-                            // The tile before is done, and with it, at a stage's first tile, the stage before. The next
-                            // tile is made while this one is multiplied.
+                            // The tile before is done, and with it, at a step's first tile, the step before. The next tile is
+                            // made while this one is multiplied.
                             wgmma_wait<1>();
-                            if (block == 0 && to_release >= 0 && lane == 0) barrier_arrive(empty + 8 * to_release);
+                            if (j == 0 && block == 0 && to_release >= 0 && lane == 0) barrier_arrive(empty + 8 * to_release);
                         }
                     }
-                    to_release = stage;
-                    if (++stage == STAGES) {
-                        stage = 0;
-                        phase ^= 1;
-                    }
+                }
+                if (BLOCKS == 1 && lane == 0) barrier_arrive(empty + 8 * stage);
+                to_release = stage;
+                if (++stage == STAGES) {
+                    stage = 0;
+                    phase ^= 1;
                 }
                 __syncwarp();
             }
