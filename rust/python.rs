@@ -150,7 +150,11 @@ fn part_shapes(
     shapes().map_err(|e| to_py(py, e))
 }
 
-/// Encodes an array into the buffers of its parts; returns exponent, squared error and squared norm.
+/// Exponent, squared error, squared norm; and the outputs' squared errors after and before error feedback, and their
+/// squared norm.
+type EncodeOutcome = (i32, f64, f64, Option<(f64, f64, f64)>);
+
+/// Encodes an array into the buffers of its parts.
 #[pyfunction]
 #[allow(clippy::too_many_arguments)]
 fn encode(
@@ -165,7 +169,7 @@ fn encode(
     measure: bool,
     threads: usize,
     mut parts: Vec<BytesMut>,
-) -> PyResult<(i32, f64, f64, Option<(f64, f64, f64)>)> {
+) -> PyResult<EncodeOutcome> {
     let done = py.detach(|| {
         let tensor =
             Tensor { shape, encoding: Encoding::Plain(dtype_named(dtype)?), bytes: data.as_slice().into() };

@@ -3,9 +3,9 @@
 //! `int4_g32_fp16` holds the numbers of GGUF's Q4_1 and of MLX's affine layout. How scale and offset are
 //! chosen is a [`Fit`]; codes are then the nearest, whichever it was.
 
-use super::feedback::{Nearest, feedback};
+use super::feedback::{Group, Nearest, feedback};
 use super::groups::{Block, Grid, Weights};
-use super::half_floats::widen_f16;
+use super::half_floats::{narrow_f16, widen_f16};
 use super::range::{Range, RangeLanes};
 use super::search::Search;
 use super::simd::{Kernel, LANES, Level, Simd};
@@ -223,19 +223,41 @@ pub struct Affine<const G: usize>;
 
 impl<const G: usize> Nearest for Affine<G> {
     const GROUP: usize = G;
+    const REFIT: bool = true;
+    const OFFSET: bool = true;
     type Ready<S: Simd> = ();
 
     #[inline(always)]
     fn ready<S: Simd>(_: S) {}
 
-    fn parameters(parts: &[&[u8]], _cols: usize, a: &mut [f32], b: &mut [f32]) {
-        widen_f16(parts[1], a);
-        widen_f16(parts[2], b);
+    fn parameters(parts: &[&[u8]], _cols: usize, [scales, offsets, _]: [&mut [f32]; 3]) {
+        widen_f16(parts[1], scales);
+        widen_f16(parts[2], offsets);
+    }
+
+    fn store_parameters(parts: &mut [&mut [u8]], _cols: usize, row: usize, groups: [&[f32]; 3]) {
+        for (part, values) in parts[1..3].iter_mut().zip(groups) {
+            let bytes = 2 * values.len();
+            narrow_f16(values, &mut part[row * bytes..][..bytes]);
+        }
     }
 
     #[inline(always)]
-    fn nearest<S: Simd>(s: S, (): &(), x: S::F, scale: S::F, offset: S::F) -> (S::I, S::F) {
-        nearest(s, x, scale, offset)
+    fn nearest<S: Simd>(s: S, (): &(), x: S::F, group: Group<S>) -> (S::I, S::F) {
+        nearest(s, x, group.a, group.b)
+    }
+
+    #[inline(always)]
+    fn unscaled<S: Simd>(s: S, (): &(), code: S::I, _: Group<S>) -> S::F {
+        s.float(code)
+    }
+
+    #[inline(always)]
+    fn storable<S: Simd>(s: S, a: S::F, b: S::F, group: Group<S>) -> Group<S> {
+        let (a, b) = (round_f16(s, a), round_f16(s, b));
+        // Codes go upwards; a scale that would turn them round is no better one.
+        let upwards = s.lt(s.splat(0.0), a);
+        Group { a: s.select(upwards, a, group.a), b: s.select(upwards, b, group.b), ..group }
     }
 }
 

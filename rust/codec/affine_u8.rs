@@ -5,7 +5,7 @@
 //! freely, spreads the bytes over what it found, and then chooses them again with codes in view.
 
 use super::affine::{nearest, per_weight, quantise_block, rebuild};
-use super::feedback::{Nearest, feedback};
+use super::feedback::{Group, Nearest, feedback};
 use super::groups::{Block, Grid};
 use super::range::{Range, RangeLanes};
 use super::search::{best_offset, code, error, relative, search};
@@ -308,18 +308,21 @@ pub struct AffineU8<const G: usize>;
 
 impl<const G: usize> Nearest for AffineU8<G> {
     const GROUP: usize = G;
+    // The bytes of a row share their maps, so that one group's parameters cannot move freely.
+    const REFIT: bool = false;
+    const OFFSET: bool = true;
     type Ready<S: Simd> = ();
 
     #[inline(always)]
     fn ready<S: Simd>(_: S) {}
 
-    fn parameters(parts: &[&[u8]], cols: usize, a: &mut [f32], b: &mut [f32]) {
+    fn parameters(parts: &[&[u8]], cols: usize, [scales, offsets, _]: [&mut [f32]; 3]) {
         let groups = cols.div_ceil(G);
         for (row, params) in parts[3].as_chunks::<8>().0.iter().enumerate() {
             let [c, d, e, f, g, h, i, j] = *params;
             let maps = [Map::from_le_bytes([c, d, e, f]), Map::from_le_bytes([g, h, i, j])];
             let groups = row * groups..(row + 1) * groups;
-            for ((map, bytes), out) in maps.iter().zip(&parts[1..3]).zip([&mut *a, &mut *b]) {
+            for ((map, bytes), out) in maps.iter().zip(&parts[1..3]).zip([&mut *scales, &mut *offsets]) {
                 for (out, &byte) in out[groups.clone()].iter_mut().zip(&bytes[groups.clone()]) {
                     *out = f32::from(byte) * map.step.to_f32() + map.start.to_f32();
                 }
@@ -328,7 +331,12 @@ impl<const G: usize> Nearest for AffineU8<G> {
     }
 
     #[inline(always)]
-    fn nearest<S: Simd>(s: S, (): &(), x: S::F, scale: S::F, offset: S::F) -> (S::I, S::F) {
-        nearest(s, x, scale, offset)
+    fn nearest<S: Simd>(s: S, (): &(), x: S::F, group: Group<S>) -> (S::I, S::F) {
+        nearest(s, x, group.a, group.b)
+    }
+
+    #[inline(always)]
+    fn unscaled<S: Simd>(s: S, (): &(), code: S::I, _: Group<S>) -> S::F {
+        s.float(code)
     }
 }

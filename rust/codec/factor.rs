@@ -27,6 +27,7 @@ pub struct Factor {
     pivots: Vec<f32>,
     added: Vec<f32>,
     panels: Vec<f32>,
+    moment: Vec<f32>,
 }
 
 impl Factor {
@@ -79,8 +80,10 @@ impl Factor {
             }
             if cols == 0 || cholesky(&mut lower, cols)? {
                 let (pivots, panels) = panels(&lower, cols);
-                let added = added.iter().map(|&a| a as f32).collect();
-                return Ok(Factor { cols, order, pivots, added, panels });
+                drop(lower);
+                let added: Vec<f32> = added.iter().map(|&a| a as f32).collect();
+                let moment = moment_panels(moment, cols, &order, &added);
+                return Ok(Factor { cols, order, pivots, added, panels, moment });
             }
         }
         Err(Error::input(
@@ -108,12 +111,34 @@ impl Factor {
         &self.added
     }
 
+    /// Columns `BLOCK·p ..` of the damped moment, a row for each `[f32; BLOCK]`, in the columns' own order.
+    pub fn moment_panel(&self, p: usize) -> &[[f32; BLOCK]] {
+        &self.moment.as_chunks().0[p * self.cols..(p + 1) * self.cols]
+    }
+
     /// Columns `BLOCK·p ..` of U, from its first row to the last that is not zero, a row for each `[f32; BLOCK]`.
     pub fn panel(&self, p: usize) -> &[[f32; BLOCK]] {
         let first = BLOCK * p * (p + 1) / 2;
         let rows = (BLOCK * (p + 1)).min(self.cols);
         &self.panels.as_chunks().0[first..first + rows]
     }
+}
+
+/// Panels of the damped moment, whose rows and columns are in their own order.
+fn moment_panels(moment: &[f32], cols: usize, order: &[usize], added: &[f32]) -> Vec<f32> {
+    let mut panels = vec![0f32; cols.div_ceil(BLOCK) * cols * BLOCK];
+    let (rows, _) = panels.as_chunks_mut::<BLOCK>();
+    for (p, panel) in rows.chunks_exact_mut(cols.max(1)).enumerate() {
+        for (row, source) in panel.iter_mut().zip(moment.chunks_exact(cols)) {
+            let source = &source[p * BLOCK..];
+            let n = source.len().min(BLOCK);
+            row[..n].copy_from_slice(&source[..n]);
+        }
+    }
+    for (&j, added) in order.iter().zip(added) {
+        rows[j / BLOCK * cols + j][j % BLOCK] += added;
+    }
+    panels
 }
 
 /// D and the panels of U, from the lower factor of the matrix taken backwards.

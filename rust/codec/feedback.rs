@@ -1,9 +1,11 @@
-//! Codes chosen one column at a time, each making good what the columns before it have lost ("gptq").
+//! Codes chosen one column at a time, each making good what the columns before it have lost ("gptq"), and then
+//! improved together with their groups' parameters ([`super::descent`]).
 //!
-//! A group's parameters are fixed before: they come from the search, weighted with H_jj. Sixty-four rows go
-//! together, one in each lane of four vectors, since rows do not depend on each other. Each row keeps the codes
-//! that lose less of its outputs: these, or those of the search alone.
+//! Parameters come from the search first, weighted with H_jj. Sixty-four rows go together, one in each lane of
+//! four vectors, since rows do not depend on each other. Each row keeps what loses less of its outputs: this, or
+//! what the search alone had chosen.
 
+use super::descent;
 use super::factor::{BLOCK, Factor};
 use super::simd::{Kernel, LANES, Level, Simd};
 use super::{Layout, Strip};
@@ -12,29 +14,60 @@ use std::marker::PhantomData;
 /// Rows that go together.
 pub const ROWS: usize = VECTORS * LANES;
 
-const VECTORS: usize = 4;
+/// Vectors of rows.
+pub const VECTORS: usize = 4;
 
-/// Columns of the factor that one pass over the errors serves; with four vectors they fill the registers.
-const TILE: usize = 4;
+/// Columns that one pass over the errors serves; with four vectors they fill the registers.
+pub const TILE: usize = 4;
 
-/// One weight of every row.
-type Column = [f32; ROWS];
+/// One number of every row.
+pub type Column = [f32; ROWS];
 
-/// A layout's rule for one weight, given two parameters of its group.
+/// One code of every row.
+pub type Codes = [u8; ROWS];
+
+/// The numbers that a layout needs to rebuild a group: a weight is a·u + b, where u belongs to its code.
+#[derive(Clone, Copy)]
+pub struct Group<S: Simd> {
+    /// The scale.
+    pub a: S::F,
+    /// The offset, or which table u comes from.
+    pub b: S::F,
+    /// The unit of the scale, where it has one.
+    pub unit: S::F,
+}
+
+/// What error feedback must know of a layout.
 pub trait Nearest {
     /// Weights that share parameters.
     const GROUP: usize;
+    /// Whether parameters can be chosen again.
+    const REFIT: bool;
+    /// Whether b is added, and may be chosen again too.
+    const OFFSET: bool;
     /// What look-ups need, loaded once.
     type Ready<S: Simd>: Copy;
 
     /// Loads it.
     fn ready<S: Simd>(s: S) -> Self::Ready<S>;
 
-    /// The two parameters of every group of `rows`: `[rows, groups]`.
-    fn parameters(parts: &[&[u8]], cols: usize, a: &mut [f32], b: &mut [f32]);
+    /// Writes a, b and the unit of every group of `rows`: `[rows, groups]` each.
+    fn parameters(parts: &[&[u8]], cols: usize, out: [&mut [f32]; 3]);
+
+    /// Stores a, b and the unit of every group of one row again, `[groups]` each.
+    fn store_parameters(_parts: &mut [&mut [u8]], _cols: usize, _row: usize, _groups: [&[f32]; 3]) {}
 
     /// The nearest code, and the weight that it stands for, exactly as the layout rebuilds it.
-    fn nearest<S: Simd>(s: S, ready: &Self::Ready<S>, x: S::F, a: S::F, b: S::F) -> (S::I, S::F);
+    fn nearest<S: Simd>(s: S, ready: &Self::Ready<S>, x: S::F, group: Group<S>) -> (S::I, S::F);
+
+    /// What a code stands for under a = 1 and without an offset.
+    fn unscaled<S: Simd>(s: S, ready: &Self::Ready<S>, code: S::I, group: Group<S>) -> S::F;
+
+    /// The parameters nearest to `a` and `b` that can be stored.
+    #[inline(always)]
+    fn storable<S: Simd>(_: S, _a: S::F, _b: S::F, group: Group<S>) -> Group<S> {
+        group
+    }
 }
 
 /// Σ over rows of ΔHΔᵀ and WHWᵀ: squared errors of the layer's outputs, and their squared norm.
@@ -61,115 +94,143 @@ pub fn feedback<N: Nearest>(
         return OutputError::default();
     }
     let cols = strip.cols;
-    let mut rebuilt = vec![0f32; strip.data.len()];
     let groups = cols.div_ceil(N::GROUP);
-    let mut parameters = [vec![0f32; strip.rows() * groups], vec![0f32; strip.rows() * groups]];
+    let mut rebuilt = vec![0f32; strip.data.len()];
+    let mut parameters = [(); 3].map(|()| vec![0f32; strip.rows() * groups]);
     {
         let parts: Vec<&[u8]> = parts.iter().map(|p| &**p).collect();
         (layout.decode)(level, &parts, cols, &mut rebuilt);
-        let [a, b] = &mut parameters;
-        N::parameters(&parts, cols, a, b);
+        N::parameters(&parts, cols, parameters.each_mut().map(Vec::as_mut_slice));
     }
-    let columns = |rows: &[f32], cols: usize, order: &mut dyn Iterator<Item = usize>| -> Vec<Column> {
-        let column = |j: usize| {
-            let mut out = [0.0; ROWS];
-            for (out, row) in out.iter_mut().zip(rows.chunks_exact(cols)) {
-                *out = row[j];
-            }
-            out
-        };
-        order.map(column).collect()
-    };
-    let order = factor.order();
-    let job = Job::<N> {
+    let done = level.run(Job::<N> {
         factor,
-        weights: columns(strip.data, cols, &mut order.iter().copied()),
-        rebuilt: columns(&rebuilt, cols, &mut order.iter().copied()),
-        parameters: parameters.map(|p| columns(&p, groups, &mut (0..groups))),
+        weights: columns(strip.data, cols),
+        rebuilt: columns(&rebuilt, cols),
+        parameters: parameters.map(|p| columns(&p, groups)),
         layout: PhantomData,
-    };
-    let done = level.run(job);
+    });
     let mut total = OutputError::default();
-    for (r, codes) in parts[0].chunks_exact_mut(cols.div_ceil(2)).enumerate() {
+    let mut row_parameters = [(); 3].map(|()| vec![0f32; groups]);
+    for r in 0..strip.rows() {
         total.norm += done.norm[r];
         total.before += done.before[r];
+        total.error += done.after[r].min(done.before[r]);
+        // Not so where either is NaN.
         if done.after[r] < done.before[r] {
-            total.error += done.after[r];
+            let row_bytes = cols.div_ceil(2);
+            let codes = &mut parts[0][r * row_bytes..][..row_bytes];
             codes.fill(0);
-            for (code, &j) in done.codes.iter().zip(order) {
+            for (j, code) in done.codes.iter().enumerate() {
                 codes[j / 2] |= code[r] << (4 * (j % 2));
             }
-        } else {
-            total.error += done.before[r];
+            if N::REFIT {
+                for (row, all) in row_parameters.iter_mut().zip(&done.parameters) {
+                    row.iter_mut().zip(all).for_each(|(out, column)| *out = column[r]);
+                }
+                N::store_parameters(parts, cols, r, row_parameters.each_ref().map(Vec::as_slice));
+            }
         }
     }
     total
 }
 
-struct Job<'a, N> {
-    factor: &'a Factor,
-    /// Columns in the factor's order.
-    weights: Vec<Column>,
+/// Rows of `cols` numbers as columns.
+fn columns(rows: &[f32], cols: usize) -> Vec<Column> {
+    let mut out = vec![[0.0; ROWS]; cols];
+    for (r, row) in rows.chunks_exact(cols).enumerate() {
+        for (column, x) in out.iter_mut().zip(row) {
+            column[r] = *x;
+        }
+    }
+    out
+}
+
+/// At most [`ROWS`] rows of a layer; columns are in their own order.
+pub struct Job<'a, N> {
+    /// The second moment of the layer's input.
+    pub factor: &'a Factor,
+    /// The weights.
+    pub weights: Vec<Column>,
     rebuilt: Vec<Column>,
-    /// Two for each group, in the layout's order.
-    parameters: [Vec<Column>; 2],
+    /// a, b and the unit of each group.
+    pub parameters: [Vec<Column>; 3],
     layout: PhantomData<N>,
 }
 
-struct Done {
-    /// In the factor's order.
-    codes: Vec<[u8; ROWS]>,
+/// What became of them.
+pub struct Done {
+    codes: Vec<Codes>,
+    parameters: [Vec<Column>; 3],
     norm: [f64; ROWS],
     before: [f64; ROWS],
     after: [f64; ROWS],
+}
+
+impl<N> Job<'_, N> {
+    /// The parameters of a group, for one vector of rows.
+    #[inline(always)]
+    pub fn group<S: Simd>(&self, s: S, group: usize, v: usize) -> Group<S> {
+        let [a, b, unit] = self.parameters.each_ref().map(|p| vectors(s, &p[group])[v]);
+        Group { a, b, unit }
+    }
 }
 
 impl<N: Nearest> Kernel for Job<'_, N> {
     type Output = Done;
 
     #[inline(always)]
-    fn run<S: Simd>(self, s: S) -> Done {
+    fn run<S: Simd>(mut self, s: S) -> Done {
         let ready = N::ready(s);
         let mut errors = vec![[0.0; ROWS]; self.weights.len()];
-        let norm = sweep(s, self.factor, &mut errors, |k, _| vectors(s, &self.weights[k]));
-        let before = sweep(s, self.factor, &mut errors, |k, _| {
-            let (w, rebuilt) = (vectors(s, &self.weights[k]), vectors(s, &self.rebuilt[k]));
+        let norm = sweep(s, self.factor, &mut errors, |j, _| vectors(s, &self.weights[j]));
+        let before = sweep(s, self.factor, &mut errors, |j, _| {
+            let (w, rebuilt) = (vectors(s, &self.weights[j]), vectors(s, &self.rebuilt[j]));
             std::array::from_fn(|v| s.sub(w[v], rebuilt[v]))
         });
         let mut codes = vec![[0; ROWS]; self.weights.len()];
-        let after = sweep(s, self.factor, &mut errors, |k, fed| {
-            let group = self.factor.order()[k] / N::GROUP;
-            let (a, b) = (vectors(s, &self.parameters[0][group]), vectors(s, &self.parameters[1][group]));
-            let w = vectors(s, &self.weights[k]);
+        sweep(s, self.factor, &mut errors, |j, fed| {
+            let w = vectors(s, &self.weights[j]);
             std::array::from_fn(|v| {
-                let (code, rebuilt) = N::nearest(s, &ready, s.add(w[v], fed[v]), a[v], b[v]);
-                let mut lanes = [0; LANES];
-                s.store_i(code, &mut lanes);
-                for (out, lane) in codes[k][v * LANES..].iter_mut().zip(lanes) {
-                    *out = lane as u8 & 15;
-                }
+                let group = self.group(s, j / N::GROUP, v);
+                let (code, rebuilt) = N::nearest(s, &ready, s.add(w[v], fed[v]), group);
+                store_codes(s, code, &mut codes[j], v);
                 s.sub(w[v], rebuilt)
             })
         });
-        Done { codes, norm, before, after }
+        let improved = descent::improve(s, &ready, &mut self, &errors, &mut codes);
+        let after = sweep(s, self.factor, &mut errors, |j, _| vectors(s, &improved[j]));
+        Done { codes, parameters: self.parameters, norm, before, after }
     }
 }
 
+/// A column's vectors.
 #[inline(always)]
-fn vectors<S: Simd>(s: S, column: &Column) -> [S::F; VECTORS] {
+pub fn vectors<S: Simd>(s: S, column: &Column) -> [S::F; VECTORS] {
     let (lanes, _) = column.as_chunks::<LANES>();
     std::array::from_fn(|v| s.load(&lanes[v]))
 }
 
+/// Writes a column's vectors.
 #[inline(always)]
-fn store<S: Simd>(s: S, x: [S::F; VECTORS], column: &mut Column) {
+pub fn store<S: Simd>(s: S, x: [S::F; VECTORS], column: &mut Column) {
     for (x, lanes) in x.into_iter().zip(column.as_chunks_mut::<LANES>().0) {
         s.store(x, lanes);
     }
 }
 
-/// Goes through all columns in order: `choose` is told what column k should make good, Σ e_i U_ik, and gives its
-/// own error e_k. Returns e H eᵀ of every row.
+/// Writes the codes of one vector of rows.
+#[inline(always)]
+pub fn store_codes<S: Simd>(s: S, code: S::I, column: &mut Codes, v: usize) {
+    let mut lanes = [0; LANES];
+    s.store_i(code, &mut lanes);
+    for (out, lane) in column[v * LANES..].iter_mut().zip(lanes) {
+        *out = lane as u8 & 15;
+    }
+}
+
+/// Goes through all columns in the factor's order: `choose` is told what column j should make good, the sum of
+/// e_i U_ik over those before it, and gives its own error. Returns e H eᵀ of every row; `errors` is scratch, in
+/// the factor's order.
 #[inline(always)]
 fn sweep<S: Simd>(
     s: S,
@@ -183,17 +244,12 @@ fn sweep<S: Simd>(
         let panel = factor.panel(first / BLOCK);
         let (before, within) = panel.split_at(first);
         fed.fill([0.0; ROWS]);
-        // A block of errors stays in the first-level cache while it serves every column of the panel.
-        for (errors, factor) in errors.chunks_exact(BLOCK).zip(before.chunks_exact(BLOCK)) {
-            for (t, fed) in fed.as_chunks_mut::<TILE>().0.iter_mut().enumerate() {
-                add_products(s, errors, factor, t * TILE, fed);
-            }
-        }
+        add_products(s, errors, before, &mut fed);
         let mut sums = [s.splat(0.0); VECTORS];
         for (j, row) in within.iter().enumerate() {
             let k = first + j;
             let due = vectors(s, &fed[j]);
-            let e = choose(k, due);
+            let e = choose(factor.order()[k], due);
             store(s, e, &mut errors[k]);
             let (pivot, added) = (s.splat(factor.pivots()[k]), s.splat(-factor.added()[k]));
             for v in 0..VECTORS {
@@ -201,10 +257,7 @@ fn sweep<S: Simd>(
                 sums[v] = s.fma(s.mul(pivot, left), left, sums[v]);
                 sums[v] = s.fma(s.mul(added, e[v]), e[v], sums[v]);
             }
-            for (u, fed) in row[j + 1..within.len()].iter().zip(&mut fed[j + 1..]) {
-                let sum = vectors(s, fed);
-                store(s, std::array::from_fn(|v| s.fma(e[v], s.splat(*u), sum[v])), fed);
-            }
+            add_product(s, e, &row[j + 1..within.len()], &mut fed[j + 1..]);
         }
         let mut lanes = [0.0; ROWS];
         store(s, sums, &mut lanes);
@@ -215,27 +268,35 @@ fn sweep<S: Simd>(
     totals
 }
 
-/// Adds Σ e_i U_ik for the columns k of one tile, over the rows i of one block.
+/// Adds e·m_k to every column k of `out`.
 #[inline(always)]
-fn add_products<S: Simd>(
-    s: S,
-    errors: &[Column],
-    factor: &[[f32; BLOCK]],
-    first: usize,
-    out: &mut [Column; TILE],
-) {
-    let mut sums: [[S::F; VECTORS]; TILE] = std::array::from_fn(|c| vectors(s, &out[c]));
-    for (e, u) in errors.iter().zip(factor) {
-        let e = vectors(s, e);
-        let u = u[first..].first_chunk::<TILE>().expect("tiles divide panels");
-        for (sums, &u) in sums.iter_mut().zip(u) {
-            let u = s.splat(u);
-            for (sum, e) in sums.iter_mut().zip(e) {
-                *sum = s.fma(e, u, *sum);
+pub fn add_product<S: Simd>(s: S, e: [S::F; VECTORS], matrix_row: &[f32], out: &mut [Column]) {
+    for (m, out) in matrix_row.iter().zip(out) {
+        let sum = vectors(s, out);
+        store(s, std::array::from_fn(|v| s.fma(e[v], s.splat(*m), sum[v])), out);
+    }
+}
+
+/// Adds Σ e_i m_ik to every column k of `out`, over the rows i of `matrix`.
+#[inline(always)]
+pub fn add_products<S: Simd>(s: S, errors: &[Column], matrix: &[[f32; BLOCK]], out: &mut [Column; BLOCK]) {
+    // A block of errors stays in the first-level cache while it serves every column.
+    for (errors, matrix) in errors.chunks(BLOCK).zip(matrix.chunks(BLOCK)) {
+        for (t, out) in out.as_chunks_mut::<TILE>().0.iter_mut().enumerate() {
+            let mut sums: [[S::F; VECTORS]; TILE] = std::array::from_fn(|c| vectors(s, &out[c]));
+            for (e, m) in errors.iter().zip(matrix) {
+                let e = vectors(s, e);
+                let m: &[f32; TILE] = &m.as_chunks().0[t];
+                for (sums, &m) in sums.iter_mut().zip(m) {
+                    let m = s.splat(m);
+                    for (sum, e) in sums.iter_mut().zip(e) {
+                        *sum = s.fma(e, m, *sum);
+                    }
+                }
+            }
+            for (sums, out) in sums.into_iter().zip(out) {
+                store(s, sums, out);
             }
         }
-    }
-    for (sums, out) in sums.into_iter().zip(out) {
-        store(s, sums, out);
     }
 }

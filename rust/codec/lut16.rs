@@ -6,7 +6,7 @@
 //! fits it, forwards or (with a negative scale) backwards.
 
 use super::affine::{round_f16, widen};
-use super::feedback::{Nearest, feedback};
+use super::feedback::{Group, Nearest, feedback};
 use super::groups::Grid;
 use super::half_floats::widen_f16;
 use super::range::{Range, RangeLanes};
@@ -282,7 +282,7 @@ fn fit<S: Simd, const WEIGHTED: bool>(
     s.store(choice.t, &mut t);
     let mut scales = [0; LANES];
     for ((out, l), t) in scales.iter_mut().zip(l).zip(t) {
-        *out = (l as i32 as u8 & ((1 << SCALE_BITS) - 1)) | (t as u8) << SCALE_BITS;
+        *out = pack_scale(l, t);
     }
     Fit { d: s.narrow_f16(s.splat(d_super))[0], scales }
 }
@@ -382,6 +382,12 @@ fn f16_of<S: Simd>(s: S, x: f32) -> f32 {
     lanes[0]
 }
 
+/// The byte of L and t.
+#[inline(always)]
+fn pack_scale(l: f32, t: f32) -> u8 {
+    (l as i32 as u8 & ((1 << SCALE_BITS) - 1)) | (t as u8) << SCALE_BITS
+}
+
 /// L and t of a scale's byte.
 #[inline(always)]
 fn unpack_scale(byte: u8) -> (f32, usize) {
@@ -467,6 +473,8 @@ pub struct Lut16;
 
 impl Nearest for Lut16 {
     const GROUP: usize = GROUP;
+    const REFIT: bool = true;
+    const OFFSET: bool = false;
     type Ready<S: Simd> = [Table<S>; 4];
 
     #[inline(always)]
@@ -474,29 +482,54 @@ impl Nearest for Lut16 {
         Table::new(s)
     }
 
-    fn parameters(parts: &[&[u8]], cols: usize, a: &mut [f32], b: &mut [f32]) {
+    fn parameters(parts: &[&[u8]], cols: usize, [scales, tables, units]: [&mut [f32]; 3]) {
         let mut supers = vec![0f32; parts[2].len() / 2];
         widen_f16(parts[2], &mut supers);
         let (groups, per_row) = (cols.div_ceil(GROUP), cols.div_ceil(SUPER));
         for (i, &byte) in parts[1].iter().enumerate() {
             let (row, group) = (i / groups, i % groups);
             let (l, t) = unpack_scale(byte);
-            a[i] = supers[row * per_row + group / (SUPER / GROUP)] * l;
-            b[i] = t as f32;
+            units[i] = supers[row * per_row + group / (SUPER / GROUP)];
+            scales[i] = units[i] * l;
+            tables[i] = t as f32;
+        }
+    }
+
+    fn store_parameters(parts: &mut [&mut [u8]], _cols: usize, row: usize, groups: [&[f32]; 3]) {
+        let [scales, tables, units] = groups;
+        let bytes = &mut parts[1][row * scales.len()..][..scales.len()];
+        for (byte, ((scale, table), unit)) in bytes.iter_mut().zip(scales.iter().zip(tables).zip(units)) {
+            // The scale is unit times L, rounded once, so that dividing finds L again.
+            let l = if *unit == 0.0 { 0.0 } else { (scale / unit).round_ties_even() };
+            *byte = pack_scale(l, *table);
         }
     }
 
     #[inline(always)]
-    fn nearest<S: Simd>(s: S, tables: &[Table<S>; 4], x: S::F, scale: S::F, t: S::F) -> (S::I, S::F) {
-        let y = s.mul(x, divide_lanes(s, s.splat(1.0), scale));
+    fn nearest<S: Simd>(s: S, tables: &[Table<S>; 4], x: S::F, group: Group<S>) -> (S::I, S::F) {
+        let y = s.mul(x, divide_lanes(s, s.splat(1.0), group.a));
         let mut code = tables[0].code_any(s, y);
+        for (i, table) in tables.iter().enumerate().skip(1) {
+            let before = s.lt(group.b, s.splat(i as f32));
+            code = s.select_i(before, code, table.code_any(s, y));
+        }
+        let code = s.and(code, s.splat_i(15));
+        (code, s.mul(group.a, Self::unscaled(s, tables, code, group)))
+    }
+
+    #[inline(always)]
+    fn unscaled<S: Simd>(s: S, tables: &[Table<S>; 4], code: S::I, group: Group<S>) -> S::F {
         let mut value = s.lookup16(tables[0].values, code);
         for (i, table) in tables.iter().enumerate().skip(1) {
-            let other = table.code_any(s, y);
-            let below = s.lt(t, s.splat(i as f32));
-            value = s.select(below, value, s.lookup16(table.values, other));
-            code = s.select_i(below, code, other);
+            let before = s.lt(group.b, s.splat(i as f32));
+            value = s.select(before, value, s.lookup16(table.values, code));
         }
-        (s.and(code, s.splat_i(15)), s.mul(scale, value))
+        value
+    }
+
+    #[inline(always)]
+    fn storable<S: Simd>(s: S, a: S::F, _b: S::F, group: Group<S>) -> Group<S> {
+        let l = clamp_scale(s, s.round(divide_lanes(s, a, group.unit)));
+        Group { a: s.mul(group.unit, l), ..group }
     }
 }

@@ -6,6 +6,7 @@
 
 mod affine;
 mod affine_u8;
+mod descent;
 mod factor;
 mod feedback;
 mod groups;

@@ -1,0 +1,207 @@
+"""What quantising loses: every codec and encoder of Tenpak beside other tools' formats, on real models.
+
+    python tests/bench/bench_quality.py [--models FOLDER …] [--device cuda] [--windows N] [--only REGEX]
+
+Every model is compressed to an artifact on disk, opened again and evaluated beside the original, over all windows of
+1,024 tokens of text/dev.txt under TENPAK_REFERENCE (../shared). Statistics come from 64 windows of
+text/calibration.txt, or from text that the model samples. Other tools' formats go through the same evaluation, their
+weights quantised and rebuilt layer by layer. Linear layers only, embeddings and heads as they are, but for the rows
+`whole model`. Results go to results/quality.json, from which quality_page.py makes docs/quality.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import quality_peers
+import tenpak
+from harness import RESULTS, machine, report
+from safetensors.numpy import safe_open
+from tenpak.decoder import Decoder
+from tenpak.evaluate import array_module
+
+REFERENCE = Path(os.environ.get("TENPAK_REFERENCE", Path(__file__).resolve().parents[3] / "shared"))
+DEV, CALIBRATION = REFERENCE / "text" / "dev.txt", REFERENCE / "text" / "calibration.txt"
+
+#: Encoders beside the codec's own: the option's value, and which statistics it heeds.
+CALIBRATED = {"diag": ("diag", "text"), "gptq": ("gptq", "text"), "gptq, own text": ("gptq", "self")}
+#: Codecs whose statistics are also gathered layer after quantised layer.
+SEQUENTIAL = ("int4_opt_v1", "int4_lut16_v1")
+
+
+class Bench:
+    """One model, its statistics and its rows."""
+
+    def __init__(self, model: Path, folder: Path, args: argparse.Namespace) -> None:
+        self.model, self.folder, self.args = model, folder, args
+        self.original = Decoder.open(model, xp=array_module(args.device))
+        self.wanted = re.compile(args.only)
+        self.rows: list[dict[str, Any]] = []
+        self._statistics: dict[str, Path] = {}
+
+    def statistics(self, kind: str) -> Path:
+        """`text`, `self`, or a codec's name for statistics with the layers before quantised."""
+        if kind not in self._statistics:
+            path = self.folder / f"{self.model.name}.{kind}.safetensors"
+            started = time.perf_counter()
+            tenpak.calibrate(
+                self.original,
+                path,
+                None if kind == "self" else CALIBRATION,
+                windows=self.args.calibration_windows,
+                sequential=None if kind in ("text", "self") else kind,
+                force=True,
+            )
+            print(f"# {self.model.name}: statistics {kind} in {time.perf_counter() - started:.1f} s", flush=True)
+            self._statistics[kind] = path
+        return self._statistics[kind]
+
+    def importance(self) -> dict[str, np.ndarray]:
+        """E[x_j²] by the weight's name."""
+        with safe_open(self.statistics("text"), "np") as file:
+            inputs = json.loads(file.metadata()["tenpak.calibration"])["inputs"]
+            return {
+                weight: file.get_tensor(f"{name}.diagonal")
+                for name, about in inputs.items()
+                for weight in about["weights"]
+            }
+
+    def artifact(self, name: str, codec: str, encoder: str, whole: bool = False, **options: Any) -> None:
+        """A row for a file that Tenpak writes."""
+        if not self.wanted.search(name):
+            return
+        path = self.folder / "model.tenpak"
+        kept = {} if whole else {"embeddings": "keep"}
+        started = time.perf_counter()
+        done = tenpak.compress(self.model, path, codec, force=True, **kept, **options)
+        seconds = time.perf_counter() - started
+        bits = done.file_bits_per_weight if whole else done.quantised_bits_per_weight
+        decoder = Decoder.open(path, xp=self.original.xp)
+        self.row(name, "tenpak", codec, encoder, bits, done.relative_error, seconds, decoder, whole)
+
+    def peer(self, peer: quality_peers.Peer, importance: dict[str, np.ndarray]) -> None:
+        """A row for another tool's format."""
+        if not self.wanted.search(peer.name):
+            return
+        xp, decoder = self.original.xp, Decoder(self.original.source, xp=self.original.xp)
+        bits = weights = error = norm = 0.0
+        seconds = 0.0
+        for block in decoder.blocks:
+            for linear in block.linears.values():
+                weight = np.ascontiguousarray(linear.weight if xp is np else xp.asnumpy(linear.weight))
+                started = time.perf_counter()
+                rebuilt = peer.rebuild(weight, importance[linear.name] if peer.uses_importance else None)
+                seconds += time.perf_counter() - started
+                bits += peer.bits_per_weight(*weight.shape) * weight.size
+                weights += weight.size
+                error += float(np.square(weight - rebuilt, dtype=np.float64).sum())
+                norm += float(np.square(weight, dtype=np.float64).sum())
+                linear.weight = xp.asarray(rebuilt)
+        self.row(peer.name, "other", peer.name, "", bits / weights, error / norm, seconds, decoder, False)
+
+    def row(
+        self,
+        name: str,
+        tool: str,
+        codec: str,
+        encoder: str,
+        bits: float | None,
+        error: float | None,
+        seconds: float,
+        decoder: Decoder,
+        whole: bool,
+    ) -> None:
+        """Evaluates and keeps."""
+        found = tenpak.evaluate(decoder, DEV, against=self.original, context=1024, windows=self.args.windows)
+        comparison = found.comparison
+        assert comparison is not None
+        self.rows.append(
+            {
+                "model": self.model.name,
+                "name": name,
+                "tool": tool,
+                "codec": codec,
+                "encoder": encoder,
+                "whole": whole,
+                "bits": bits,
+                "error": error,
+                "change": comparison.change.value,
+                "change ±": comparison.change.error,
+                "KL": comparison.divergence.value,
+                "KL ±": comparison.divergence.error,
+                "top1": comparison.top1.value,
+                "perplexity": found.perplexity.value,
+                "original": comparison.perplexity.value,
+                "windows": found.windows,
+                "seconds": seconds,
+            }
+        )
+        print(
+            f"{self.model.name:12s} {name:36s} {bits:6.3f} bits  {comparison.change.value:+6.2f} %  "
+            f"KL {1e3 * comparison.divergence.value:7.3f}e-3 ± {1e3 * (comparison.divergence.error or 0):.3f}  "
+            f"top-1 {100 * comparison.top1.value:.2f} %  {seconds:.1f} s",
+            flush=True,
+        )
+
+    def run(self) -> None:
+        for codec in tenpak.codecs():
+            self.artifact(codec.name, codec.name, codec.encoder)
+            if codec.code_bits != 4:
+                continue
+            for label, (encoder, kind) in CALIBRATED.items():
+                name = f"{codec.name}, {label}"
+                if self.wanted.search(name):
+                    self.artifact(name, codec.name, label, calibration=self.statistics(kind), encoder=encoder)
+        for codec_name in SEQUENTIAL:
+            name = f"{codec_name}, gptq, sequential"
+            if self.wanted.search(name):
+                self.artifact(
+                    name, codec_name, "gptq, sequential", calibration=self.statistics(codec_name), encoder="gptq"
+                )
+        for codec_name in ("int8_sym_v1", "int4_opt_v1", "int4_lut16_v1"):
+            self.artifact(f"whole model: {codec_name}", codec_name, "", whole=True)
+            if codec_name != "int8_sym_v1" and self.wanted.search("whole model"):
+                statistics = self.statistics("text")
+                name = f"whole model: {codec_name}, gptq"
+                self.artifact(name, codec_name, "gptq", whole=True, calibration=statistics)
+        if self.args.peers:
+            importance = self.importance()
+            for peer in quality_peers.peers():
+                self.peer(peer, importance)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    models = [REFERENCE / "models" / name for name in ("gpt2-books", "llama-books")]
+    parser.add_argument("--models", type=Path, nargs="+", default=models)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--windows", type=int, help="of text/dev.txt (all)")
+    parser.add_argument("--calibration-windows", type=int, default=64)
+    parser.add_argument("--only", default="", metavar="REGEX", help="rows whose names match")
+    parser.add_argument("--no-peers", dest="peers", action="store_false")
+    parser.add_argument("--results", type=Path, default=RESULTS / "quality.json")
+    args = parser.parse_args()
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory(prefix="tenpak-quality-") as folder:
+        for model in args.models:
+            bench = Bench(model, Path(folder), args)
+            bench.run()
+            rows += bench.rows
+    about = machine("tenpak", "numpy", *quality_peers.packages())
+    if args.device == "cuda":
+        import cupy
+
+        about["gpu"] = cupy.cuda.runtime.getDeviceProperties(0)["name"].decode()
+    report(args.results.stem, about, rows, [f"not measured: {reason}" for reason in quality_peers.missing()])
+
+
+if __name__ == "__main__":
+    main()
