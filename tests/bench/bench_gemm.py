@@ -1,0 +1,260 @@
+"""Products with quantised weights beside cuBLAS FP16 and Humming, on one GPU, in one run.
+
+    python tests/bench/bench_gemm.py [--layouts int4_g32_fp16,int4_g8_fp16] [--tokens 1,16,256] [--shapes 4096x4096]
+
+Needs CuPy and torch; Humming is measured where it is installed. Random packed weights: speed does not depend on what
+they hold, but correctness does, so every product is first compared with the unpacked weight's in FP32. Times are
+medians over replays of a CUDA graph that goes round copies of the weight larger than three times L2; products that
+unpack the weight for cuBLAS are not captured and are timed as a run of calls. `floor` is the time to read the weight
+once at the speed of a plain read of as many bytes, or to multiply at 790 TFLOP/s (both measured on an H200), whichever
+is longer. Left out: packing, and what a Python call costs outside a graph.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import statistics
+from collections.abc import Callable
+from functools import partial
+from itertools import pairwise
+from types import SimpleNamespace
+from typing import Any
+
+import cupy
+import torch
+from harness import machine, report
+from tenpak.cuda import matmul as products
+
+SHAPES = [(4096, 4096), (4096, 11008), (11008, 4096), (8192, 28672)]  # K x N
+TOKENS = [1, 2, 4, 8, 16, 32, 64, 128, 256, 1024, 2048]
+PAIRS = {"int4_g8_fp16": 8, "int4_g16_fp16": 16, "int4_g32_fp16": 32, "int4_g64_fp16": 64, "int4_g128_fp16": 128}
+BYTES = {"int4_g8_u8": 8, "int4_g16_u8": 16}
+LAYOUTS = [*PAIRS, *BYTES, "int4_lut16", "int8_sym"]
+#: Bytes of the copies of a weight that a graph goes round: three times the L2 of an H200.
+RING = 180 << 20
+#: Bytes per second of a plain read of 8, 16, 64 and 2048 MiB on an H200, as (bytes, speed).
+READ_SPEEDS = [(8 << 20, 2.14e12), (16 << 20, 2.83e12), (64 << 20, 3.76e12), (2048 << 20, 4.25e12)]
+MULTIPLY_SPEED = 790e12
+
+
+def floor_us(weight_bytes: int, operations: float) -> float:
+    """The shortest time in microseconds: of reading the weight or of multiplying."""
+    speed = READ_SPEEDS[0][1]
+    for (low, slow), (high, fast) in pairwise(READ_SPEEDS):
+        if weight_bytes > low:
+            speed = slow + (fast - slow) * min(1.0, (weight_bytes - low) / (high - low))
+    return max(weight_bytes / speed, operations / MULTIPLY_SPEED) * 1e6
+
+
+def random_weight(layout: str, n: int, k: int) -> Any:
+    """A packed weight of random bytes with scales of a real weight's size, as `matmul` reads it."""
+    random = cupy.random.default_rng(1)
+    strips, tiles, supers = -(-n // 16), -(-k // 64), -(-k // 256)
+
+    def uniform(*shape: int) -> Any:
+        return random.random(shape, dtype=cupy.float32)
+
+    def some_bytes(*shape: int) -> Any:
+        return random.integers(0, 256, shape, dtype=cupy.uint8)
+
+    params = row_params = None
+    if layout in PAIRS:
+        group = PAIRS[layout]
+        shape = (strips, tiles, 8, 32 // group, 4) if group <= 32 else (strips, -(-tiles * 64 // group), 8, 2)
+        scale = 0.002 * (1 + uniform(*shape))
+        params = cupy.stack([scale, -7.5 * scale], -1).astype(cupy.float16)
+    elif layout in BYTES:
+        params = some_bytes(strips, tiles, 8, 32 // BYTES[layout], 4, 2)
+        row_params = cupy.array([0.001, 1e-5, -0.02, 6e-5], cupy.float32) * (1 + uniform(strips * 16, 4))
+        row_params = row_params.astype(cupy.float16)
+    elif layout == "int4_lut16":
+        params = some_bytes(strips, tiles, 8, 2, 4)
+        row_params = (2e-4 * (1 + uniform(strips, supers, 16))).astype(cupy.float16)
+    else:
+        row_params = 0.001 * (1 + uniform(strips * 16))
+    codes = some_bytes(strips, tiles, 1024 if layout == "int8_sym" else 512).view(cupy.uint32)
+    device = cupy.cuda.Device().id
+    return SimpleNamespace(
+        layout=layout,
+        shape=(n, k),
+        batch=0,
+        codes=codes,
+        params=params,
+        row_params=row_params,
+        scale=1.0,
+        device=device,
+    )
+
+
+def copy_of(w: Any) -> Any:
+    """The same weight elsewhere in memory."""
+    parts = {
+        name: None if part is None else part.copy()
+        for name, part in vars(w).items()
+        if name.endswith(("codes", "params"))
+    }
+    return SimpleNamespace(**{**vars(w), **parts})
+
+
+def graph_us(calls: list[Callable[[], object]], replays: int = 15) -> float:
+    """Microseconds of one call: the median over replays of a graph of all of them, once each."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        calls[0]()
+    stream.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        for call in calls:
+            call()
+    times = []
+    for _ in range(replays + 2):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) * 1e3 / len(calls))
+    return statistics.median(times[2:])
+
+
+def eager_us(calls: list[Callable[[], object]], runs: int = 5) -> float:
+    """Microseconds of one call: the median over runs of all of them, for calls longer than it takes to make them."""
+    times = []
+    for _ in range(runs + 1):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        for call in calls:
+            call()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) * 1e3 / len(calls))
+    return statistics.median(times[1:])
+
+
+def multiply(w: Any, x: torch.Tensor, y: torch.Tensor) -> None:
+    """Our product, on torch's current stream."""
+    stream = cupy.cuda.ExternalStream(torch.cuda.current_stream().cuda_stream)
+    products.launch(w, x.data_ptr(), y.data_ptr(), x.shape[0], bf16=False, stream=stream)
+
+
+def time_ours(copies: list[Any], x: torch.Tensor, y: torch.Tensor) -> float:
+    """Microseconds of the kernel that `matmul` takes for these tokens."""
+    ring = [copies[i % len(copies)] for i in range(max(len(copies), 8))]
+    if x.shape[0] >= products.DENSE_FROM[products.device_of(copies[0].device).hopper]:
+        arrays = cupy.asarray(x), cupy.asarray(y)
+        stream = cupy.cuda.ExternalStream(torch.cuda.current_stream().cuda_stream)
+        return eager_us([partial(products.matmul, arrays[0], w, None, arrays[1], stream) for w in ring])
+    return graph_us([partial(multiply, w, x, y) for w in ring])
+
+
+def time_cublas(dense: list[torch.Tensor], x: torch.Tensor, y: torch.Tensor) -> float:
+    """Microseconds of the FP16 product."""
+    ring = [dense[i % len(dense)] for i in range(max(len(dense), 8))]
+    return graph_us([partial(torch.mm, x, w.T, out=y) for w in ring])
+
+
+def time_humming(layers: list[Any], x: torch.Tensor, y: torch.Tensor) -> float:
+    """Microseconds of Humming's product."""
+    ring = [layers[i % len(layers)] for i in range(max(len(layers), 8))]
+    return graph_us([partial(layer, x, outputs=y) for layer in ring])
+
+
+def humming(layout: str, n: int, k: int, copies: int) -> list[Any] | None:
+    """Humming's layers with the same bits, or None where it is missing or does not take the layout."""
+    if layout not in PAIRS or PAIRS[layout] < 32:
+        return None
+    try:
+        from humming.layer import HummingLayer
+    except ImportError:
+        return None
+    layers = []
+    config = {
+        "dtype": "uint4",
+        "weight_scale_group_size": PAIRS[layout],
+        "has_zero_point": True,
+        "is_fp_zero_point": True,
+    }
+    for _ in range(copies):
+        layer = HummingLayer(n, k, weight_config=dict(config), torch_dtype=torch.float16)
+        layer.load_from_unquantized(torch.randn(n, k, dtype=torch.float16) * 0.02)
+        layer = layer.cuda()
+        layer.transform()
+        layers.append(layer)
+    return layers
+
+
+def activations(m: int, n: int, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Random x [m, k], and y [m, n] full of NaN."""
+    x = torch.randn(m, k, device="cuda", dtype=torch.float16)
+    return x, torch.full((m, n), float("nan"), device="cuda", dtype=torch.float16)
+
+
+def installed(*names: str) -> list[str]:
+    """Those of the packages that are there."""
+    there = {distribution.metadata["Name"] for distribution in importlib.metadata.distributions()}
+    return [name for name in names if name in there]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layouts", default=",".join(LAYOUTS))
+    parser.add_argument("--tokens", default=",".join(map(str, TOKENS)))
+    parser.add_argument("--shapes", default=",".join(f"{k}x{n}" for k, n in SHAPES), help="K x N, with an x between")
+    parser.add_argument("--no-humming", action="store_true")
+    args = parser.parse_args()
+    tokens = [int(m) for m in args.tokens.split(",")]
+    rows, notes = [], [f"{torch.cuda.get_device_name()}, torch {torch.__version__}, CuPy {cupy.__version__}"]
+    for shape in args.shapes.split(","):
+        k, n = map(int, shape.split("x"))
+        dense = [torch.randn(n, k, device="cuda", dtype=torch.float16) for _ in range(max(2, RING // (2 * n * k)))]
+        cublas = {}
+        for m in tokens:
+            x, y = activations(m, n, k)
+            cublas[m] = time_cublas(dense, x, y)
+        del dense
+        for layout in args.layouts.split(","):
+            weight = random_weight(layout, n, k)
+            size = sum(part.nbytes for part in (weight.codes, weight.params, weight.row_params) if part is not None)
+            copies = [weight] + [copy_of(weight) for _ in range(max(1, RING // size))]
+            plain = cupy.empty((n, k), cupy.float16)
+            products.unpack(weight, plain, False, cupy.cuda.get_current_stream())
+            cupy.cuda.get_current_stream().synchronize()
+            reference = torch.as_tensor(plain, device="cuda").float()
+            try:
+                peers = None if args.no_humming else humming(layout, n, k, len(copies))
+            except Exception as error:  # a peer that fails is a note, not a failed run
+                peers = None
+                notes.append(f"Humming, {layout}, {shape}: {type(error).__name__}: {error}"[:300])
+            for m in tokens:
+                x, y = activations(m, n, k)
+                products.matmul(cupy.asarray(x), weight, out=cupy.asarray(y))
+                torch.cuda.synchronize()
+                wanted = x.float() @ reference.T
+                error = float((y.float() - wanted).norm() / wanted.norm())
+                if not error < 2e-3:
+                    raise SystemExit(f"{layout} {shape} M={m}: relative error {error}")
+                us = time_ours(copies, x, y)
+                peer = time_humming(peers, x, y) if peers else None
+                floor = floor_us(size, 2.0 * m * n * k)
+                rows.append(
+                    {
+                        "layout": layout,
+                        "K x N": shape,
+                        "M": m,
+                        "us": us,
+                        "of floor": floor / us,
+                        "x cuBLAS": cublas[m] / us,
+                        "cuBLAS us": cublas[m],
+                        "x Humming": peer / us if peer else None,
+                        "error": error,
+                    }
+                )
+                print(f"{layout} {shape} M={m}: {us:.2f} us, {cublas[m] / us:.2f} x cuBLAS", flush=True)
+    report(
+        "gemm", machine(*installed("tenpak", "torch", "cupy-cuda12x", "cupy-cuda13x", "humming-kernels")), rows, notes
+    )
+
+
+if __name__ == "__main__":
+    main()
