@@ -1,6 +1,6 @@
 """Writes docs/quality.md and docs/quality.svg from what bench_quality.py measured.
 
-    python tests/bench/quality_page.py [--check]
+python tests/bench/quality_page.py [--check]
 """
 
 from __future__ import annotations
@@ -126,9 +126,7 @@ def plot(rows: list[Row]) -> str:
         for kl in (0.001, 0.002, 0.005, 0.01, 0.02, 0.05):
             if bottom < math.log10(kl) < top:
                 out.append(f'<text x="{x0 - 6}" y="{y(kl) + 4:.1f}" text-anchor="end">{kl * 1e3:g}e-3</text>')
-                out.append(
-                    f'<line x1="{x0}" x2="{x0 + PLOT_WIDTH}" y1="{y(kl):.1f}" y2="{y(kl):.1f}" stroke="#eee"/>'
-                )
+                out.append(f'<line x1="{x0}" x2="{x0 + PLOT_WIDTH}" y1="{y(kl):.1f}" y2="{y(kl):.1f}" stroke="#eee"/>')
         for row in (r for r in rows if r["model"] == model):
             kind = "other" if row["tool"] != "tenpak" else row["encoder"].split(",")[0]
             colour = COLOURS.get(kind, COLOURS["own"])

@@ -1,0 +1,287 @@
+"""Calibration: statistics are what their definition says, and compressing with them loses less."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tenpak
+from safetensors.numpy import load_file, safe_open
+from support import ROOT, files_in, gaussian, require, tenpak_command
+from tenpak.calibrate import sample
+from tenpak.decoder import Decoder
+from tenpak.errors import InputError, StorageError, UsageError
+
+TEXT = ROOT / "README.md"
+CONTEXT = 64
+
+
+def about(path: Path) -> dict:
+    with safe_open(path, "np") as file:
+        return json.loads(file.metadata()["tenpak.calibration"])
+
+
+@pytest.fixture
+def statistics(tmp_path: Path, model: Path) -> Path:
+    path = tmp_path / "statistics.safetensors"
+    tenpak.calibrate(model, path, TEXT, windows=8, context=CONTEXT)
+    return path
+
+
+def test_statistics_are_the_moments_of_what_linear_layers_read(tmp_path, model):
+    path = tmp_path / "s.safetensors"
+    tokens = np.random.default_rng(0).integers(0, 2048, (3, 40))
+    report = tenpak.calibrate(model, path, tokens.reshape(-1), windows=3, context=40)
+    decoder, seen = Decoder.open(model), {}
+    h = decoder.embed(tokens)
+    for block in decoder.blocks:
+        h = block(h, observe=lambda names, x: seen.update({names: x.reshape(-1, x.shape[-1])}))
+    seen[(decoder.head.linear.name,)] = decoder.head.norm(h).reshape(-1, h.shape[-1])
+    tensors, inputs = load_file(path), about(path)["inputs"]
+    assert report.inputs == len(seen) == len(inputs)
+    assert report.weights == sum(map(len, seen))
+    assert len(tensors) == 2 * len(seen)
+    for names, x in seen.items():
+        name = names[0].removesuffix(".weight")
+        assert inputs[name] == {"tokens": 120, "weights": list(names)}
+        wanted = x.astype(np.float64).T @ x / len(x)
+        moment = tensors[f"{name}.second_moment"]
+        np.testing.assert_allclose(moment, wanted, rtol=1e-3, atol=1e-5 * np.abs(wanted).max())
+        np.testing.assert_array_equal(tensors[f"{name}.diagonal"], np.diagonal(moment))
+
+
+def test_the_same_text_gives_the_same_bytes(tmp_path, llama):
+    paths = [tmp_path / "a", tmp_path / "b"]
+    for path in paths:
+        tenpak.calibrate(llama, path, TEXT, windows=4, context=CONTEXT)
+    assert paths[0].read_bytes() == paths[1].read_bytes()
+
+
+def test_windows_are_spread_over_the_text(tmp_path, llama):
+    tokens = np.arange(10 * 16) % 2048
+    report = tenpak.calibrate(llama, tmp_path / "s", tokens, windows=5, context=16)
+    assert (report.windows, report.context) == (5, 16)
+    report = tenpak.calibrate(llama, tmp_path / "s", tokens, windows=50, context=16, force=True)
+    assert report.windows == 10
+
+
+@pytest.mark.parametrize("encoder", ["diag", "gptq"])
+@pytest.mark.parametrize("codec", [c.name for c in tenpak.codecs() if c.code_bits == 4])
+def test_outputs_lose_less_with_statistics(tmp_path, llama, codec, encoder):
+    statistics = tmp_path / "s.safetensors"
+    tenpak.calibrate(llama, statistics, TEXT, windows=8, context=CONTEXT)
+    tensors, inputs = load_file(statistics), about(statistics)["inputs"]
+    moments = {w: tensors[f"{name}.second_moment"] for name, i in inputs.items() for w in i["weights"]}
+
+    original = Decoder.open(llama).source
+
+    def losses(path: Path) -> dict[str, float]:
+        with tenpak.open(path) as artifact:
+            found = {}
+            for info in artifact.infos:
+                if info.codec != codec:
+                    continue
+                weight = original.read(info.name)
+                delta = (weight - artifact.read(info.name, np.float32)).astype(np.float64)
+                h = moments[info.name].astype(np.float64)
+                found[info.name] = np.sum(delta @ h * delta) / np.sum(weight @ h * weight)
+            return found
+
+    plain = tenpak.compress(llama, tmp_path / "plain.tenpak", codec)
+    done = tenpak.compress(llama, tmp_path / "c.tenpak", codec, calibration=statistics, encoder=encoder)
+    assert done.file_bytes == plain.file_bytes
+    before, after = losses(tmp_path / "plain.tenpak"), losses(tmp_path / "c.tenpak")
+    assert len(before) == len(after) == 42
+    assert np.mean(list(after.values())) < (0.9 if encoder == "gptq" else 1.0) * np.mean(list(before.values()))
+    by_name = {t.name: t for t in done.tensors}
+    for name, loss in after.items():
+        assert by_name[name].encoder == encoder
+        if encoder == "gptq":
+            assert by_name[name].output_error == pytest.approx(loss, rel=1e-3)
+            assert by_name[name].output_error <= by_name[name].output_error_before
+
+
+def test_bytes_do_not_depend_on_threads(tmp_path, model, statistics):
+    made = []
+    for threads in (1, 2, 7):
+        path = tmp_path / f"{threads}.tenpak"
+        tenpak.compress(model, path, "int4_lut16_v1", calibration=statistics, threads=threads)
+        made.append(path.read_bytes())
+    assert made[0] == made[1] == made[2]
+
+
+def test_few_tokens_and_missing_moments_fall_back_and_say_so(tmp_path, llama):
+    few, diagonal = tmp_path / "few", tmp_path / "diagonal"
+    tenpak.calibrate(llama, few, TEXT, windows=1, context=CONTEXT)
+    report = tenpak.compress(llama, tmp_path / "a.tenpak", calibration=few)
+    quantised = [t for t in report.tensors if t.codec == "int4_opt_v1"]
+    assert {(t.encoder, t.uncalibrated) for t in quantised} == {("diag", "diag: fewer tokens than columns were seen")}
+    assert any("give more text" in note for note in report.notes)
+    tenpak.calibrate(llama, diagonal, TEXT, windows=8, context=CONTEXT, diagonal=True)
+    assert not any(name.endswith("second_moment") for name in load_file(diagonal))
+    report = tenpak.compress(llama, tmp_path / "b.tenpak", calibration=diagonal)
+    assert {t.encoder for t in report.tensors if t.codec == "int4_opt_v1"} == {"diag"}
+
+
+def test_a_model_samples_its_own_text(model):
+    decoder = Decoder.open(model)
+    tokens = sample(decoder, 3, 20, seed=1)
+    assert tokens.shape == (3, 20)
+    np.testing.assert_array_equal(tokens, sample(decoder, 3, 20, seed=1))
+    assert (tokens[:, 1:] != sample(decoder, 3, 20, seed=2)[:, 1:]).any()
+    assert (tokens[:, 0] == decoder.config.bos).all()
+    # At temperature 1, text has about the model's own entropy: far less than that of random tokens.
+    loss = np.log(tenpak.evaluate(decoder, sample(decoder, 8, 64).reshape(-1), context=64).perplexity.value)
+    random = np.random.default_rng(0).integers(0, 2048, 8 * 64)
+    assert loss < np.log(tenpak.evaluate(decoder, random, context=64).perplexity.value) - 2
+
+
+def test_compress_with_own_text(tmp_path, llama, monkeypatch):
+    tokens = sample(Decoder.open(llama), 64, 24)
+    # The module, which the function of that name hides.
+    monkeypatch.setattr(sys.modules["tenpak.calibrate"], "sample", lambda *_args, **_options: tokens)
+    report = tenpak.compress(llama, tmp_path / "a.tenpak", "int4_lut16_v1", calibration="self")
+    assert {t.encoder for t in report.tensors if t.codec == "int4_lut16_v1"} == {"gptq"}
+    assert files_in(tmp_path) == {"a.tenpak"}
+    with pytest.raises(UsageError, match="exists"):
+        tenpak.compress(llama, tmp_path / "a.tenpak", calibration="self")
+    with pytest.raises(UsageError, match=r"needs a model with config\.json"):
+        tenpak.compress({"a": gaussian(16, 16)}, tmp_path / "b.tenpak", calibration="self")
+
+
+def test_sequential_statistics_see_quantised_layers(tmp_path, llama):
+    plain, sequential = tmp_path / "plain", tmp_path / "sequential"
+    tenpak.calibrate(llama, plain, TEXT, windows=8, context=CONTEXT)
+    tenpak.calibrate(llama, sequential, TEXT, windows=8, context=CONTEXT, sequential="int4_lut16_v1")
+    a, b = load_file(plain), load_file(sequential)
+    assert a.keys() == b.keys()
+    first = "model.layers.0.self_attn.q_proj.second_moment"
+    np.testing.assert_array_equal(a[first], b[first])
+    assert (
+        a["model.layers.1.self_attn.q_proj.second_moment"] != b["model.layers.1.self_attn.q_proj.second_moment"]
+    ).any()
+    assert about(sequential)["sequential"] == "int4_lut16_v1"
+    # What the layers before have become is what compressing with these statistics writes.
+    tenpak.compress(llama, tmp_path / "m.tenpak", "int4_lut16_v1", embeddings="keep", calibration=sequential)
+    decoder, seen = Decoder.open(tmp_path / "m.tenpak"), {}
+    tokens = np.array(decoder.encode_text(TEXT.read_text()))
+    windows = tokens[: len(tokens) // CONTEXT * CONTEXT].reshape(-1, CONTEXT)
+    windows = windows[np.arange(8) * len(windows) // 8]
+    h = decoder.embed(windows)
+    for block in decoder.blocks[:2]:
+        h = block(h, observe=lambda names, x: seen.update({names[0]: x.reshape(-1, x.shape[-1])}))
+    x = seen["model.layers.1.self_attn.q_proj.weight"]
+    np.testing.assert_allclose(
+        b["model.layers.1.self_attn.q_proj.second_moment"], x.T @ x / len(x), rtol=1e-3, atol=1e-4
+    )
+
+
+def test_wrong_requests_are_refused(tmp_path, llama, gpt2):
+    path = tmp_path / "s"
+    with pytest.raises(UsageError, match="windows 0"):
+        tenpak.calibrate(llama, path, TEXT, windows=0)
+    with pytest.raises(UsageError, match="context 9999"):
+        tenpak.calibrate(llama, path, TEXT, context=9999)
+    with pytest.raises(UsageError, match="second moments"):
+        tenpak.calibrate(llama, path, TEXT, diagonal=True, sequential="int4_opt_v1")
+    with pytest.raises(StorageError):
+        tenpak.calibrate(llama, tmp_path / "no" / "s", TEXT)
+    with pytest.raises(StorageError):
+        tenpak.calibrate(llama, path, tmp_path / "no.txt")
+    assert files_in(tmp_path) == set()
+    tenpak.calibrate(llama, path, TEXT, windows=2, context=CONTEXT)
+    with pytest.raises(UsageError, match="exists"):
+        tenpak.calibrate(llama, path, TEXT)
+    with pytest.raises(UsageError, match="another model"):
+        tenpak.compress(gpt2, tmp_path / "a.tenpak", calibration=path)
+    with pytest.raises(UsageError, match="unknown encoder"):
+        tenpak.compress(llama, tmp_path / "a.tenpak", calibration=path, encoder="best")
+    with pytest.raises(InputError, match="no statistics"):
+        tenpak.compress(llama, tmp_path / "a.tenpak", calibration=llama / "model.safetensors")
+    (tmp_path / "cut").write_bytes(path.read_bytes()[:-4])
+    with pytest.raises(InputError, match="cut"):
+        tenpak.compress(llama, tmp_path / "a.tenpak", calibration=tmp_path / "cut")
+    assert files_in(tmp_path) == {"s", "cut"}
+
+
+def test_statistics_of_another_model_of_the_same_shape_are_noted(tmp_path, llama):
+    statistics = tmp_path / "s"
+    tenpak.calibrate(llama, statistics, TEXT, windows=8, context=CONTEXT)
+    state = load_file(llama / "model.safetensors")
+    name = "model.layers.0.mlp.up_proj.weight"
+    state[name] = state[name] * np.float16(0.5)
+    report = tenpak.compress(state, tmp_path / "a.tenpak", calibration=statistics)
+    assert any("another model" in note for note in report.notes)
+    same = tenpak.compress(llama, tmp_path / "b.tenpak", calibration=statistics)
+    assert not same.notes
+
+
+def test_encode_with_a_second_moment():
+    random = np.random.default_rng(0)
+    x = random.standard_normal((400, 24)) @ random.standard_normal((24, 96)) + random.standard_normal((400, 96))
+    h = (x.T @ x / len(x)).astype(np.float32)
+    weight = gaussian(40, 96)
+
+    def loss(encoded: tenpak.Encoded) -> float:
+        delta = (weight - tenpak.decode(encoded)).astype(np.float64)
+        return float(np.sum(delta @ h * delta) / np.sum(weight @ h * weight))
+
+    diag = tenpak.encode(weight, "int4_lut16_v1", importance=np.diagonal(h))
+    gptq = tenpak.encode(weight, "int4_lut16_v1", second_moment=h)
+    assert gptq.output_error == pytest.approx(loss(gptq), rel=1e-4)
+    assert gptq.output_error_before == pytest.approx(loss(diag), rel=1e-4)
+    assert loss(gptq) < 0.7 * loss(diag)
+    turned = tenpak.encode(weight.T.copy(), "int4_lut16_v1", axis=0, second_moment=h)
+    np.testing.assert_array_equal(turned.parts["codes"], gptq.parts["codes"])
+    with pytest.raises(UsageError, match="second moment"):
+        tenpak.encode(weight, "int4_lut16_v1", second_moment=h[:95, :95])
+    h[3, 4] = np.nan
+    with pytest.raises(InputError, match=r"\[3, 4\]"):
+        tenpak.encode(weight, "int4_lut16_v1", second_moment=h)
+
+
+def test_the_commands(tmp_path, llama):
+    statistics, packed = tmp_path / "s.safetensors", tmp_path / "m.tenpak"
+    ran = tenpak_command(
+        "calibrate", llama, "--text", TEXT, "--output", statistics, "--windows", 8, "--context", CONTEXT, "--progress"
+    )
+    assert "gathering statistics 100%" in ran.err
+    assert "8 windows of 64 tokens" in ran.out
+    ran = tenpak_command(
+        "compress", "-i", llama, "-o", packed, "--codec", "int4_lut16_v1", "--calibration", statistics, "--tensors"
+    )
+    assert "before gptq" in ran.out
+    assert "gptq" in ran.out
+    ran = tenpak_command("compress", "-i", llama, "-o", packed, "-f", "--calibration", statistics, "--json").json
+    assert ran["output_error"] < ran["output_error_before"]
+    assert (
+        tenpak_command(
+            "calibrate", llama, "--self", "-o", tmp_path / "o", "--windows", 2, "--context", 8, "--json"
+        ).json["text"]
+        == "sampled"
+    )
+    tenpak_command("calibrate", llama, "--output", tmp_path / "p", code=2)
+    tenpak_command("calibrate", llama, "--text", tmp_path / "none.txt", "--output", tmp_path / "p", code=6)
+
+
+def test_reference_models_lose_less(tmp_path):
+    require("reference")
+    from support import REFERENCE
+
+    texts = REFERENCE.parent / "text"
+    model = REFERENCE / "llama-books"
+    statistics = tmp_path / "s.safetensors"
+    tenpak.calibrate(model, statistics, texts / "calibration.txt", windows=6)
+
+    def divergence(**options: object) -> float:
+        path = tmp_path / "m.tenpak"
+        tenpak.compress(model, path, "int4_lut16_v1", embeddings="keep", force=True, **options)
+        report = tenpak.evaluate(path, texts / "dev.txt", against=model, windows=2)
+        return report.comparison.divergence.value
+
+    plain = divergence()
+    assert plain < 18e-3
+    assert divergence(calibration=statistics) < 0.85 * plain
