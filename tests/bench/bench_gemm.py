@@ -1,6 +1,6 @@
 """Products with quantised weights beside cuBLAS FP16 and Humming, on one GPU, in one run.
 
-    python tests/bench/bench_gemm.py [--layouts int4_g32_fp16,int4_g8_fp16] [--tokens 1,16,256] [--shapes 4096x4096]
+    python tests/bench/bench_gemm.py [--layouts int4_g32_fp16] [--tokens 1,16,256] [--shapes 4096x4096] [--no-humming]
 
 Needs CuPy and torch; Humming is measured where it is installed. Random packed weights: speed does not depend on what
 they hold, but correctness does, so every product is first compared with the unpacked weight's in FP32. Times are

@@ -84,7 +84,7 @@ def device_of(number: int) -> Device:
         attributes["MultiProcessorCount"],
         attributes["MaxSharedMemoryPerBlockOptin"] - RESERVED,
         attributes["MaxSharedMemoryPerMultiprocessor"],
-        attributes["ComputeCapabilityMajor"] == 9,
+        cupy.cuda.Device(number).compute_capability == "90",
     )
 
 
@@ -176,8 +176,8 @@ def _skinny(device: Device, layout: str, n: int, k: int, m: int, batch: int, bf1
 def _prefill(device: Device, layout: str, n: int, k: int, m: int, batch: int, bf16: bool) -> Plan:
     tiles, stage = _divide_up(k, TILE_COLS), STAGE_BYTES[layout]
     tokens = next(t for t in (16, 32, 64, 128) if m <= t or t == 128)
-    groups, blocks = (2, 2) if tokens == 128 else (4, 1)
-    depth, stages = (3, 3) if tokens == 128 or stage > 1536 else (4, 3)
+    groups, blocks = (2, 2) if tokens == 128 else (4, 2 if tokens <= 32 and n * k >= LARGE else 1)
+    depth, stages = (3, 3) if blocks == 2 or stage > 1536 else (4, 3)
 
     def shared() -> int:
         return 1024 + 2 * stages * tokens * TILE_COLS * 2 + 4 * groups * depth * blocks * stage
@@ -342,7 +342,7 @@ def grouped_matmul(
 
 
 def _is_bf16(x: Any) -> bool:
-    return np.dtype(x.dtype).name == "bfloat16"
+    return bool(np.dtype(x.dtype).name == "bfloat16")
 
 
 def _check(x: Any, bias: Any, bias_shape: tuple[int, ...], out: Any, shape: tuple[int, ...]) -> None:
