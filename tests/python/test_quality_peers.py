@@ -120,6 +120,13 @@ def test_hqq_is_the_published_iteration(scale: float) -> None:
     )
 
 
+@pytest.mark.parametrize("seed", range(12))
+def test_hqq_ends_when_the_error_no_longer_falls(seed: int) -> None:
+    # Some of these single groups would go on to other zero points.
+    weight = gaussian(1, 16, seed=seed, scale=5)
+    np.testing.assert_allclose(peer("HQQ g16").rebuild(weight, None), published_hqq(weight, 16), rtol=0, atol=0.05)
+
+
 def published_hqq(weight: np.ndarray, group: int) -> np.ndarray:
     """The equations of the HQQ paper's section 2, term by term, in FP64 and with nothing rounded to FP16."""
     w = weight.astype(np.float64).reshape(-1, group)
