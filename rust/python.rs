@@ -256,6 +256,7 @@ fn compress(
     strict: bool,
     dry_run: bool,
     calibration: Option<(PathBuf, String)>,
+    estimate: bool,
     progress: Option<Py<PyAny>>,
 ) -> PyResult<String> {
     let callback = Callback::new(progress);
@@ -277,7 +278,7 @@ fn compress(
             encoder: *encoder,
             cholesky: LAPACK,
         });
-        let options = CompressOptions { plan, threads, force, calibration };
+        let options = CompressOptions { plan, threads, force, calibration, estimate };
         let progress = |done, total| callback.call(done, total);
         if dry_run {
             pipeline::dry_run(&*model, &options, &progress)

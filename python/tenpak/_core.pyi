@@ -80,6 +80,7 @@ def compress(
     strict: bool,
     dry_run: bool,
     calibration: tuple[str, str] | None,
+    estimate: bool,
     progress: Callable[[int, int], object] | None,
 ) -> str: ...
 def decompress(

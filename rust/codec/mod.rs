@@ -142,6 +142,9 @@ pub struct Codec {
     pub encode: fn(level: Level, strip: Strip<'_>, parts: &mut [&mut [u8]]) -> Range,
 }
 
+/// The name of encoders that search; these can weigh squared errors.
+pub const SEARCH: &str = "search";
+
 /// Every codec, in the order that people read them.
 pub static ALL: &[Codec] = &[
     Codec {
@@ -149,7 +152,7 @@ pub static ALL: &[Codec] = &[
         version: 1,
         summary: "the default: small and accurate, no calibration",
         layout: &INT4_G16_FP16,
-        encoder: "search",
+        encoder: SEARCH,
         encode: affine::encode::<Search, 16>,
     },
     Codec {
@@ -157,7 +160,7 @@ pub static ALL: &[Codec] = &[
         version: 1,
         summary: "more accurate and larger, for small or sensitive models",
         layout: &INT4_G8_FP16,
-        encoder: "search",
+        encoder: SEARCH,
         encode: affine::encode::<Search, 8>,
     },
     Codec {
@@ -189,7 +192,7 @@ pub static ALL: &[Codec] = &[
         version: 1,
         summary: "groups of 8 with one-byte parameters: near int4_opt_llama_v1, a quarter smaller",
         layout: &INT4_G8_U8,
-        encoder: "search",
+        encoder: SEARCH,
         encode: affine_u8::encode::<8>,
     },
     Codec {
@@ -197,7 +200,7 @@ pub static ALL: &[Codec] = &[
         version: 1,
         summary: "groups of 16 with one-byte parameters: near int4_opt_v1, a sixth smaller",
         layout: &INT4_G16_U8,
-        encoder: "search",
+        encoder: SEARCH,
         encode: affine_u8::encode::<16>,
     },
     Codec {
@@ -213,7 +216,7 @@ pub static ALL: &[Codec] = &[
         version: 1,
         summary: "the smallest: 7x, from learned tables",
         layout: &lut16::INT4_LUT16,
-        encoder: "search",
+        encoder: SEARCH,
         encode: lut16::encode,
     },
 ];

@@ -4,11 +4,12 @@
 use super::compress::CalibrationOptions;
 use super::report::hex;
 use crate::calibration::Encoder;
-use crate::codec::Factor;
+use crate::codec::{Factor, SEARCH};
 use crate::error::{Error, Kind, Result};
 use crate::input::{self, Model};
+use crate::mean_field;
 use crate::plan::{Action, Decision};
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 use std::sync::{Arc, Mutex};
 
 const NO_STATISTICS: &str = "no statistics";
@@ -18,9 +19,14 @@ const FEW_TOKENS: &str = "diag: fewer tokens than columns were seen";
 /// Factors that are kept: files list a layer's weights so that two inputs may alternate.
 const KEPT: usize = 2;
 
-/// The statistics' part in a run.
+/// The encoder's name where the inputs' mean squares are estimated from the weights alone.
+const ESTIMATED: &str = "search, inputs estimated";
+
+/// The statistics' part in a run, or that of their estimate.
 pub struct Calibrated<'a> {
     options: Option<CalibrationOptions<'a>>,
+    /// The importance of the columns of those weights whose input can be estimated.
+    estimates: BTreeMap<String, Vec<f32>>,
     /// For each tensor that the layout's calibrated encoders can help.
     help: Vec<Option<Treatment>>,
     factors: Mutex<VecDeque<(usize, Arc<Factor>)>>,
@@ -32,6 +38,7 @@ pub struct Calibrated<'a> {
 enum Treatment {
     Nothing(&'static str),
     Input { input: usize, encoder: Encoder, why_not: Option<&'static str> },
+    Estimate,
 }
 
 /// What encoding a tensor takes from the statistics.
@@ -44,22 +51,30 @@ pub struct Help {
 }
 
 impl<'a> Calibrated<'a> {
-    /// Finds the statistics of every tensor that is to be quantised.
+    /// Finds the statistics of every tensor that is to be quantised, or estimates them where there are none and
+    /// `estimate` asks for it.
     ///
     /// # Errors
     /// A usage error where the statistics are of another model.
     pub fn new(
         options: Option<CalibrationOptions<'a>>,
+        estimate: bool,
         model: &dyn Model,
         decisions: &[Decision],
     ) -> Result<Self> {
         let mut out = Calibrated {
             options,
+            estimates: BTreeMap::new(),
             help: vec![None; decisions.len()],
             factors: Mutex::default(),
             notes: Vec::new(),
         };
-        let Some(options) = options else { return Ok(out) };
+        let Some(options) = options else {
+            if estimate {
+                out.estimate(model, decisions)?;
+            }
+            return Ok(out);
+        };
         let (mut wanted, mut without) = (0, 0);
         for (i, (info, decision)) in model.tensors().iter().zip(decisions).enumerate() {
             let Action::Encode(codec) = decision.action else { continue };
@@ -112,10 +127,27 @@ impl<'a> Calibrated<'a> {
         Ok(out)
     }
 
+    /// Estimates what searches can heed; codecs that do not search are what they say.
+    fn estimate(&mut self, model: &dyn Model, decisions: &[Decision]) -> Result<()> {
+        let searches = |d: &Decision| matches!(d.action, Action::Encode(codec) if codec.encoder == SEARCH);
+        if !decisions.iter().any(searches) {
+            return Ok(());
+        }
+        self.estimates = mean_field::importance(model)?;
+        for ((help, info), decision) in self.help.iter_mut().zip(model.tensors()).zip(decisions) {
+            let cols = info.shape.get(decision.axis).copied();
+            if searches(decision) && self.estimates.get(&info.name).map(Vec::len) == cols && cols.is_some() {
+                *help = Some(Treatment::Estimate);
+            }
+        }
+        Ok(())
+    }
+
     /// The encoder of tensor `index`, where statistics decide it.
     pub fn encoder(&self, index: usize) -> Option<&'static str> {
         match self.help[index] {
             Some(Treatment::Input { encoder, .. }) => Some(encoder.name()),
+            Some(Treatment::Estimate) => Some(ESTIMATED),
             _ => None,
         }
     }
@@ -125,7 +157,7 @@ impl<'a> Calibrated<'a> {
         match self.help[index] {
             Some(Treatment::Nothing(reason)) => Some(reason),
             Some(Treatment::Input { why_not, .. }) => why_not,
-            None => None,
+            Some(Treatment::Estimate) | None => None,
         }
     }
 
@@ -143,7 +175,10 @@ impl<'a> Calibrated<'a> {
     ///
     /// # Errors
     /// An input error for statistics that cannot be.
-    pub fn help(&self, index: usize) -> Result<Help> {
+    pub fn help(&self, index: usize, name: &str) -> Result<Help> {
+        if let Some(Treatment::Estimate) = self.help[index] {
+            return Ok(Help { importance: self.estimates.get(name).cloned(), factor: None });
+        }
         let (Some(options), Some(Treatment::Input { input, encoder, .. })) = (self.options, self.help[index])
         else {
             return Ok(Help::default());

@@ -28,6 +28,8 @@ pub struct CompressOptions<'a> {
     pub force: bool,
     /// Statistics to heed, and how.
     pub calibration: Option<CalibrationOptions<'a>>,
+    /// Without statistics: whether searches estimate what each layer's input is from the weights alone.
+    pub estimate: bool,
 }
 
 /// How to heed statistics of layers' inputs.
@@ -104,7 +106,7 @@ pub fn dry_run(
 impl<'a> Job<'a> {
     fn new(model: &'a dyn Model, options: &CompressOptions<'a>) -> Result<Self> {
         let decisions = plan::plan(model, &options.plan)?;
-        let calibrated = Calibrated::new(options.calibration, model, &decisions)?;
+        let calibrated = Calibrated::new(options.calibration, options.estimate, model, &decisions)?;
         Ok(Job { model, decisions, sidecars: model.sidecars()?, codec: options.plan.codec, calibrated })
     }
 
@@ -224,7 +226,7 @@ impl<'a> Job<'a> {
         }
         let mut slices: Vec<&mut [u8]> = parts.iter_mut().map(Vec::as_mut_slice).collect();
         let at = |e: Error| if e.kind() == Kind::Interrupted { e } else { named(e, &info.name) };
-        let help = self.calibrated.help(index).map_err(at)?;
+        let help = self.calibrated.help(index, &info.name).map_err(at)?;
         let options = runner::Options {
             importance: help.importance.as_deref(),
             factor: help.factor.as_deref(),

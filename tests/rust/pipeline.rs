@@ -232,7 +232,8 @@ fn equal_weights_are_tied_when_they_are_treated_alike() {
 }
 
 fn compress(model: &dyn Model, path: &Path, codec: &str, threads: usize) -> CompressReport {
-    let options = CompressOptions { plan: options(codec), threads, force: true };
+    let options =
+        CompressOptions { plan: options(codec), threads, force: true, calibration: None, estimate: true };
     let dry = pipeline::dry_run(model, &options, &|_, _| Ok(())).unwrap();
     let report = pipeline::compress(model, path, &options, &|_, _| Ok(())).unwrap();
     assert_eq!(dry.file_bytes, report.file_bytes);
@@ -368,7 +369,13 @@ fn a_failure_at_any_tensor_leaves_the_old_file_and_nothing_else() {
             };
         }
         fs::write(&path, "old").unwrap();
-        let options = CompressOptions { plan: options("int4_opt_v1"), threads: 2, force: true };
+        let options = CompressOptions {
+            plan: options("int4_opt_v1"),
+            threads: 2,
+            force: true,
+            calibration: None,
+            estimate: true,
+        };
         let error = pipeline::compress(&model, &path, &options, &|_, _| Ok(())).err().unwrap();
         assert_eq!(error.kind(), Kind::Input);
         assert!(
@@ -386,7 +393,13 @@ fn progress_ends_the_work_and_goes_from_nothing_to_all() {
     let folder = TempDir::new().unwrap();
     let path = folder.path().join("m.tenpak");
     let model = mixed();
-    let options = CompressOptions { plan: options("int4_lut16_v1"), threads: 1, force: false };
+    let options = CompressOptions {
+        plan: options("int4_lut16_v1"),
+        threads: 1,
+        force: false,
+        calibration: None,
+        estimate: true,
+    };
     let stop = |_: u64, _: u64| Err(Error::new(Kind::Interrupted, "enough"));
     let error = pipeline::compress(&model, &path, &options, &stop).err().unwrap();
     assert_eq!((error.kind(), error.to_string().as_str()), (Kind::Interrupted, "enough"));
@@ -416,7 +429,13 @@ fn an_output_that_is_an_input_is_refused_before_any_work() {
     fs::hard_link(&input, &link).unwrap();
     let mut model = mixed();
     model.paths = vec![folder.path().join("absent"), input.clone()];
-    let options = CompressOptions { plan: options("int4_opt_v1"), threads: 1, force: true };
+    let options = CompressOptions {
+        plan: options("int4_opt_v1"),
+        threads: 1,
+        force: true,
+        calibration: None,
+        estimate: true,
+    };
     for output in [
         &input,
         &link,

@@ -42,9 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="CODEC",
         help="gather each layer's statistics with the layers before it quantised under this codec",
     )
-    parser.add_argument(
-        "--encoder", choices=("gptq", "diag"), default="gptq", help="for --sequential (%(default)s)"
-    )
+    parser.add_argument("--encoder", choices=("gptq", "diag"), default="gptq", help="for --sequential (%(default)s)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to compute (%(default)s)")
     parser.add_argument("--force", "-f", action="store_true", help="replace an existing output")
     progress.add_arguments(parser)

@@ -57,8 +57,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--calibration",
-        metavar="FILE|self",
-        help="statistics of `tenpak calibrate`; self gathers them from text that the model samples",
+        metavar="FILE|self|none",
+        help="statistics of `tenpak calibrate`; self gathers them from text that the model samples; none does not "
+        "even estimate them from the weights",
     )
     parser.add_argument(
         "--encoder",
@@ -149,7 +150,10 @@ def _text(report: CompressReport, arguments: argparse.Namespace) -> str:
         summary.append(("relative squared error", error(report.relative_error)))
     if report.output_error is not None:
         summary.append(
-            ("squared error of outputs", f"{error(report.output_error)}, {error(report.output_error_before)} before gptq")
+            (
+                "squared error of outputs",
+                f"{error(report.output_error)}, {error(report.output_error_before)} before gptq",
+            )
         )
     speed = f"{duration(report.seconds)}, {report.gigabytes_per_second:.2f} GB/s as FP32"
     if report.dry_run:
