@@ -3,7 +3,7 @@
     python tests/bench/bench_quality.py [--models FOLDER …] [--device cuda] [--windows N] [--only REGEX]
 
 Every model is compressed to an artifact on disk, opened again and evaluated beside the original, over all windows of
-1,024 tokens of text/dev.txt under TENPAK_REFERENCE (../shared). Statistics come from 64 windows of
+1,024 tokens of text/dev.txt under TENPAK_REFERENCE (../shared). Statistics come from 160 windows of
 text/calibration.txt, or from text that the model samples. Other tools' formats go through the same evaluation, their
 weights quantised and rebuilt layer by layer. Linear layers only, embeddings and heads as they are, but for the rows
 `whole model`. Results go to results/quality.json, from which quality_page.py makes docs/quality.md.
@@ -37,12 +37,28 @@ CALIBRATED = {"diag": ("diag", "text"), "gptq": ("gptq", "text"), "gptq, own tex
 SEQUENTIAL = ("int4_opt_v1", "int4_lut16_v1")
 
 
+class Original(Decoder):
+    """A decoder that remembers what it has computed: each row is compared with the same."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._seen: dict[bytes, Any] = {}
+
+    def hidden(self, tokens: Any, cache: Any = None) -> Any:
+        if cache is not None:
+            return super().hidden(tokens, cache)
+        key = (tokens if self.xp is np else self.xp.asnumpy(tokens)).tobytes()
+        if key not in self._seen:
+            self._seen[key] = super().hidden(tokens)
+        return self._seen[key]
+
+
 class Bench:
     """One model, its statistics and its rows."""
 
     def __init__(self, model: Path, folder: Path, args: argparse.Namespace) -> None:
         self.model, self.folder, self.args = model, folder, args
-        self.original = Decoder.open(model, xp=array_module(args.device))
+        self.original = Original.open(model, xp=array_module(args.device))
         self.wanted = re.compile(args.only)
         self.rows: list[dict[str, Any]] = []
         self._statistics: dict[str, Path] = {}
@@ -53,7 +69,8 @@ class Bench:
             path = self.folder / f"{self.model.name}.{kind}.safetensors"
             started = time.perf_counter()
             tenpak.calibrate(
-                self.original,
+                # Not the one that remembers, since every window is computed once here.
+                Decoder(self.original.source, xp=self.original.xp),
                 path,
                 None if kind == "self" else CALIBRATION,
                 windows=self.args.calibration_windows,
@@ -74,7 +91,7 @@ class Bench:
                 for weight in about["weights"]
             }
 
-    def artifact(self, name: str, codec: str, encoder: str, whole: bool = False, **options: Any) -> None:
+    def artifact(self, name: str, codec: str, label: str, whole: bool = False, **options: Any) -> None:
         """A row for a file that Tenpak writes."""
         if not self.wanted.search(name):
             return
@@ -85,7 +102,7 @@ class Bench:
         seconds = time.perf_counter() - started
         bits = done.file_bits_per_weight if whole else done.quantised_bits_per_weight
         decoder = Decoder.open(path, xp=self.original.xp)
-        self.row(name, "tenpak", codec, encoder, bits, done.relative_error, seconds, decoder, whole)
+        self.row(name, "tenpak", codec, label, bits, done.relative_error, seconds, decoder, whole)
 
     def peer(self, peer: quality_peers.Peer, importance: dict[str, np.ndarray]) -> None:
         """A row for another tool's format."""
@@ -152,10 +169,15 @@ class Bench:
         )
 
     def run(self) -> None:
+        layouts = set()
         for codec in tenpak.codecs():
             self.artifact(codec.name, codec.name, codec.encoder)
-            if codec.code_bits != 4:
+            # Calibrated encoders depend on the layout alone.
+            if codec.code_bits != 4 or codec.layout in layouts:
                 continue
+            layouts.add(codec.layout)
+            if codec.encoder == "search":
+                self.artifact(f"{codec.name}, plain search", codec.name, "plain search", calibration="none")
             for label, (encoder, kind) in CALIBRATED.items():
                 name = f"{codec.name}, {label}"
                 if self.wanted.search(name):
@@ -184,7 +206,7 @@ def main() -> None:
     parser.add_argument("--models", type=Path, nargs="+", default=models)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--windows", type=int, help="of text/dev.txt (all)")
-    parser.add_argument("--calibration-windows", type=int, default=64)
+    parser.add_argument("--calibration-windows", type=int, default=160)
     parser.add_argument("--only", default="", metavar="REGEX", help="rows whose names match")
     parser.add_argument("--no-peers", dest="peers", action="store_false")
     parser.add_argument("--results", type=Path, default=RESULTS / "quality.json")
@@ -195,6 +217,8 @@ def main() -> None:
             bench = Bench(model, Path(folder), args)
             bench.run()
             rows += bench.rows
+            # A long run must not lose what it has.
+            args.results.with_suffix(".rows").write_text(json.dumps(rows))
     about = machine("tenpak", "numpy", *quality_peers.packages())
     if args.device == "cuda":
         import cupy

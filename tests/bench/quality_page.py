@@ -36,7 +36,7 @@ def page(results: dict[str, Any]) -> str:
         f"{windows} windows of 1,024 tokens of held-out books. **KL** is the mean divergence KL(original ‖ quantised) "
         "in thousandths of a nat per token, the most sensitive of these numbers; **perplexity** is its change; "
         "**top-1** the share of tokens where both think the same one most likely; **error** is Σ(w - ŵ)² / Σw². "
-        "± are standard errors over windows. Statistics for *diag* and *gptq* came from 64 other windows, or, for "
+        "± are standard errors over windows. Statistics for *diag* and *gptq* came from 160 other windows, or, for "
         "*own text*, from text that the model sampled itself. Formats of other tools went through the same "
         "evaluation; *imatrix* means ggml's importance matrix, from the same statistics.",
         "",
