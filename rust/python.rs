@@ -166,6 +166,7 @@ fn encode(
     codec: &str,
     mut importance: Option<Vec<f32>>,
     second_moment: Option<Bytes>,
+    tokens: Option<u64>,
     measure: bool,
     threads: usize,
     mut parts: Vec<BytesMut>,
@@ -179,7 +180,7 @@ fn encode(
                 let floats: Vec<f32> =
                     moment.as_slice().as_chunks().0.iter().map(|b| f32::from_ne_bytes(*b)).collect();
                 let cols = Rows::new(&tensor.shape, axis)?.cols;
-                let factor = Factor::new(&floats, cols, LAPACK)?;
+                let factor = Factor::new(&floats, cols, tokens, LAPACK)?;
                 importance.get_or_insert_with(|| floats.iter().step_by(cols + 1).copied().collect());
                 Some(factor)
             }

@@ -54,6 +54,7 @@ def encode(
     codec: str,
     importance: list[float] | None,
     second_moment: _Buffer | None,
+    tokens: int | None,
     measure: bool,
     threads: int,
     parts: Sequence[_Buffer],

@@ -55,6 +55,7 @@ def encode(
     *,
     importance: ArrayLike | None = None,
     second_moment: ArrayLike | None = None,
+    tokens: int | None = None,
     measure: bool = False,
     threads: int | None = None,
     out: Encoded | None = None,
@@ -71,6 +72,7 @@ def encode(
         second_moment: H = E[x xᵀ] of the layer's input, [in, in] float32: codes are chosen column by column, each
             making good what those before it have lost (GPTQ, Frantar et al. 2022). `importance` is then H's
             diagonal unless it is given.
+        tokens: How many tokens `second_moment` is a mean of: it is trusted less where they were few.
         measure: Whether to fill `relative_error`.
         threads: Threads to use; None for one on each core. The result does not depend on it.
         out: The result of an earlier call with the same codec and shape, whose memory is used again.
@@ -107,6 +109,7 @@ def encode(
         codec,
         weights,
         None if moment is None else moment.reshape(-1).view(np.uint8),
+        tokens,
         measure,
         threads or 0,
         buffers,

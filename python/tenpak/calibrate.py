@@ -27,7 +27,7 @@ from tenpak.statistics import StatisticsWriter
 Progress = Callable[[int, int, str], object]
 
 #: Windows of text that statistics are gathered from.
-WINDOWS = 64
+WINDOWS = 128
 
 #: Tokens that are computed at once.
 TOKENS_AT_ONCE = 4096
@@ -254,6 +254,7 @@ def _quantise(block: Block, gathered: list[_Gathered], codec: str, encoder: str,
                 codec,
                 importance=diagonal,
                 second_moment=moment if full else None,
+                tokens=tokens,
             )
             linear.weight = xp.asarray(arrays.decode(encoded))
 

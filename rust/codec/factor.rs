@@ -13,6 +13,10 @@ pub const BLOCK: usize = 64;
 /// Damping, and the step by which it is raised until the factor exists, in units of the mean of H_jj.
 const DAMPING: f64 = 0.01;
 
+/// Damping in units of each H_jj, for as many tokens as columns; fewer for more. Products of columns that few tokens
+/// gave are mostly noise, and this trusts them less.
+const DAMPING_BY_TOKENS: f64 = 2.0;
+
 /// Raises of the damping after which a matrix is no second moment: its eigenvalues are at least -|H|.
 const MOST_RAISES: usize = 100;
 
@@ -31,12 +35,13 @@ pub struct Factor {
 }
 
 impl Factor {
-    /// Factorises `moment`, `[cols, cols]` and symmetric, with damping on its diagonal.
+    /// Factorises `moment`, `[cols, cols]` and symmetric, with damping on its diagonal; `tokens` is how many it is a
+    /// mean of, where that is known.
     ///
     /// # Errors
     /// An input error where it holds NaN, infinity or a negative diagonal, or where no damping makes it positive
     /// definite; whatever `cholesky` fails with.
-    pub fn new(moment: &[f32], cols: usize, cholesky: Cholesky<'_>) -> Result<Factor> {
+    pub fn new(moment: &[f32], cols: usize, tokens: Option<u64>, cholesky: Cholesky<'_>) -> Result<Factor> {
         if cols.checked_mul(cols) != Some(moment.len()) {
             return Err(Error::usage(format!(
                 "a second moment of {} numbers does not fit {cols} columns; it must be [{cols}, {cols}]",
@@ -64,10 +69,12 @@ impl Factor {
         let mean = diagonal.iter().map(|&h| f64::from(h)).sum::<f64>() / cols.max(1) as f64;
         // A column that is always zero costs nothing, whatever its weights become.
         let dead = |j: usize| if diagonal[j] == 0.0 { 1.0 } else { 0.0 };
+        let noise = tokens.map_or(0.0, |n| DAMPING_BY_TOKENS * cols as f64 / n.max(1) as f64);
         let mut lower = vec![0f64; cols * cols];
         for raises in 0..MOST_RAISES {
             let damping = DAMPING * mean * (raises + 1) as f64;
-            let added: Vec<f64> = order.iter().map(|&j| damping + dead(j)).collect();
+            let added: Vec<f64> =
+                order.iter().map(|&j| damping + noise * f64::from(diagonal[j]) + dead(j)).collect();
             // Backwards, so that the lower factor becomes the upper one.
             for (row, &a) in lower.chunks_exact_mut(cols).zip(order.iter().rev()) {
                 let source = &moment[a * cols..][..cols];

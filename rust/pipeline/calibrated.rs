@@ -198,7 +198,8 @@ impl<'a> Calibrated<'a> {
         kept.truncate(KEPT - 1);
         let moment = options.statistics.moment(input)?;
         let moment = moment.ok_or_else(|| Error::new(Kind::Input, "the statistics hold diagonals only"))?;
-        let factor = Arc::new(Factor::new(&moment, options.statistics.input(input).cols, options.cholesky)?);
+        let about = options.statistics.input(input);
+        let factor = Arc::new(Factor::new(&moment, about.cols, Some(about.tokens), options.cholesky)?);
         kept.push_front((input, factor.clone()));
         Ok(factor)
     }

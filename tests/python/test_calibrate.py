@@ -236,6 +236,8 @@ def test_encode_with_a_second_moment():
     assert loss(gptq) < 0.7 * loss(diag)
     turned = tenpak.encode(weight.T.copy(), "int4_lut16_v1", axis=0, second_moment=h)
     np.testing.assert_array_equal(turned.parts["codes"], gptq.parts["codes"])
+    few = tenpak.encode(weight, "int4_lut16_v1", second_moment=h, tokens=100)
+    assert loss(gptq) < loss(few) < loss(diag)
     with pytest.raises(UsageError, match="second moment"):
         tenpak.encode(weight, "int4_lut16_v1", second_moment=h[:95, :95])
     h[3, 4] = np.nan

@@ -78,7 +78,7 @@ struct Case {
 impl Case {
     fn new(rows: usize, cols: usize) -> Case {
         let moment = moment(cols, 3 * cols);
-        let factor = Factor::new(&moment, cols, CHOLESKY).unwrap();
+        let factor = Factor::new(&moment, cols, None, CHOLESKY).unwrap();
         let weights = gaussian(rows * cols, 7).iter().map(|w| w * 0.02).collect();
         Case { cols, rows, weights, moment, factor }
     }
@@ -204,16 +204,26 @@ fn damping_is_raised_until_there_is_a_factor() {
     let cols = 40;
     let mut moment = vec![1f32; cols * cols];
     moment[0] = 0.5;
-    let factor = Factor::new(&moment, cols, CHOLESKY).unwrap();
+    let factor = Factor::new(&moment, cols, None, CHOLESKY).unwrap();
     assert!(factor.pivots().iter().all(|d| d.is_finite() && *d > 0.0));
     assert!(factor.added()[0] > 0.01);
-    let zeros = Factor::new(&vec![0.0; cols * cols], cols, CHOLESKY).unwrap();
+    let zeros = Factor::new(&vec![0.0; cols * cols], cols, None, CHOLESKY).unwrap();
     assert!(zeros.pivots().iter().all(|d| *d == 1.0));
 }
 
 #[test]
+fn few_tokens_are_trusted_less() {
+    let moment = moment(40, 120);
+    let added = |tokens| Factor::new(&moment, 40, tokens, CHOLESKY).unwrap().added().to_vec();
+    let (unknown, many, few) = (added(None), added(Some(40_000)), added(Some(80)));
+    assert!(unknown.iter().zip(&many).all(|(a, b)| a <= b));
+    assert!(many.iter().zip(&few).all(|(a, b)| a <= b));
+    assert!(few.iter().sum::<f32>() > 10.0 * many.iter().sum::<f32>());
+}
+
+#[test]
 fn what_is_no_second_moment_is_refused() {
-    let refused = |moment: &[f32], cols: usize| Factor::new(moment, cols, CHOLESKY).err().unwrap();
+    let refused = |moment: &[f32], cols: usize| Factor::new(moment, cols, None, CHOLESKY).err().unwrap();
     assert_eq!(refused(&[1.0; 5], 2).kind(), Kind::Usage);
     assert!(refused(&[1.0, 0.0, f32::NAN, 1.0], 2).to_string().contains("[1, 0]"));
     assert!(refused(&[1.0, 0.0, 0.0, -1.0], 2).to_string().contains("[1, 1]"));
