@@ -7,7 +7,7 @@ use super::feedback::{Group, Nearest, feedback};
 use super::groups::{Block, Grid, Weights};
 use super::half_floats::{narrow_f16, widen_f16};
 use super::range::{Range, RangeLanes};
-use super::search::Search;
+use super::search::{Search, max_code};
 use super::simd::{Kernel, LANES, Level, Simd};
 use super::{Calibrated, Layout, Part, Per, Strip};
 use crate::tensor::Dtype;
@@ -244,7 +244,7 @@ impl<const G: usize> Nearest for Affine<G> {
 
     #[inline(always)]
     fn nearest<S: Simd>(s: S, (): &(), x: S::F, group: Group<S>) -> (S::I, S::F) {
-        nearest(s, x, group.a, group.b)
+        nearest::<S, 4>(s, x, group.a, group.b)
     }
 
     #[inline(always)]
@@ -263,9 +263,9 @@ impl<const G: usize> Nearest for Affine<G> {
 
 /// The nearest code, 0 where the scale is 0, and the weight that it stands for.
 #[inline(always)]
-pub fn nearest<S: Simd>(s: S, x: S::F, scale: S::F, offset: S::F) -> (S::I, S::F) {
+pub fn nearest<S: Simd, const BITS: u32>(s: S, x: S::F, scale: S::F, offset: S::F) -> (S::I, S::F) {
     let divisor = s.select(s.lt(s.splat(0.0), scale), scale, s.splat(f32::INFINITY));
     let q = s.div(s.sub(x, offset), divisor);
-    let code = s.round_i(s.min(s.max(q, s.splat(0.0)), s.splat(MAX_CODE)));
+    let code = s.round_i(s.min(s.max(q, s.splat(0.0)), s.splat(max_code(BITS))));
     (code, s.add(s.mul(s.float(code), scale), offset))
 }

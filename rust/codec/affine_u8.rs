@@ -1,11 +1,11 @@
-//! The layouts `int4_gN_u8`: four-bit codes, and one-byte scales and offsets that four FP16 numbers a row map
-//! back.
+//! The layouts `intB_gN_u8`: codes of four to six bits, and one-byte scales and offsets that four FP16 numbers a
+//! row map back. The bits of a code above the fourth lie in a part of their own.
 //!
 //! s = s0 + u·ds and o = o0 + v·do, with u and v the bytes. The search first fits every group of a row
 //! freely, spreads the bytes over what it found, and then chooses them again with codes in view.
 
 use super::affine::{nearest, per_weight, quantise_block, rebuild};
-use super::feedback::{Group, Nearest, feedback};
+use super::feedback::{Group, Nearest, feedback, store_bits};
 use super::groups::{Block, Grid};
 use super::range::{Range, RangeLanes};
 use super::search::{best_offset, code, error, relative, search};
@@ -17,22 +17,29 @@ use half::f16;
 /// The largest byte.
 const STEPS: f32 = 255.0;
 
-/// The layout with groups of `G`.
-pub const fn layout<const G: usize>(name: &'static str, parts: &'static [Part]) -> Layout {
+/// The layout with groups of `G` and codes of `BITS`.
+pub const fn layout<const G: usize, const BITS: u32>(name: &'static str, parts: &'static [Part]) -> Layout {
     Layout {
         name,
         group: Some(G),
-        code_bits: 4,
+        code_bits: BITS,
         parts,
         rebuild: "q*(s0 + u*ds) + (o0 + v*do)",
         // Steps are some 4,000 times smaller than weights.
         normal_from: 0.125,
-        decode: decode::<G>,
-        calibrated: Some(Calibrated { search: encode::<G>, feedback: feedback::<AffineU8<G>> }),
+        decode: decode::<G, BITS>,
+        calibrated: Some(Calibrated { search: encode::<G, BITS>, feedback: feedback::<AffineU8<G, BITS>> }),
     }
 }
 
-/// The parts of the layout with groups of `G`.
+/// The parts of the layout with groups of `G` and codes of `BITS`, more than four.
+pub const fn parts_with_high<const G: usize, const BITS: u32>() -> [Part; 5] {
+    let [codes, scales, offsets, row_params] = parts::<G>();
+    let high = Part { name: "high", dtype: Dtype::U8, per: Per::Weight(BITS - 4) };
+    [codes, scales, offsets, row_params, high]
+}
+
+/// The parts of the layout with groups of `G` and codes of four bits.
 pub const fn parts<const G: usize>() -> [Part; 4] {
     [
         Part { name: "codes", dtype: Dtype::U8, per: Per::Weight(4) },
@@ -92,22 +99,26 @@ impl Map {
 }
 
 /// Encodes rows.
-pub fn encode<const G: usize>(level: Level, strip: Strip<'_>, parts: &mut [&mut [u8]]) -> Range {
-    level.run(Encode::<G> { strip, parts })
+pub fn encode<const G: usize, const BITS: u32>(
+    level: Level,
+    strip: Strip<'_>,
+    parts: &mut [&mut [u8]],
+) -> Range {
+    level.run(Encode::<G, BITS> { strip, parts })
 }
 
-struct Encode<'a, 'b, 'c, const G: usize> {
+struct Encode<'a, 'b, 'c, const G: usize, const BITS: u32> {
     strip: Strip<'a>,
     parts: &'b mut [&'c mut [u8]],
 }
 
-impl<const G: usize> Kernel for Encode<'_, '_, '_, G> {
+impl<const G: usize, const BITS: u32> Kernel for Encode<'_, '_, '_, G, BITS> {
     type Output = Range;
 
     #[inline(always)]
     fn run<S: Simd>(self, s: S) -> Range {
-        let [codes, scales, offsets, row_params] = self.parts else {
-            unreachable!("the layout has four parts")
+        let [codes, scales, offsets, row_params, high @ ..] = self.parts else {
+            unreachable!("the layout has four parts or five")
         };
         let mut range = RangeLanes::new(s);
         let cols = self.strip.cols;
@@ -119,15 +130,15 @@ impl<const G: usize> Kernel for Encode<'_, '_, '_, G> {
         let (mut free_scales, mut free_offsets) = (vec![0f32; groups], vec![0f32; groups]);
         let rows = self.strip.data.chunks_exact(cols).zip(codes.chunks_exact_mut(cols.div_ceil(2)));
         let parameters = scales.chunks_exact_mut(groups).zip(offsets.chunks_exact_mut(groups));
-        for (((data, codes), (scales, offsets)), params) in
-            rows.zip(parameters).zip(row_params.as_chunks_mut::<8>().0)
+        for (r, (((data, codes), (scales, offsets)), params)) in
+            rows.zip(parameters).zip(row_params.as_chunks_mut::<8>().0).enumerate()
         {
             let row = Row {
                 strip: Strip { data, ..self.strip },
                 grid: Grid::new(&Strip { data, ..self.strip }, G),
             };
             for block in row.grid.blocks() {
-                let (scale, offset) = row.free::<S, G>(s, &block, &mut range);
+                let (scale, offset) = row.free::<S, G, BITS>(s, &block, &mut range);
                 let (mut scale_lanes, mut offset_lanes) = ([0.0; LANES], [0.0; LANES]);
                 s.store(scale, &mut scale_lanes);
                 s.store(offset, &mut offset_lanes);
@@ -140,14 +151,55 @@ impl<const G: usize> Kernel for Encode<'_, '_, '_, G> {
             params[..4].copy_from_slice(&maps[0].to_le_bytes());
             params[4..].copy_from_slice(&maps[1].to_le_bytes());
             for block in row.grid.blocks() {
-                let (u, v) = row.bytes::<S, G>(s, &block, maps, &free_scales, &free_offsets);
+                let (u, v) = row.bytes::<S, G, BITS>(s, &block, maps, &free_scales, &free_offsets);
                 row.grid.store_per_group(&low_bytes(s, u), &block, scales);
                 row.grid.store_per_group(&low_bytes(s, v), &block, offsets);
                 let (scale, offset) = (maps[0].value(s, u), maps[1].value(s, v));
-                quantise_block::<S, G>(s, &row.grid, &block, data, scale, offset, codes);
+                if BITS == 4 {
+                    quantise_block::<S, G>(s, &row.grid, &block, data, scale, offset, codes);
+                }
+            }
+            if let [high] = high {
+                let per_row = high_bytes(cols, BITS);
+                let high = &mut high[r * per_row..][..per_row];
+                quantise_row::<S, G, BITS>(s, data, maps, [scales, offsets], codes, high);
             }
         }
         range.finish(s)
+    }
+}
+
+/// Bytes of the bits above the fourth, of so many codes.
+const fn high_bytes(codes: usize, bits: u32) -> usize {
+    (codes * (bits - 4) as usize).div_ceil(8)
+}
+
+/// Writes the nearest codes of a row whose parameters have been chosen.
+#[inline(always)]
+fn quantise_row<S: Simd, const G: usize, const BITS: u32>(
+    s: S,
+    data: &[f32],
+    maps: [Map; 2],
+    parameters: [&[u8]; 2],
+    codes: &mut [u8],
+    high: &mut [u8],
+) {
+    const { assert!(BITS == 4 || G.is_multiple_of(LANES)) };
+    let vectors = data.chunks(LANES).zip(codes.chunks_mut(LANES / 2));
+    for (v, ((x, codes), high)) in vectors.zip(high.chunks_mut(high_bytes(LANES, BITS))).enumerate() {
+        let group = v * LANES / G;
+        let value = |i: usize| maps[i].value(s, s.splat(f32::from(parameters[i][group])));
+        let (scale, offset) = (value(0), value(1));
+        // The offset itself stands for what is missing, so that unused bits are zero.
+        let mut padded = [0.0; LANES];
+        s.store(offset, &mut padded);
+        padded[..x.len()].copy_from_slice(x);
+        let (code, _) = nearest::<S, BITS>(s, s.load(&padded), scale, offset);
+        let mut words = [0; LANES];
+        s.store_i(code, &mut words);
+        codes.copy_from_slice(&s.pack_nibbles(s.and(code, s.splat_i(15)))[..codes.len()]);
+        let above = words.iter().rev().fold(0u32, |all, word| all << (BITS - 4) | word >> 4);
+        high.copy_from_slice(&above.to_le_bytes()[..high.len()]);
     }
 }
 
@@ -172,21 +224,26 @@ impl Row<'_> {
 
     /// Scales and offsets of a block, as FP32 and without regard to bytes.
     #[inline(always)]
-    fn free<S: Simd, const G: usize>(&self, s: S, block: &Block, range: &mut RangeLanes<S>) -> (S::F, S::F) {
+    fn free<S: Simd, const G: usize, const BITS: u32>(
+        &self,
+        s: S,
+        block: &Block,
+        range: &mut RangeLanes<S>,
+    ) -> (S::F, S::F) {
         let x = self.grid.weights::<S, G>(s, self.strip.data, block).all(s);
         range.add(s, &x);
         let best = if self.is_plain::<G>(block) {
-            search::<S, G, false, false>(s, &x, &[s.splat(1.0); G])
+            search::<S, G, false, false, BITS>(s, &x, &[s.splat(1.0); G])
         } else {
             let w = self.grid.load_importance(s, self.strip.importance, block);
-            search::<S, G, true, false>(s, &x, &w)
+            search::<S, G, true, false, BITS>(s, &x, &w)
         };
         (best.scale, best.offset)
     }
 
     /// The bytes of a block's scales and offsets, as FP32.
     #[inline(always)]
-    fn bytes<S: Simd, const G: usize>(
+    fn bytes<S: Simd, const G: usize, const BITS: u32>(
         &self,
         s: S,
         block: &Block,
@@ -202,17 +259,17 @@ impl Row<'_> {
         }
         let free = (s.load(&scale), s.load(&offset));
         if self.is_plain::<G>(block) {
-            choose::<S, G, false>(s, x, &[s.splat(1.0); G], maps, free)
+            choose::<S, G, false, BITS>(s, x, &[s.splat(1.0); G], maps, free)
         } else {
             let w = self.grid.load_importance(s, self.strip.importance, block);
-            choose::<S, G, true>(s, x, &w, maps, free)
+            choose::<S, G, true, BITS>(s, x, &w, maps, free)
         }
     }
 }
 
 /// The best of three neighbouring scales, each with the offset that suits its codes.
 #[inline(always)]
-fn choose<S: Simd, const G: usize, const WEIGHTED: bool>(
+fn choose<S: Simd, const G: usize, const WEIGHTED: bool, const BITS: u32>(
     s: S,
     mut x: [S::F; G],
     w: &[S::F; G],
@@ -231,7 +288,7 @@ fn choose<S: Simd, const G: usize, const WEIGHTED: bool>(
         let mut v = offsets.byte(s, free_offset);
         for _ in 0..2 {
             let offset = s.sub(offsets.value(s, v), fixed.low);
-            let coded = code::<S, G, WEIGHTED>(s, &x, w, inverse, s.mul(s.sub(zero, offset), inverse));
+            let coded = code::<S, G, WEIGHTED, BITS>(s, &x, w, inverse, s.mul(s.sub(zero, offset), inverse));
             // The error with the offset that was coded for, and with the one that suits the codes.
             let refit = offsets.byte(s, s.add(best_offset(s, fixed, coded, scale), fixed.low));
             for v in [v, refit] {
@@ -247,23 +304,23 @@ fn choose<S: Simd, const G: usize, const WEIGHTED: bool>(
     chosen
 }
 
-fn decode<const G: usize>(level: Level, parts: &[&[u8]], cols: usize, out: &mut [f32]) {
-    level.run(Decode::<G> { parts, cols, out })
+fn decode<const G: usize, const BITS: u32>(level: Level, parts: &[&[u8]], cols: usize, out: &mut [f32]) {
+    level.run(Decode::<G, BITS> { parts, cols, out })
 }
 
-struct Decode<'a, 'b, const G: usize> {
+struct Decode<'a, 'b, const G: usize, const BITS: u32> {
     parts: &'a [&'a [u8]],
     cols: usize,
     out: &'b mut [f32],
 }
 
-impl<const G: usize> Kernel for Decode<'_, '_, G> {
+impl<const G: usize, const BITS: u32> Kernel for Decode<'_, '_, G, BITS> {
     type Output = ();
 
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
-        let [codes, scales, offsets, row_params] = self.parts else {
-            unreachable!("the layout has four parts")
+        let [codes, scales, offsets, row_params, high @ ..] = self.parts else {
+            unreachable!("the layout has four parts or five")
         };
         let cols = self.cols;
         if cols == 0 {
@@ -271,24 +328,56 @@ impl<const G: usize> Kernel for Decode<'_, '_, G> {
         }
         let rows = self.out.chunks_exact_mut(cols).zip(codes.chunks_exact(cols.div_ceil(2)));
         let parameters = scales.chunks_exact(cols.div_ceil(G)).zip(offsets.chunks_exact(cols.div_ceil(G)));
-        for (((out, codes), (scales, offsets)), params) in
-            rows.zip(parameters).zip(row_params.as_chunks::<8>().0)
+        for (r, (((out, codes), (scales, offsets)), params)) in
+            rows.zip(parameters).zip(row_params.as_chunks::<8>().0).enumerate()
         {
             let [a, b, c, d, e, f, g, h] = *params;
             let maps = [Map::from_le_bytes([a, b, c, d]), Map::from_le_bytes([e, f, g, h])];
+            let per_row = high_bytes(cols, BITS);
+            let high = high.first().map_or(&[][..], |high| &high[r * per_row..][..per_row]);
             let batches = out.chunks_mut(G * LANES).zip(codes.chunks(G * LANES / 2));
-            for ((out, codes), (scales, offsets)) in
-                batches.zip(scales.chunks(LANES).zip(offsets.chunks(LANES)))
+            for (n, ((out, codes), (scales, offsets))) in
+                batches.zip(scales.chunks(LANES).zip(offsets.chunks(LANES))).enumerate()
             {
                 let scales = values(s, maps[0], scales);
                 let offsets = values(s, maps[1], offsets);
                 for (v, (out, codes)) in out.chunks_mut(LANES).zip(codes.chunks(LANES / 2)).enumerate() {
                     let scale = per_weight::<S, G>(s, &scales, v);
-                    rebuild(s, codes, scale, per_weight::<S, G>(s, &offsets, v), out);
+                    let offset = per_weight::<S, G>(s, &offsets, v);
+                    if BITS == 4 {
+                        rebuild(s, codes, scale, offset, out);
+                    } else {
+                        let high = &high[high_bytes((n * G + v) * LANES, BITS)..];
+                        rebuild_with_high::<S, BITS>(s, codes, high, scale, offset, out);
+                    }
                 }
             }
         }
     }
+}
+
+/// Up to sixteen weights: q·scale + offset, where the lowest four bits of q lie apart from those above; `high` may
+/// go on beyond them.
+#[inline(always)]
+fn rebuild_with_high<S: Simd, const BITS: u32>(
+    s: S,
+    codes: &[u8],
+    high: &[u8],
+    scale: S::F,
+    offset: S::F,
+    out: &mut [f32],
+) {
+    let mut low = [0; LANES / 2];
+    low[..codes.len()].copy_from_slice(codes);
+    let mut bytes = [0; 4];
+    let n = high.len().min(high_bytes(LANES, BITS));
+    bytes[..n].copy_from_slice(&high[..n]);
+    let (above, mask) = (u32::from_le_bytes(bytes), (1 << (BITS - 4)) - 1);
+    let above: [u32; LANES] = std::array::from_fn(|i| above >> (i as u32 * (BITS - 4)) & mask);
+    let q = s.float(s.or_shl::<4>(s.nibbles(&low), s.load_i(&above)));
+    let mut values = [0.0; LANES];
+    s.store(s.add(s.mul(q, scale), offset), &mut values);
+    out.copy_from_slice(&values[..out.len()]);
 }
 
 /// Up to sixteen parameters.
@@ -304,9 +393,9 @@ fn values<S: Simd>(s: S, map: Map, bytes: &[u8]) -> [f32; LANES] {
 }
 
 /// The rule for one weight, with a group's scale and offset.
-pub struct AffineU8<const G: usize>;
+pub struct AffineU8<const G: usize, const BITS: u32>;
 
-impl<const G: usize> Nearest for AffineU8<G> {
+impl<const G: usize, const BITS: u32> Nearest for AffineU8<G, BITS> {
     const GROUP: usize = G;
     // The bytes of a row share their maps, so that one group's parameters cannot move freely.
     const REFIT: bool = false;
@@ -330,9 +419,16 @@ impl<const G: usize> Nearest for AffineU8<G> {
         }
     }
 
+    fn store_codes(parts: &mut [&mut [u8]], row: usize, codes: &[u8]) {
+        store_bits(parts[0], row, codes, 4, 0);
+        if let [_, _, _, _, high] = parts {
+            store_bits(high, row, codes, BITS as usize - 4, 4);
+        }
+    }
+
     #[inline(always)]
     fn nearest<S: Simd>(s: S, (): &(), x: S::F, group: Group<S>) -> (S::I, S::F) {
-        nearest(s, x, group.a, group.b)
+        nearest::<S, BITS>(s, x, group.a, group.b)
     }
 
     #[inline(always)]

@@ -54,6 +54,11 @@ pub trait Nearest {
     /// Writes a, b and the unit of every group of `rows`: `[rows, groups]` each.
     fn parameters(parts: &[&[u8]], cols: usize, out: [&mut [f32]; 3]);
 
+    /// Stores the codes of one row again.
+    fn store_codes(parts: &mut [&mut [u8]], row: usize, codes: &[u8]) {
+        store_bits(parts[0], row, codes, 4, 0);
+    }
+
     /// Stores a, b and the unit of every group of one row again, `[groups]` each.
     fn store_parameters(_parts: &mut [&mut [u8]], _cols: usize, _row: usize, _groups: [&[f32]; 3]) {}
 
@@ -110,6 +115,7 @@ pub fn feedback<N: Nearest>(
         layout: PhantomData,
     });
     let mut total = OutputError::default();
+    let mut row_codes = Vec::with_capacity(cols);
     let mut row_parameters = [(); 3].map(|()| vec![0f32; groups]);
     for r in 0..strip.rows() {
         total.norm += done.norm[r];
@@ -117,12 +123,9 @@ pub fn feedback<N: Nearest>(
         total.error += done.after[r].min(done.before[r]);
         // Not so where either is NaN.
         if done.after[r] < done.before[r] {
-            let row_bytes = cols.div_ceil(2);
-            let codes = &mut parts[0][r * row_bytes..][..row_bytes];
-            codes.fill(0);
-            for (j, code) in done.codes.iter().enumerate() {
-                codes[j / 2] |= code[r] << (4 * (j % 2));
-            }
+            row_codes.clear();
+            row_codes.extend(done.codes.iter().map(|column| column[r]));
+            N::store_codes(parts, r, &row_codes);
             if N::REFIT {
                 for (row, all) in row_parameters.iter_mut().zip(&done.parameters) {
                     row.iter_mut().zip(all).for_each(|(out, column)| *out = column[r]);
@@ -132,6 +135,16 @@ pub fn feedback<N: Nearest>(
         }
     }
     total
+}
+
+/// Stores bits `shift .. shift + bits` of the codes of one row, low bits first; 8 is a multiple of `bits`.
+pub fn store_bits(part: &mut [u8], row: usize, codes: &[u8], bits: usize, shift: u32) {
+    let per_byte = 8 / bits;
+    let row_bytes = codes.len().div_ceil(per_byte);
+    for (byte, codes) in part[row * row_bytes..][..row_bytes].iter_mut().zip(codes.chunks(per_byte)) {
+        let bits_of = |code: u8| (code >> shift) & (u8::MAX >> (8 - bits));
+        *byte = codes.iter().rev().fold(0, |byte, code| byte << bits | bits_of(*code));
+    }
 }
 
 /// Rows of `cols` numbers as columns.
@@ -224,7 +237,7 @@ pub fn store_codes<S: Simd>(s: S, code: S::I, column: &mut Codes, v: usize) {
     let mut lanes = [0; LANES];
     s.store_i(code, &mut lanes);
     for (out, lane) in column[v * LANES..].iter_mut().zip(lanes) {
-        *out = lane as u8 & 15;
+        *out = lane as u8;
     }
 }
 

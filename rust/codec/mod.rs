@@ -21,6 +21,7 @@ pub mod simd;
 pub use factor::{Cholesky, Factor};
 pub use feedback::{OutputError, ROWS as FEEDBACK_ROWS};
 pub use half_floats::{narrow_f16, widen_f16};
+pub use lut16::TABLES as LUT16_TABLES;
 pub use range::{EXPONENTS, Range};
 
 use minmax::MinMax;
@@ -193,7 +194,7 @@ pub static ALL: &[Codec] = &[
         summary: "groups of 8 with one-byte parameters: near int4_opt_llama_v1, a quarter smaller",
         layout: &INT4_G8_U8,
         encoder: SEARCH,
-        encode: affine_u8::encode::<8>,
+        encode: affine_u8::encode::<8, 4>,
     },
     Codec {
         name: "int4_g16_v1",
@@ -201,7 +202,23 @@ pub static ALL: &[Codec] = &[
         summary: "groups of 16 with one-byte parameters: near int4_opt_v1, a sixth smaller",
         layout: &INT4_G16_U8,
         encoder: SEARCH,
-        encode: affine_u8::encode::<16>,
+        encode: affine_u8::encode::<16, 4>,
+    },
+    Codec {
+        name: "int5_g32_v1",
+        version: 1,
+        summary: "five bits: less error than any four-bit codec, at 5.5 bits",
+        layout: &INT5_G32_U8,
+        encoder: SEARCH,
+        encode: affine_u8::encode::<32, 5>,
+    },
+    Codec {
+        name: "int6_g32_v1",
+        version: 1,
+        summary: "six bits: near int8_sym_v1 and a fifth smaller",
+        layout: &INT6_G32_U8,
+        encoder: SEARCH,
+        encode: affine_u8::encode::<32, 6>,
     },
     Codec {
         name: "int8_sym_v1",
@@ -224,8 +241,12 @@ pub static ALL: &[Codec] = &[
 static INT4_G8_FP16: Layout = affine::layout::<8>("int4_g8_fp16", &const { affine::parts::<8>() });
 static INT4_G16_FP16: Layout = affine::layout::<16>("int4_g16_fp16", &const { affine::parts::<16>() });
 static INT4_G32_FP16: Layout = affine::layout::<32>("int4_g32_fp16", &const { affine::parts::<32>() });
-static INT4_G8_U8: Layout = affine_u8::layout::<8>("int4_g8_u8", &const { affine_u8::parts::<8>() });
-static INT4_G16_U8: Layout = affine_u8::layout::<16>("int4_g16_u8", &const { affine_u8::parts::<16>() });
+static INT4_G8_U8: Layout = affine_u8::layout::<8, 4>("int4_g8_u8", &const { affine_u8::parts::<8>() });
+static INT5_G32_U8: Layout =
+    affine_u8::layout::<32, 5>("int5_g32_u8", &const { affine_u8::parts_with_high::<32, 5>() });
+static INT6_G32_U8: Layout =
+    affine_u8::layout::<32, 6>("int6_g32_u8", &const { affine_u8::parts_with_high::<32, 6>() });
+static INT4_G16_U8: Layout = affine_u8::layout::<16, 4>("int4_g16_u8", &const { affine_u8::parts::<16>() });
 
 /// The codec of that name.
 ///

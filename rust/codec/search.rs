@@ -1,11 +1,11 @@
 //! The search fit: least squares between weights and codes, from several starting scales.
 //!
-//! From each start s = (max - min) / (15 + r), o = min, codes are chosen and scale and offset refitted in
+//! From each start s = (max - min) / (Q + r), o = min, with Q the largest code, codes are chosen and scale and offset refitted in
 //! closed form, a few times over (Lloyd's algorithm on an affine grid). The best is kept by its squared
 //! error after rounding to FP16, with min/max among the candidates. Starts and rounds are those that still
 //! win something on Gaussian and on real weights.
 
-use super::affine::{Fit, MAX_CODE, round_f16};
+use super::affine::{Fit, round_f16};
 use super::groups::Weights;
 use super::minmax::extent;
 use super::range::RangeLanes;
@@ -30,7 +30,7 @@ impl Fit for Search {
     ) -> (S::F, S::F) {
         let x = x.all(s);
         range.add(s, &x);
-        let best = search::<S, G, WEIGHTED, true>(s, &x, w);
+        let best = search::<S, G, WEIGHTED, true, 4>(s, &x, w);
         (best.scale, best.offset)
     }
 }
@@ -63,9 +63,14 @@ pub struct Coded<S: Simd> {
     xq: S::F,
 }
 
+/// The largest code of so many bits.
+pub const fn max_code(bits: u32) -> f32 {
+    ((1 << bits) - 1) as f32
+}
+
 /// The search itself; `F16` says whether parameters must be exact in FP16.
 #[inline(always)]
-pub fn search<S: Simd, const G: usize, const WEIGHTED: bool, const F16: bool>(
+pub fn search<S: Simd, const G: usize, const WEIGHTED: bool, const F16: bool, const BITS: u32>(
     s: S,
     x: &[S::F; G],
     w: &[S::F; G],
@@ -74,21 +79,21 @@ pub fn search<S: Simd, const G: usize, const WEIGHTED: bool, const F16: bool>(
     let mut x = *x;
     let (fixed, range) = relative::<S, G, WEIGHTED>(s, &mut x, w);
 
-    let scale = s.div(range, s.splat(MAX_CODE));
+    let scale = s.div(range, s.splat(max_code(BITS)));
     let (scale, offset, from_low) = stored::<S, F16>(s, fixed, scale, zero);
     let inverse = s.div(s.splat(1.0), scale);
-    let coded = code::<S, G, WEIGHTED>(s, &x, w, inverse, s.mul(s.sub(zero, from_low), inverse));
+    let coded = code::<S, G, WEIGHTED, BITS>(s, &x, w, inverse, s.mul(s.sub(zero, from_low), inverse));
     let mut best = Best { scale, offset, error: error(s, fixed, coded, scale, from_low) };
 
     let per_range = s.div(s.splat(1.0), range);
     for &r in STARTS {
-        let (mut inverse, mut shift) = (s.mul(s.splat(MAX_CODE + r), per_range), zero);
-        let mut coded = code::<S, G, WEIGHTED>(s, &x, w, inverse, shift);
+        let (mut inverse, mut shift) = (s.mul(s.splat(max_code(BITS) + r), per_range), zero);
+        let mut coded = code::<S, G, WEIGHTED, BITS>(s, &x, w, inverse, shift);
         for _ in 1..ROUNDS {
             let fit = Refit::new(s, fixed, coded);
             inverse = s.div(fit.d, fit.scale_d);
             shift = s.sub(zero, s.div(fit.offset_d, fit.scale_d));
-            coded = code::<S, G, WEIGHTED>(s, &x, w, inverse, shift);
+            coded = code::<S, G, WEIGHTED, BITS>(s, &x, w, inverse, shift);
         }
         let fit = Refit::new(s, fixed, coded);
         let per_d = s.div(s.splat(1.0), fit.d);
@@ -133,14 +138,14 @@ pub fn best_offset<S: Simd>(s: S, fixed: Fixed<S>, coded: Coded<S>, scale: S::F)
 
 /// Sums for the nearest codes on the grid of step 1/inverse that starts at -shift/inverse.
 #[inline(always)]
-pub fn code<S: Simd, const G: usize, const WEIGHTED: bool>(
+pub fn code<S: Simd, const G: usize, const WEIGHTED: bool, const BITS: u32>(
     s: S,
     x: &[S::F; G],
     w: &[S::F; G],
     inverse: S::F,
     shift: S::F,
 ) -> Coded<S> {
-    let (zero, top) = (s.splat(0.0), s.splat(MAX_CODE));
+    let (zero, top) = (s.splat(0.0), s.splat(max_code(BITS)));
     let mut sums = Coded::<S> { q: zero, qq: zero, xq: zero };
     for (&x, &w) in x.iter().zip(w) {
         let q = s.round(s.min(s.max(s.fma(x, inverse, shift), zero), top));

@@ -173,7 +173,7 @@ class Bench:
         for codec in tenpak.codecs():
             self.artifact(codec.name, codec.name, codec.encoder)
             # Calibrated encoders depend on the layout alone.
-            if codec.code_bits != 4 or codec.layout in layouts:
+            if codec.code_bits == 8 or codec.layout in layouts:
                 continue
             layouts.add(codec.layout)
             if codec.encoder == "search":

@@ -70,18 +70,26 @@ def fp16_layout(n):
         ("scales", "<f2", per_group),
         ("offsets", "<f2", per_group),
     ]
-    return parts, lambda p, c: affine(p, c, n, p["scales"], p["offsets"])
+    return parts, lambda p, c: affine(nibbles(p["codes"], c), c, n, p["scales"], p["offsets"])
 
 
-def u8_layout(n):
+def u8_layout(n, bits=4):
     sizes = [("codes", 2), ("scales", n), ("offsets", n)]
     parts = [(name, "u1", lambda c, length=length: runs(c, length)) for name, length in sizes]
     parts.append(("row_params", "<f2", lambda c: 4))
+    if bits > 4:
+        parts.append(("high", "u1", lambda c: runs(c * (bits - 4), 8)))
 
     def rebuild(p, c):
         scale0, scale_step, offset0, offset_step = np.hsplit(p["row_params"].astype(np.float32), 4)
         scales = scale0 + p["scales"].astype(np.float32) * scale_step
-        return affine(p, c, n, scales, offset0 + p["offsets"].astype(np.float32) * offset_step)
+        q = nibbles(p["codes"], c)
+        if bits > 4:
+            each = np.unpackbits(p["high"], axis=1, bitorder="little")[:, : c * (bits - 4)]
+            weights = 1 << np.arange(bits - 4)
+            q = q + 16 * (each.reshape(len(q), c, bits - 4) * weights).sum(axis=-1)
+        offsets = offset0 + p["offsets"].astype(np.float32) * offset_step
+        return affine(q, c, n, scales, offsets)
 
     return parts, rebuild
 
@@ -94,9 +102,8 @@ def spread(values, n, cols):
     return np.repeat(values.astype(np.float32), n, axis=1)[:, :cols]
 
 
-def affine(parts, cols, n, scales, offsets):
-    q = nibbles(parts["codes"], cols).astype(np.float32)
-    return q * spread(scales, n, cols) + spread(offsets, n, cols)
+def affine(q, cols, n, scales, offsets):
+    return q.astype(np.float32) * spread(scales, n, cols) + spread(offsets, n, cols)
 
 
 def lut16(parts, cols):
@@ -118,6 +125,8 @@ LAYOUTS = {
     "int4_g32_fp16_v1": fp16_layout(32),
     "int4_g8_v1": u8_layout(8),
     "int4_g16_v1": u8_layout(16),
+    "int5_g32_v1": u8_layout(32, 5),
+    "int6_g32_v1": u8_layout(32, 6),
     "int8_sym_v1": (INT8, lambda p, c: p["codes"].astype(np.float32) * p["scales"]),
     "int4_lut16_v1": (LUT16, lut16),
 }

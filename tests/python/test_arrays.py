@@ -24,6 +24,8 @@ def test_the_table_has_the_codecs_that_the_documents_promise():
         "int4_g32_fp16_v1",
         "int4_g8_v1",
         "int4_g16_v1",
+        "int5_g32_v1",
+        "int6_g32_v1",
         "int8_sym_v1",
         "int4_lut16_v1",
     }
