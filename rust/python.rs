@@ -6,6 +6,7 @@
 mod artifact;
 mod buffers;
 mod cholesky;
+mod kernels;
 mod memory;
 mod model;
 mod progress;
@@ -340,6 +341,9 @@ fn _core(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add_function(wrap_pyfunction!(decompress, m)?)?;
     m.add_function(wrap_pyfunction!(encode, m)?)?;
     m.add_function(wrap_pyfunction!(exit_codes, m)?)?;
+    m.add_function(wrap_pyfunction!(kernels::cuda_source, m)?)?;
+    m.add_function(wrap_pyfunction!(kernels::exponent, m)?)?;
+    m.add_function(wrap_pyfunction!(kernels::lut16_tables, m)?)?;
     m.add_function(wrap_pyfunction!(output_format, m)?)?;
     m.add_function(wrap_pyfunction!(part_shapes, m)?)?;
     m.add_function(wrap_pyfunction!(simd, m)?)?;

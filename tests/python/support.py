@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -23,9 +24,32 @@ def _missing(extra: str, *packages: str) -> str | None:
     return f"{', '.join(absent)} not installed; pip install 'tenpak[{extra}]'" if absent else None
 
 
+def _found(package: str) -> bool:
+    try:
+        return importlib.util.find_spec(package) is not None
+    except ModuleNotFoundError:  # of its parent
+        return False
+
+
+def _missing_cuda() -> str | None:
+    if importlib.util.find_spec("cupy") is None:
+        return _missing("cuda13", "cupy")
+    import cupy
+
+    try:
+        return None if cupy.cuda.runtime.getDeviceCount() else "no CUDA device"
+    except cupy.cuda.runtime.CUDARuntimeError as error:
+        return f"no CUDA device: {error}"
+
+
 #: Parts that a machine may lack: each says what is absent, or None.
 PARTS = {
     "torch": lambda: _missing("torch,hf", "torch", "transformers"),
+    "c++": lambda: None if shutil.which("c++") or shutil.which("g++") else "no C++ compiler",
+    "cuda": _missing_cuda,
+    "nvrtc": lambda: (
+        None if _found("cupy") or _found("cuda.bindings") else "no NVRTC; pip install 'tenpak[cuda13]', or torch"
+    ),
     "text": lambda: _missing("text", "tokenizers"),
     "reference": lambda: (
         None if REFERENCE.is_dir() else f"no reference models at {REFERENCE}; TENPAK_REFERENCE says where they are"

@@ -1,0 +1,83 @@
+// Weights rebuilt as FP32, FP16 or BF16, with the core's bits: from an artifact's parts, and from packed weights.
+//
+// A thread takes eight columns of a row. -DOUT=32 (FP32), 16 (FP16) or 116 (BF16).
+#include "weights.cuh"
+
+namespace tenpak {
+
+#if OUT == 32
+using Out = float;
+#else
+using Out = u16;
+#endif
+
+struct Exponent {
+    float factor;   // 2^exponent
+    float largest;  // finite value of the output's type; levels may reach a little beyond the largest weight
+};
+
+__device__ __forceinline__ Out narrow(float x, Exponent e) {
+    if (e.factor != 1.0f) {
+        x *= e.factor;
+        x = x < -e.largest ? -e.largest : x > e.largest ? e.largest : x;
+    }
+#if OUT == 32
+    return x;
+#elif OUT == 16
+    return to_half(x);
+#else
+    const u32 bits = to_bits(x);  // finite: to nearest, ties to even
+    return (u16)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+#endif
+}
+
+// The run's weights to out [outer, k, inner], inner being 1 where rows are the array's own.
+__device__ __forceinline__ void store(Out* out, const Place& at, Shape s, int inner, u64 codes, Layout::Param param,
+                                      Layout::RowParam row_param, Exponent e) {
+    Out* to = out + (at.row / inner * s.k + at.column) * inner + at.row % inner;
+    for (int i = 0; i < RUN && at.column + i < s.k; ++i)
+        to[(u64)i * inner] = narrow(Layout::value(code_of(codes, i), param, row_param), e);
+}
+
+}  // namespace tenpak
+
+extern "C" __global__ void __launch_bounds__(256)
+decode_parts(const unsigned char* first, const unsigned char* second, const unsigned char* third,
+             const unsigned char* fourth, void* out, unsigned long long rows, int k, int inner, float factor, float largest) {
+    using namespace tenpak;
+    const Shape shape{1, k};
+    const u64 thread = (u64)blockIdx.x * blockDim.x + threadIdx.x;
+    if (thread >= rows * shape.runs()) return;
+    const Place at(thread, shape);
+    const Parts parts{first, second, third, fourth};
+    Layout::Param param{};
+    Layout::RowParam row_param{};
+    if constexpr (HAS_PARAMS)
+        param = Layout::param(parts, at.row * ((k + Layout::GROUP - 1) / Layout::GROUP) + at.column / Layout::GROUP);
+    if constexpr (HAS_ROW_PARAMS) row_param = Layout::row_param(parts, part_row<Layout>(at, shape));
+    store(static_cast<Out*>(out), at, shape, inner, part_codes(parts, at, shape), param, row_param, Exponent{factor, largest});
+}
+
+extern "C" __global__ void __launch_bounds__(256)
+decode_packed(const unsigned int* codes, const unsigned char* params, const unsigned char* row_params, void* out,
+              unsigned long long rows, int n, int k, float factor, float largest) {
+    using namespace tenpak;
+    const Shape shape{n, k};
+    const u64 thread = (u64)blockIdx.x * blockDim.x + threadIdx.x;
+    if (thread >= rows * shape.runs()) return;
+    const Place at(thread, shape);
+    const u32* word = codes + packed_word(at, shape);
+    u64 natural = 0;
+    if constexpr (Layout::CODE_BITS == 4) {
+        for (int i = 0; i < RUN; ++i) natural |= (u64)(*word >> (4 * nibble(i)) & 15) << (4 * i);
+    } else {
+        natural = ((u64)word[1] << 32 | word[0]) ^ 0x8080808080808080ull;
+    }
+    Layout::Param param{};
+    Layout::RowParam row_param{};
+    if constexpr (HAS_PARAMS)
+        param = reinterpret_cast<const Layout::Param*>(params)[packed_group<Layout::GROUP>(at, shape)];
+    if constexpr (HAS_ROW_PARAMS)
+        row_param = reinterpret_cast<const Layout::RowParam*>(row_params)[packed_row<Layout>(at, shape)];
+    store(static_cast<Out*>(out), at, shape, 1, natural, param, row_param, Exponent{factor, largest});
+}

@@ -1,0 +1,42 @@
+// An artifact's parts to packed weights, once when a weight is put on the GPU.
+//
+// A thread takes eight columns of a row. Outputs are filled beforehand with what padding is: codes that stand for zero
+// under parameters that are zero.
+#include "weights.cuh"
+
+// Grid: threads for batch * n rows of ceil(k / 8) runs. `params` and `row_params` are null where the layout has none.
+extern "C" __global__ void __launch_bounds__(256)
+pack(const unsigned char* first, const unsigned char* second, const unsigned char* third, const unsigned char* fourth,
+     unsigned int* codes, unsigned char* params, unsigned char* row_params, unsigned long long rows, int n, int k) {
+    using namespace tenpak;
+    const Shape shape{n, k};
+    const u64 thread = (u64)blockIdx.x * blockDim.x + threadIdx.x;
+    if (thread >= rows * shape.runs()) return;
+    const Place at(thread, shape);
+    const Parts parts{first, second, third, fourth};
+
+    const u64 given = part_codes(parts, at, shape);
+    u32* word = codes + packed_word(at, shape);
+    if constexpr (Layout::CODE_BITS == 4) {
+        u32 packed = 0;
+        for (int i = 0; i < RUN; ++i) packed |= (u32)code_of(given, i) << (4 * nibble(i));
+        *word = packed;
+    } else {
+        const u64 biased = given ^ 0x8080808080808080ull;
+        word[0] = (u32)biased;
+        word[1] = (u32)(biased >> 32);
+    }
+    if constexpr (HAS_PARAMS) {
+        constexpr int GROUP = Layout::GROUP;
+        const u64 groups = (k + GROUP - 1) / GROUP;
+        if (at.column % GROUP == 0)
+            reinterpret_cast<Layout::Param*>(params)[packed_group<GROUP>(at, shape)] =
+                Layout::param(parts, at.row * groups + at.column / GROUP);
+    }
+    if constexpr (HAS_ROW_PARAMS) {
+        constexpr int EVERY = Layout::ROW_RUN;
+        if (EVERY == 0 ? at.column == 0 : at.column % EVERY == 0)
+            reinterpret_cast<Layout::RowParam*>(row_params)[packed_row<Layout>(at, shape)] =
+                Layout::row_param(parts, part_row<Layout>(at, shape));
+    }
+}

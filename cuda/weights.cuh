@@ -1,0 +1,214 @@
+// What a weight's code and parameters are, and where they lie: in an artifact's parts (docs/format.md) and packed for
+// products (layouts.cuh).
+//
+// Kernels that include this are compiled with --fmad=false, so that weights are those of the core, bit for bit.
+// Selected at compile time: -DLAYOUT=int4_g32_fp16, and for int4_lut16 also -DLUT16_TABLES=..., the four tables of
+// rust/codec/lut16.rs as sixteen little-endian words.
+#pragma once
+#include "floats.cuh"
+
+typedef unsigned char u8;
+typedef unsigned short u16;
+typedef unsigned int u32;
+typedef unsigned long long u64;
+
+namespace tenpak {
+
+constexpr int TILE_ROWS = 16;
+constexpr int TILE_COLS = 64;
+constexpr int RUN = 8;  // columns that one thread takes: a packed word of four-bit codes, never in two groups
+
+// Matrices [batch, n, k]; rows are counted over all of them.
+struct Shape {
+    int n, k;
+    __device__ __forceinline__ int strips() const { return (n + TILE_ROWS - 1) / TILE_ROWS; }
+    __device__ __forceinline__ int tiles() const { return (k + TILE_COLS - 1) / TILE_COLS; }
+    __device__ __forceinline__ int runs() const { return (k + RUN - 1) / RUN; }
+};
+
+// A run of columns of one row.
+struct Place {
+    u64 row;     // over all matrices
+    int column;  // its first, a multiple of RUN
+
+    __device__ __forceinline__ Place(u64 thread, Shape shape)
+        : row(thread / shape.runs()), column((int)(thread % shape.runs()) * RUN) {}
+
+    // Packed: strips of 16 rows, tiles of 64 columns, and in a tile lane and word as layouts.cuh says.
+    __device__ __forceinline__ int in_matrix(Shape s) const { return (int)(row % s.n); }
+    __device__ __forceinline__ u64 strip(Shape s) const { return row / s.n * s.strips() + in_matrix(s) / TILE_ROWS; }
+    __device__ __forceinline__ u64 tile(Shape s) const { return strip(s) * s.tiles() + column / TILE_COLS; }
+    __device__ __forceinline__ int lane(Shape s) const { return in_matrix(s) % 8 * 4 + column % 32 / RUN; }
+    __device__ __forceinline__ int word(Shape s) const {
+        return in_matrix(s) % TILE_ROWS / 8 + column % TILE_COLS / 32 * 2;
+    }
+};
+
+// ---- Parameters of groups -----------------------------------------------------------------------------------------
+
+// The place among packed parameters of groups of GROUP.
+template <int GROUP>
+__device__ __forceinline__ u64 packed_group(const Place& at, Shape s) {
+    const int g = at.in_matrix(s) % 8;
+    if constexpr (GROUP <= 32) {
+        return ((at.tile(s) * 8 + g) * (32 / GROUP) + at.column % 32 / GROUP) * 4 + at.word(s);
+    } else {
+        const int groups = (s.tiles() * TILE_COLS + GROUP - 1) / GROUP;
+        return ((at.strip(s) * groups + at.column / GROUP) * 8 + g) * 2 + at.in_matrix(s) % TILE_ROWS / 8;
+    }
+}
+
+// The parts of an artifact's tensor, in its layout's order.
+struct Parts {
+    const u8* codes;
+    const u8* second;
+    const u8* third;
+    const u8* fourth;
+};
+
+template <class T>
+__device__ __forceinline__ T element(const u8* part, u64 i) {
+    return reinterpret_cast<const T*>(part)[i];
+}
+
+// A layout has: the type Param of the parameters of a group of GROUP, and RowParam of those of a row (of each ROW_RUN
+// columns of it, if that is not 0), either of which may be Nothing; how to read them from parts; NATURAL, whether packed
+// codes are in order; and value(code, param, row_param), a weight as the core rebuilds it.
+
+struct Nothing {};
+
+template <int GROUP_>
+struct AffinePairs {
+    static constexpr int GROUP = GROUP_, CODE_BITS = 4, ROW_RUN = 0;
+    static constexpr bool NATURAL = false;
+    using Param = u32;
+    using RowParam = Nothing;
+    static __device__ __forceinline__ RowParam row_param(const Parts&, u64) { return {}; }
+    static __device__ __forceinline__ Param param(const Parts& parts, u64 i) {
+        return element<u16>(parts.second, i) | (u32)element<u16>(parts.third, i) << 16;
+    }
+    static __device__ __forceinline__ float value(int code, Param p, RowParam) {
+        return code * from_half((u16)p) + from_half((u16)(p >> 16));
+    }
+};
+
+template <int GROUP_>
+struct AffineBytes {
+    static constexpr int GROUP = GROUP_, CODE_BITS = 4, ROW_RUN = 0;
+    static constexpr bool NATURAL = false;
+    using Param = u16;
+    using RowParam = u64;  // s0, ds, o0, do
+    static __device__ __forceinline__ Param param(const Parts& parts, u64 i) {
+        return parts.second[i] | parts.third[i] << 8;
+    }
+    static __device__ __forceinline__ RowParam row_param(const Parts& parts, u64 i) {
+        return element<u64>(parts.fourth, i);
+    }
+    static __device__ __forceinline__ float value(int code, Param p, RowParam r) {
+        const float scale = (p & 255) * from_half((u16)(r >> 16)) + from_half((u16)r);
+        const float offset = (p >> 8) * from_half((u16)(r >> 48)) + from_half((u16)(r >> 32));
+        return code * scale + offset;
+    }
+};
+
+#ifdef LUT16_TABLES
+__constant__ const u32 LUT16_WORDS[16] = {LUT16_TABLES};
+#endif
+
+struct Lut16 {
+    static constexpr int GROUP = 16, CODE_BITS = 4, ROW_RUN = 256;
+    static constexpr bool NATURAL = true;
+    using Param = u8;
+    using RowParam = u16;
+    static __device__ __forceinline__ Param param(const Parts& parts, u64 i) { return parts.second[i]; }
+    static __device__ __forceinline__ RowParam row_param(const Parts& parts, u64 i) { return element<u16>(parts.third, i); }
+    static __device__ __forceinline__ float value(int code, Param p, RowParam d) {
+#ifdef LUT16_TABLES
+        const int l = (p & 63) - (p & 32) * 2;
+        const signed char entry = (signed char)(LUT16_WORDS[p >> 6 << 2 | code >> 2] >> (code % 4 * 8));
+        return from_half(d) * l * entry;
+#else
+        return 0.0f;
+#endif
+    }
+};
+
+struct EightBit {
+    static constexpr int GROUP = RUN, CODE_BITS = 8, ROW_RUN = 0;
+    static constexpr bool NATURAL = true;
+    using Param = Nothing;
+    static __device__ __forceinline__ Param param(const Parts&, u64) { return {}; }
+    using RowParam = u32;  // an FP32 scale
+    static __device__ __forceinline__ RowParam row_param(const Parts& parts, u64 i) { return element<u32>(parts.second, i); }
+    static __device__ __forceinline__ float value(int code, Param, RowParam scale) { return code * from_bits(scale); }
+};
+
+template <class A, class B>
+constexpr bool same = false;
+template <class A>
+constexpr bool same<A, A> = true;
+
+using int4_g8_fp16 = AffinePairs<8>;
+using int4_g16_fp16 = AffinePairs<16>;
+using int4_g32_fp16 = AffinePairs<32>;
+using int4_g64_fp16 = AffinePairs<64>;
+using int4_g128_fp16 = AffinePairs<128>;
+using int4_g8_u8 = AffineBytes<8>;
+using int4_g16_u8 = AffineBytes<16>;
+using int4_lut16 = Lut16;
+using int8_sym = EightBit;
+
+#ifdef LAYOUT
+using Layout = LAYOUT;
+constexpr bool HAS_PARAMS = !same<Layout::Param, Nothing>;
+constexpr bool HAS_ROW_PARAMS = !same<Layout::RowParam, Nothing>;
+
+// ---- Parameters of rows -------------------------------------------------------------------------------------------
+
+template <class L>
+__device__ __forceinline__ u64 part_row(const Place& at, Shape s) {
+    if constexpr (L::ROW_RUN == 0) return at.row;
+    else return at.row * ((s.k + L::ROW_RUN - 1) / L::ROW_RUN) + at.column / L::ROW_RUN;
+}
+template <class L>
+__device__ __forceinline__ u64 packed_row(const Place& at, Shape s) {
+    if constexpr (L::ROW_RUN == 0) return at.strip(s) * TILE_ROWS + at.in_matrix(s) % TILE_ROWS;
+    else {
+        const int runs = (s.k + L::ROW_RUN - 1) / L::ROW_RUN;
+        return (at.strip(s) * runs + at.column / L::ROW_RUN) * TILE_ROWS + at.in_matrix(s) % TILE_ROWS;
+    }
+}
+
+// ---- Codes --------------------------------------------------------------------------------------------------------
+
+// Where column i of a run lies in its packed word of four-bit codes.
+__device__ __forceinline__ int nibble(int i) { return Layout::NATURAL ? i : i / 2 + i % 2 * 4; }
+
+// The run's codes as an artifact has them, four bits each in natural order or eight bits each; 0 beyond the row's end.
+__device__ __forceinline__ u64 part_codes(const Parts& parts, const Place& at, Shape s) {
+    constexpr int PER_BYTE = 8 / Layout::CODE_BITS, BYTES = RUN / PER_BYTE;
+    const u64 row_bytes = (s.k + PER_BYTE - 1) / PER_BYTE;
+    const u8* row = parts.codes + at.row * row_bytes;
+    u64 codes = 0;
+    for (int i = 0; i < BYTES; ++i) {
+        const u64 byte = at.column / PER_BYTE + i;
+        if (byte < row_bytes) codes |= (u64)row[byte] << (8 * i);
+    }
+    return codes;
+}
+
+// Code i of those.
+__device__ __forceinline__ int code_of(u64 codes, int i) {
+    if constexpr (Layout::CODE_BITS == 4) return (int)(codes >> (4 * i)) & 15;
+    else return (signed char)(codes >> (8 * i));
+}
+
+// The first of the run's packed words; those of eight-bit codes are two.
+__device__ __forceinline__ u64 packed_word(const Place& at, Shape s) {
+    const int lane = at.lane(s), word = at.word(s);
+    if constexpr (Layout::CODE_BITS == 4) return at.tile(s) * 128 + lane * 4 + word;
+    else return at.tile(s) * 256 + word / 2 * 128 + lane * 4 + word % 2 * 2;
+}
+#endif
+
+}  // namespace tenpak

@@ -1,0 +1,192 @@
+"""How packed weights lie in memory, in NumPy: the reference for cuda/pack.cu, and what packs where there is no GPU.
+
+A weight W [n, k] is cut into tiles of 16 rows x 64 columns, a strip of 16 rows being one run of memory along k; lanes
+and words in a tile are as cuda/layouts.cuh draws them. Padding is codes that stand for zero, under parameters of zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tenpak.errors import UsageError
+
+TILE_ROWS = 16
+TILE_COLS = 64
+
+#: Where column i of a word of eight four-bit codes lies, as a nibble from the low end: one shift finds a pair.
+PAIRED = (0, 4, 1, 5, 2, 6, 3, 7)
+NATURAL = (0, 1, 2, 3, 4, 5, 6, 7)
+
+
+#: Shapes of codes, params and row_params.
+Sizes = tuple[tuple[int, ...], tuple[int, ...] | None, tuple[int, ...] | None]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What the packed form of one layout of the codec table is made of."""
+
+    name: str
+    #: Weights that share parameters; 0 where only a whole row does.
+    group: int
+    code_bits: int = 4
+    #: The order of nibbles in a word.
+    nibbles: tuple[int, ...] = PAIRED
+    #: Parts whose elements, side by side and the first lowest, make a group's parameter.
+    group_parts: tuple[int, ...] = ()
+    #: One parameter: (scale, offset) as halves or bytes, or one byte.
+    param: np.dtype[Any] | None = None
+    #: The part with parameters of rows.
+    row_part: int | None = None
+    #: Their type, as raw bits.
+    row_param: np.dtype[Any] | None = None
+    #: How many a row has.
+    row_params: int = 1
+    #: Columns that one of them is for; 0 for the whole row.
+    row_run: int = 0
+
+    def sizes(self, n: int, k: int, batch: int) -> Sizes:
+        """Shapes of packed codes (uint32), params and row_params for a weight [n, k] (or [batch, n, k])."""
+        lead = (batch,) if batch else ()
+        strips, tiles = _up(n, TILE_ROWS), _up(k, TILE_COLS)
+        codes = (*lead, strips, tiles, TILE_ROWS * TILE_COLS * self.code_bits // 32)
+        params: tuple[int, ...] | None = None
+        if self.param is not None and self.group <= 32:
+            params = (*lead, strips, tiles, 8, 32 // self.group, 4)
+        elif self.param is not None:
+            params = (*lead, strips, _up(tiles * TILE_COLS, self.group), 8, 2)
+        rows: tuple[int, ...] | None = None
+        if self.row_param is not None:
+            rows = (*lead, strips, _up(k, self.row_run), TILE_ROWS) if self.row_run else (*lead, strips * TILE_ROWS)
+            rows = (*rows, self.row_params) if self.row_params > 1 else rows
+        return codes, params, rows
+
+    @property
+    def zero_word(self) -> int:
+        """A word of codes that stand for zero."""
+        return 0x80808080 if self.code_bits == 8 else 0
+
+
+def _pairs(group: int) -> Layout:
+    return Layout(f"int4_g{group}_fp16", group, group_parts=(1, 2), param=np.dtype("<u4"))
+
+
+def _bytes(group: int) -> Layout:
+    return Layout(
+        f"int4_g{group}_u8",
+        group,
+        group_parts=(1, 2),
+        param=np.dtype("<u2"),
+        row_part=3,
+        row_param=np.dtype("<u2"),
+        row_params=4,
+    )
+
+
+#: Every layout with kernels, by its name in the codec table and in cuda/.
+LAYOUTS: dict[str, Layout] = {
+    layout.name: layout
+    for layout in (
+        *map(_pairs, (8, 16, 32, 64, 128)),
+        *map(_bytes, (8, 16)),
+        Layout(
+            "int4_lut16",
+            16,
+            nibbles=NATURAL,
+            group_parts=(1,),
+            param=np.dtype("u1"),
+            row_part=2,
+            row_param=np.dtype("<u2"),
+            row_run=256,
+        ),
+        Layout("int8_sym", 0, code_bits=8, nibbles=NATURAL, row_part=1, row_param=np.dtype("<u4")),
+    )
+}
+
+
+def find(name: str) -> Layout:
+    """The layout of that name; `UsageError` where it has no kernels."""
+    if name not in LAYOUTS:
+        raise UsageError(f"the layout {name} has no CUDA kernels; those with some: {', '.join(LAYOUTS)}")
+    return LAYOUTS[name]
+
+
+def matrices(shape: Sequence[int], axis: int) -> tuple[int, int, int]:
+    """Output width n, input width k and batch (0: one matrix) of a tensor with its input dimension at `axis`.
+
+    [n, k] has axis 1 or -1; GPT-2's [k, n] has axis 0; experts are [batch, n, k] or [batch, k, n].
+
+    Raises:
+        UsageError: It is no matrix and no batch of them.
+    """
+    rank = len(shape)
+    position = axis + rank if axis < 0 else axis
+    if rank not in (2, 3) or not rank - 2 <= position < rank:
+        raise UsageError(
+            f"shape {list(shape)} with its input dimension at axis {axis} is no linear layer; "
+            "give [out, in], [in, out] with axis 0, or a batch of either"
+        )
+    k = shape[position]
+    n = shape[rank - 2] if position == rank - 1 else shape[rank - 1]
+    return n, k, shape[0] if rank == 3 else 0
+
+
+def pack(
+    layout: Layout, parts: Sequence[NDArray[Any]], n: int, k: int, batch: int = 0
+) -> tuple[NDArray[np.uint32], NDArray[Any] | None, NDArray[Any] | None]:
+    """Packed codes, params and row_params from an artifact's parts, [rows, elements per row] in the layout's order."""
+    sizes = layout.sizes(n, k, batch)
+    matrix_count, strips, tiles = max(batch, 1), _up(n, TILE_ROWS), _up(k, TILE_COLS)
+
+    def padded(rows: NDArray[Any], width: int, fill: int = 0) -> NDArray[Any]:
+        """[rows, …] to [batch, 16 * strips, width]."""
+        out = np.full((matrix_count, strips * TILE_ROWS, width), fill, rows.dtype)
+        rows = rows.reshape(matrix_count, n, rows.shape[-1])
+        out[:, :n, : min(width, rows.shape[-1])] = rows[..., :width]
+        return out
+
+    codes = parts[0]
+    if layout.code_bits == 4:
+        codes = np.stack([codes & 15, codes >> 4], -1).reshape(matrix_count * n, -1)[:, :k]
+        tile = padded(codes, tiles * TILE_COLS).reshape(matrix_count, strips, 2, 8, tiles, 2, 4, 8)
+        words = np.zeros(tile.shape[:-1], np.uint32)
+        for column, nibble in enumerate(layout.nibbles):
+            words |= tile[..., column].astype(np.uint32) << np.uint32(4 * nibble)
+        # [batch, strip, row half, g, tile, column half, t] to tile by tile: lane (g, t), word (column half, row half).
+        packed = words.transpose(0, 1, 4, 3, 6, 5, 2)
+    else:
+        tile = padded(codes.view(np.uint8) ^ 128, tiles * TILE_COLS, fill=128)
+        tile = tile.reshape(matrix_count, strips, 2, 8, tiles, 2, 4, 8)
+        packed = np.ascontiguousarray(tile.transpose(0, 1, 4, 5, 3, 6, 2, 7)).view("<u4")
+    packed_codes = np.ascontiguousarray(packed).reshape(sizes[0])
+
+    params = None
+    if layout.param is not None and sizes[1] is not None:
+        fields = [parts[i].view(f"<u{parts[i].itemsize}") for i in layout.group_parts]
+        joined = np.zeros(fields[0].shape, layout.param)
+        for i, field in enumerate(fields):
+            joined |= field.astype(layout.param) << layout.param.type(8 * field.itemsize * i)
+        if layout.group <= 32:
+            subgroups = 32 // layout.group
+            groups = padded(joined, tiles * 2 * subgroups).reshape(matrix_count, strips, 2, 8, tiles, 2, subgroups)
+            params = groups.transpose(0, 1, 4, 3, 6, 5, 2)
+        else:
+            params = padded(joined, sizes[1][-3]).reshape(matrix_count, strips, 2, 8, -1).transpose(0, 1, 4, 3, 2)
+        params = np.ascontiguousarray(params).reshape(sizes[1])
+
+    row_params = None
+    if layout.row_part is not None and layout.row_param is not None and sizes[2] is not None:
+        rows = padded(parts[layout.row_part].view(layout.row_param), parts[layout.row_part].shape[-1])
+        if layout.row_run:
+            rows = rows.reshape(matrix_count, strips, TILE_ROWS, -1).transpose(0, 1, 3, 2)
+        row_params = np.ascontiguousarray(rows).reshape(sizes[2])
+    return packed_codes, params, row_params
+
+
+def _up(a: int, b: int) -> int:
+    return -(-a // b)

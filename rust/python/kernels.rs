@@ -1,0 +1,47 @@
+//! What CUDA kernels are made from: their sources, which travel in the extension, and the core's constants.
+
+use super::to_py;
+use crate::codec;
+use crate::error::Error;
+use pyo3::prelude::*;
+
+macro_rules! sources {
+    ($($name:literal),* $(,)?) => {
+        &[$(($name, include_str!(concat!("../../cuda/", $name)))),*]
+    };
+}
+
+static SOURCES: &[(&str, &str)] = sources![
+    "decode.cu",
+    "dense.cu",
+    "encode.cu",
+    "floats.cuh",
+    "layouts.cuh",
+    "pack.cu",
+    "prefill.cu",
+    "skinny.cu",
+    "weights.cuh",
+];
+
+/// The text of a file of cuda/.
+#[pyfunction]
+pub fn cuda_source(py: Python<'_>, name: &str) -> PyResult<&'static str> {
+    let found = SOURCES.iter().find(|(known, _)| *known == name);
+    let names = || SOURCES.iter().map(|(name, _)| *name).collect::<Vec<_>>().join(", ");
+    found
+        .map(|(_, text)| *text)
+        .ok_or_else(|| to_py(py, Error::usage(format!("no CUDA source {name:?}; there are {}", names()))))
+}
+
+/// The four tables of `int4_lut16`, sixteen values each.
+#[pyfunction]
+pub fn lut16_tables() -> Vec<Vec<i8>> {
+    codec::LUT16_TABLES.iter().map(|table| table.to_vec()).collect()
+}
+
+/// The exponent that a codec gives a tensor whose largest magnitude is that.
+#[pyfunction]
+pub fn exponent(py: Python<'_>, codec: &str, largest: f32) -> PyResult<i32> {
+    let codec = codec::find(codec).map_err(|e| to_py(py, e))?;
+    Ok(codec::Range::of(&[largest]).exponent(codec.layout.normal_from))
+}

@@ -1,0 +1,152 @@
+"""Runs those CUDA kernels that are plain C++ on the CPU, with as much of CuPy as their callers need.
+
+So that packing, encoding and decoding are tested to the bit where there is no GPU. A kernel is compiled by the host's
+C++ compiler, its threads run one after another, and NumPy arrays stand for device memory.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import importlib
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import numpy as np
+from support import ROOT
+from tenpak.cuda import compile as kernels
+
+COMPILER = shutil.which("c++") or shutil.which("g++")
+
+#: Stands in for cuda/floats.cuh.
+FLOATS = """
+#pragma once
+#include <math.h>
+#include <string.h>
+#include <utility>
+#define __device__
+#define __global__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define __constant__ static
+struct Dim { unsigned x, y, z; };
+static Dim threadIdx, blockIdx, blockDim;
+inline void atomicMax(unsigned* at, unsigned value) { if (value > *at) *at = value; }
+namespace tenpak {
+template <class To, class From> To same_bits(From x) { To to; memcpy(&to, &x, sizeof to); return to; }
+inline float from_half(unsigned short x) { return (float)same_bits<_Float16>(x); }
+inline unsigned short to_half(float x) { return same_bits<unsigned short>((_Float16)x); }
+inline float from_bits(unsigned x) { return same_bits<float>(x); }
+inline unsigned to_bits(float x) { return same_bits<unsigned>(x); }
+template <class... A, size_t... I>
+void run(void (*kernel)(A...), void** given, std::index_sequence<I...>, unsigned blocks, unsigned threads) {
+    blockDim = {threads, 1, 1};
+    for (unsigned b = 0; b < blocks; ++b)
+        for (unsigned t = 0; t < threads; ++t) {
+            blockIdx = {b, 0, 0};
+            threadIdx = {t, 0, 0};
+            kernel(*static_cast<A*>(given[I])...);
+        }
+}
+template <class... A>
+void launch(void (*kernel)(A...), void** given, unsigned blocks, unsigned threads) {
+    run(kernel, given, std::index_sequence_for<A...>{}, blocks, threads);
+}
+}
+"""
+
+
+@functools.cache
+def _library(name: str, defines: tuple[tuple[str, str | int], ...], kernel: str) -> ctypes.CDLL:
+    folder = Path(tempfile.gettempdir()) / "tenpak-cuda-on-cpu"
+    given = kernels.options(name, dict(defines), "sm_80")
+    flags = [option for option in given if option.startswith(("-std", "-D"))]
+    text = (ROOT / "cuda" / name).read_text()
+    header = (ROOT / "cuda" / "weights.cuh").read_text()
+    launcher = f'extern "C" void launch(void** a, unsigned b, unsigned t) {{ tenpak::launch({kernel}, a, b, t); }}\n'
+    key = hashlib.sha256("\0".join([text, header, FLOATS, launcher, *flags]).encode()).hexdigest()[:20]
+    built = folder / key / "kernel.so"
+    if not built.exists():
+        built.parent.mkdir(parents=True, exist_ok=True)
+        (built.parent / "floats.cuh").write_text(FLOATS)
+        (built.parent / "weights.cuh").write_text(header)
+        (built.parent / "kernel.cpp").write_text(text + launcher)
+        command = [COMPILER, "-shared", "-fPIC", "-O1", "-ffp-contract=off", "-w", *flags, "kernel.cpp"]
+        subprocess.run([*command, "-o", "part.so"], check=True, cwd=built.parent)
+        (built.parent / "part.so").rename(built)
+    return ctypes.CDLL(str(built))
+
+
+def function(name: str, kernel: str, defines: dict[str, str | int], device: int) -> Any:
+    """`tenpak.cuda.compile.function`, on the CPU."""
+    library = _library(name, tuple(sorted(defines.items())), kernel)
+
+    def call(grid: tuple[int], block: tuple[int], arguments: tuple[Any, ...]) -> None:
+        # Bare integers are addresses.
+        values = [np.uint64(a) if isinstance(a, int) else a for a in arguments]
+        boxes = [np.array([value]) for value in values]
+        library.launch((ctypes.c_void_p * len(boxes))(*(box.ctypes.data for box in boxes)), grid[0], block[0])
+
+    return call
+
+
+class Array(np.ndarray):
+    """A NumPy array that looks like one of CuPy's."""
+
+    @property
+    def data(self) -> Any:
+        return SimpleNamespace(ptr=self.ctypes.data)
+
+    @property
+    def device(self) -> Any:
+        return SimpleNamespace(id=0)
+
+    def get(self) -> np.ndarray:
+        return np.asarray(self)
+
+
+def _array(make: Any) -> Any:
+    return lambda *arguments, **options: make(*arguments, **options).view(Array)
+
+
+def _cupy() -> ModuleType:
+    module = ModuleType("cupy")
+    module.ndarray = Array
+    for name in ("empty", "zeros", "full", "asarray", "ascontiguousarray"):
+        setattr(module, name, _array(getattr(np, name)))
+    module.asnumpy = np.asarray
+    module.argmax, module.isfinite = np.argmax, np.isfinite
+    module.cuda = SimpleNamespace(Device=lambda number=0: nullcontext())
+    return module
+
+
+@contextmanager
+def cuda_on_cpu() -> Iterator[SimpleNamespace]:
+    """`tenpak.cuda.codec` and `tenpak.cuda.weight`, loaded afresh over NumPy."""
+    names = ["cupy", "tenpak.cuda.codec", "tenpak.cuda.weight"]
+    package = sys.modules["tenpak.cuda"]
+    before = {name: sys.modules.pop(name, None) for name in names}
+    kept = {name: package.__dict__.pop(name, None) for name in ("codec", "weight")}
+    sys.modules["cupy"] = _cupy()
+    try:
+        codec = importlib.import_module("tenpak.cuda.codec")
+        codec.function = function
+        weight = importlib.import_module("tenpak.cuda.weight")
+        yield SimpleNamespace(codec=codec, QuantizedWeight=weight.QuantizedWeight)
+    finally:
+        for name in names:
+            sys.modules.pop(name, None)
+            if before[name] is not None:
+                sys.modules[name] = before[name]
+        for name in kept:
+            package.__dict__.pop(name, None)
+            if kept[name] is not None:
+                setattr(package, name, kept[name])

@@ -1,0 +1,186 @@
+"""Packing, encoding and decoding kernels: to the bit what the core and the packed format's reference give."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from types import SimpleNamespace
+
+import cuda_on_cpu
+import numpy as np
+import pytest
+import tenpak
+from support import gaussian, require
+from tenpak.cuda import layouts
+
+CODECS = [codec.name for codec in tenpak.codecs() if codec.layout in layouts.LAYOUTS]
+MINMAX = [codec.name for codec in tenpak.codecs() if codec.encoder == "min/max"]
+#: Odd sizes, sizes below a tile, whole tiles; a batch of each orientation.
+SHAPES = [((37, 200), -1), ((130, 19), 0), ((16, 64), 1), ((1, 1), -1), ((3, 21, 75), -1), ((2, 300, 18), 1)]
+every_codec = pytest.mark.parametrize("codec", CODECS)
+every_shape = pytest.mark.parametrize(("shape", "axis"), SHAPES)
+
+
+@pytest.fixture(scope="module", params=["cpu", "cuda"])
+def cuda(request: pytest.FixtureRequest) -> Iterator[SimpleNamespace]:
+    """The modules over NumPy and a C++ compiler, and over CuPy and a GPU."""
+    require("c++" if request.param == "cpu" else "cuda")
+    if request.param == "cpu":
+        with cuda_on_cpu.cuda_on_cpu() as modules:
+            yield SimpleNamespace(**vars(modules), numpy=np.asarray, array=lambda a: a.view(cuda_on_cpu.Array))
+    else:
+        import cupy
+        from tenpak.cuda import QuantizedWeight, codec
+
+        yield SimpleNamespace(codec=codec, QuantizedWeight=QuantizedWeight, numpy=cupy.asnumpy, array=cupy.asarray)
+
+
+def matrix(array: np.ndarray, axis: int) -> np.ndarray:
+    """[n, k] or [batch, n, k]."""
+    return np.moveaxis(array, axis, -1)
+
+
+@every_codec
+@every_shape
+def test_packed_weights_are_the_references_and_rebuild_the_cores_weights(cuda, codec, shape, axis):
+    encoded = tenpak.encode(gaussian(*shape), codec, axis)
+    weight = cuda.QuantizedWeight.from_parts(codec, encoded.parts, shape, axis, encoded.exponent)
+    n, k, batch = layouts.matrices(shape, axis)
+    assert (weight.shape, weight.batch, weight.scale) == ((n, k), batch, 2.0**encoded.exponent)
+
+    layout = layouts.find(weight.layout)
+    reference = layouts.pack(layout, list(encoded.parts.values()), n, k, batch)
+    for ours, wanted in zip((weight.codes, weight.params, weight.row_params), reference, strict=True):
+        assert (ours is None) == (wanted is None)
+        if ours is not None:
+            assert np.array_equal(cuda.numpy(ours), wanted)
+
+    for dtype in (np.float32, np.float16):
+        dense = cuda.numpy(weight.to_dense(dtype))
+        assert dense.dtype == dtype
+        assert np.array_equal(dense, matrix(tenpak.decode(encoded, dtype), axis))
+
+
+@every_codec
+@every_shape
+def test_parts_are_rebuilt_with_the_cores_bits(cuda, codec, shape, axis):
+    for scale in (0.02, 2.0**-20, 2.0**17):
+        encoded = tenpak.encode(gaussian(*shape, scale=scale), codec, axis)
+        for dtype in (np.float32, np.float16):
+            rebuilt = cuda.numpy(cuda.codec.decode(encoded, dtype))
+            assert np.array_equal(rebuilt, tenpak.decode(encoded, dtype)), (scale, dtype)
+        weight = cuda.QuantizedWeight.from_parts(codec, encoded.parts, shape, axis, encoded.exponent)
+        assert np.array_equal(cuda.numpy(weight.to_dense(np.float32)), matrix(tenpak.decode(encoded, np.float32), axis))
+
+
+@every_codec
+def test_bfloat16_is_rounded_to_nearest_even(cuda, codec):
+    ml_dtypes = pytest.importorskip("ml_dtypes")
+    encoded = tenpak.encode(gaussian(20, 100), codec)
+    rebuilt = cuda.numpy(cuda.codec.decode(encoded, ml_dtypes.bfloat16))
+    wanted = tenpak.decode(encoded, np.float32).astype(ml_dtypes.bfloat16)
+    assert np.array_equal(rebuilt.view(np.uint16), wanted.view(np.uint16))
+
+
+@pytest.mark.parametrize("codec", MINMAX)
+@every_shape
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+def test_min_max_encodes_the_cores_bytes(cuda, codec, shape, axis, dtype):
+    random = np.random.default_rng(3)
+    plain = gaussian(*shape, seed=4)
+    zeros = plain * 0 * random.choice([-1.0, 1.0], shape)  # of both signs
+    sparse = np.where(random.random(shape) < 0.7, zeros, plain)
+    coarse = np.round(plain * 300) / 64  # ties between codes
+    cases = [plain, zeros, sparse, coarse, plain * 1e-6, np.full(shape, -0.3)]
+    cases += [plain * 2.0**21, plain * 2.0**-120] if dtype is np.float32 else []
+    for case in cases:
+        given = np.ascontiguousarray(case.astype(dtype))
+        ours, wanted = cuda.codec.encode(cuda.array(given), codec, axis), tenpak.encode(given, codec, axis)
+        for what in ("codec", "shape", "axis", "dtype", "exponent"):
+            assert getattr(ours, what) == getattr(wanted, what)
+        for name, part in wanted.parts.items():
+            assert np.array_equal(cuda.numpy(ours.parts[name]).view(np.uint8), part.view(np.uint8)), name
+
+
+@every_codec
+def test_an_array_becomes_the_weight_that_its_parts_make(cuda, codec):
+    array = gaussian(24, 130)
+    weight = cuda.QuantizedWeight.from_array(array, codec)
+    assert np.array_equal(cuda.numpy(weight.to_dense(np.float32)), tenpak.decode(tenpak.encode(array, codec)))
+    parts = (weight.codes, weight.params, weight.row_params)
+    assert weight.nbytes == sum(part.nbytes for part in parts if part is not None)
+
+
+def test_an_artifacts_tensors_become_weights(cuda, packed):
+    with tenpak.open(packed) as artifact:
+        for info in artifact.infos:
+            if info.codec == "keep":
+                with pytest.raises(tenpak.UsageError, match="is kept as"):
+                    cuda.QuantizedWeight.from_artifact(artifact, info.name)
+                continue
+            weight = cuda.QuantizedWeight.from_artifact(artifact, info.name)
+            assert np.array_equal(cuda.numpy(weight.to_dense(np.float32)), artifact.read(info.name, np.float32))
+
+
+def test_what_is_no_finite_weight_is_named(cuda):
+    array = gaussian(8, 16)
+    array[3, 5] = np.inf
+    with pytest.raises(tenpak.InputError, match=r"inf at index \[3, 5\]"):
+        cuda.codec.encode(cuda.array(array), "int4_g8_fp16_v1")
+
+
+def test_parts_that_do_not_fit_are_refused(cuda):
+    encoded = tenpak.encode(gaussian(8, 32), "int4_g8_fp16_v1")
+    make = cuda.QuantizedWeight.from_parts
+    with pytest.raises(tenpak.UsageError, match="lack 'scales'"):
+        make(encoded.codec, {"codes": encoded.parts["codes"]}, (8, 32))
+    with pytest.raises(tenpak.UsageError, match=r"codes: uint8 \[8, 16\] does not fit"):
+        make(encoded.codec, encoded.parts, (8, 64))
+    with pytest.raises(tenpak.UsageError, match="no linear layer"):
+        make(encoded.codec, encoded.parts, (4, 2, 32), 0)
+
+
+@pytest.mark.parametrize("name", layouts.LAYOUTS)
+def test_lanes_and_words_of_the_reference_are_those_that_layouts_cuh_draws(name):
+    """Codes, element by element, from the drawing; parameters that `fragment` would read beside them."""
+    layout = layouts.find(name)
+    n, k, rng = 21, 150, np.random.default_rng(1)
+    group, eight = layout.group or k, layout.code_bits == 8
+    codes = rng.integers(0, 256, (n, k if eight else -(-k // 2)), np.uint8)
+    fields = {i: rng.integers(0, 256, (n, -(-k // group)), np.uint8) for i in layout.group_parts}
+    if layout.param is not None and layout.param.itemsize == 4:
+        fields = {i: rng.integers(0, 2**16, part.shape, np.uint16) for i, part in fields.items()}
+    parts = [codes, *(np.empty((n, 0), np.uint8) for _ in range(3))]
+    for i, part in fields.items():
+        parts[i] = part
+    if layout.row_part is not None:
+        width = -(-k // layout.row_run) if layout.row_run else layout.row_params
+        parts[layout.row_part] = rng.integers(0, 2**16, (n, width)).astype(layout.row_param)
+    packed, params, rows = layouts.pack(layout, parts, n, k)
+    supers = None if not layout.row_run else rows
+
+    for row in range(n):
+        for column in range(k):
+            strip, tile, g, t = row // 16, column // 64, row % 8, column % 32 // 8
+            word, lane, i = row % 16 // 8 + 2 * (column % 64 // 32), g * 4 + t, column % 8
+            if eight:
+                plane = packed[strip, tile].reshape(2, 32, 2, 2)[word // 2, lane, word % 2].copy()
+                assert plane.view(np.uint8)[i] == codes[row, column] ^ 128
+            else:
+                place = i if name == "int4_lut16" else i // 2 + i % 2 * 4
+                assert packed[strip, tile].reshape(32, 4)[lane, word] >> np.uint32(4 * place) & 15 == (
+                    codes[row, column // 2] >> (4 * (column % 2)) & 15
+                )
+            if params is None:
+                continue
+            raw = [int(fields[j][row, column // group]) for j in fields]
+            bits = 8 * next(iter(fields.values())).itemsize
+            wanted = sum(value << (bits * j) for j, value in enumerate(raw))
+            if group <= 32:
+                subgroups = 32 // group
+                assert params[strip, tile].reshape(8 * subgroups, 4)[g * subgroups + t * subgroups // 4, word] == wanted
+            else:
+                assert params[strip, column // group].reshape(8, 2)[g, word % 2] == wanted
+        if supers is not None:
+            assert np.array_equal(supers[row // 16, :, row % 16], parts[layout.row_part][row])
+        elif layout.row_part is not None:
+            assert np.array_equal(rows.reshape(-1, parts[layout.row_part].shape[1])[row], parts[layout.row_part][row])
