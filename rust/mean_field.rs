@@ -5,8 +5,10 @@
 //! in the norms, in what layers write into the hidden state. Only inputs that come straight from a norm are reported:
 //! for the others the estimate gained nothing.
 
+use crate::codec::simd::{Kernel, Level, Simd};
 use crate::error::{Error, Result};
 use crate::input::Model;
+use crate::tensor::Tensor;
 use rayon::prelude::*;
 use std::collections::{BTreeMap, HashMap};
 use std::ops::Range;
@@ -23,8 +25,31 @@ const ATTENTION: f64 = 0.3;
 /// Token `id` is as frequent as 1 / (id + this): tokenizers number tokens from frequent to rare (Zipf's law).
 const ZIPF: f64 = 10.0;
 
-/// Rows that one task reads.
-const ROWS: usize = 64;
+/// The least and the most parts that a matrix is read in: small ones are not worth a task, and each has its sums in
+/// memory. Neither depends on the number of threads, so that sums do not.
+const LEAST_ROWS: usize = 64;
+const MOST_STRIPS: usize = 64;
+
+/// Rows that are summed in FP32 before their sum is added in FP64.
+const ROWS_IN_FP32: usize = 64;
+
+/// Rows that are added at once, so that sums are loaded and stored less often.
+const ROWS_AT_ONCE: usize = 4;
+
+/// The positive nodes and their weights of Gauss-Hermite quadrature with 15 nodes, for the standard normal
+/// distribution (`numpy.polynomial.hermite_e.hermegauss(15)`, weights divided by their sum); 0 is the fifteenth.
+const NODES: [(f64, f64); 7] = [
+    (0.799_129_068_324_548, 0.232_462_293_609_732_25),
+    (1.606_710_069_028_729_7, 0.089_417_795_399_844_37),
+    (2.432_436_827_009_758, 0.017_365_774_492_137_616),
+    (3.289_082_424_398_766_4, 0.001_567_357_503_549_956),
+    (4.196_207_711_269_015_5, 5.642_146_405_189_029e-5),
+    (5.190_093_591_304_781, 5.975_419_597_920_599e-7),
+    (6.363_947_888_829_839, 8.589_649_899_633_252e-10),
+];
+
+/// The weight of node 0.
+const MIDDLE: f64 = 0.318_259_518_259_518_15;
 
 /// Why there is no estimate.
 enum Stop {
@@ -41,8 +66,9 @@ impl From<Error> for Stop {
 
 type Estimate<T> = std::result::Result<T, Stop>;
 
-/// One positive number for each input column of every weight whose input comes from a norm, by the weight's name; none
-/// for a family that is not known, or a model that lacks a tensor.
+/// One positive number for each input column of every weight whose input comes straight from a norm, by the weight's
+/// name; their mean is 1. Nothing for a family that is not known, a model that lacks a tensor or has one of another
+/// shape, or one that is not finite.
 ///
 /// # Errors
 /// An input error if a file has changed since it was opened.
@@ -73,6 +99,12 @@ impl Moments {
         self.variance.iter_mut().zip(&other.variance).for_each(|(a, b)| *a += b);
     }
 
+    /// Themselves if they are numbers: what follows a weight that is none would hide it now and then.
+    fn finite(self) -> Estimate<Self> {
+        let finite = self.mean.iter().chain(&self.variance).all(|x| x.is_finite());
+        if finite { Ok(self) } else { Err(Stop::Unknown) }
+    }
+
     /// E[x²] of each channel.
     fn squares(&self) -> impl Iterator<Item = f64> + '_ {
         self.mean.iter().zip(&self.variance).map(|(m, v)| m * m + v)
@@ -94,19 +126,15 @@ impl Moments {
 
     /// After a function of each channel, by quadrature over a normal distribution.
     fn through(&self, function: fn(f64) -> f64) -> Moments {
-        // The trapezoidal rule is exact to many digits for what falls off so fast.
-        let nodes: Vec<(f64, f64)> = (-16..=16)
-            .map(|i| f64::from(i) * 0.25)
-            .map(|x| (x, (-0.5 * x * x).exp() * 0.25 / std::f64::consts::TAU.sqrt()))
-            .collect();
         let channels = self.mean.par_iter().zip(&self.variance);
         let moments = channels.map(|(mean, variance)| {
             let deviation = variance.sqrt();
-            let (mut first, mut second) = (0.0, 0.0);
-            for (x, weight) in &nodes {
-                let y = function(mean + deviation * x);
-                first += weight * y;
-                second += weight * y * y;
+            let y = function(*mean);
+            let (mut first, mut second) = (MIDDLE * y, MIDDLE * y * y);
+            for (x, weight) in NODES {
+                let (low, high) = (function(mean - deviation * x), function(mean + deviation * x));
+                first += weight * (low + high);
+                second += weight * (low * low + high * high);
             }
             (first, (second - first * first).max(0.0))
         });
@@ -169,15 +197,19 @@ impl Network<'_> {
                 Ok::<_, Stop>(state.normed(&weight, Some(&bias)))
             };
             let x = norm(self, "ln_1", &state)?;
-            self.report(format!("{at}.attn.c_attn.weight"), &x);
-            let values = self.linear(&format!("{at}.attn.c_attn"), &x, 2 * width..3 * width, Held::InOut)?;
+            self.report(format!("{at}.attn.c_attn.weight"), &x, Held::InOut)?;
+            // Queries, keys, values.
+            let values = 2 * width..3 * width;
+            let values =
+                self.linear_part(&format!("{at}.attn.c_attn"), &x, 3 * width, values, Held::InOut)?;
             let mixed = values.attended(width, 1);
-            state.add(&self.linear(&format!("{at}.attn.c_proj"), &mixed, 0..width, Held::InOut)?);
+            state.add(&self.linear(&format!("{at}.attn.c_proj"), &mixed, width, Held::InOut)?);
             let x = norm(self, "ln_2", &state)?;
-            self.report(format!("{at}.mlp.c_fc.weight"), &x);
-            let inner = self.outputs(&format!("{at}.mlp.c_fc.weight"), Held::InOut)?;
-            let hidden = self.linear(&format!("{at}.mlp.c_fc"), &x, 0..inner, Held::InOut)?.through(function);
-            state.add(&self.linear(&format!("{at}.mlp.c_proj"), &hidden, 0..width, Held::InOut)?);
+            self.report(format!("{at}.mlp.c_fc.weight"), &x, Held::InOut)?;
+            let (inner, _) = self.extents(&format!("{at}.mlp.c_fc.weight"), Held::InOut)?;
+            let hidden = self.linear(&format!("{at}.mlp.c_fc"), &x, inner, Held::InOut)?;
+            let hidden = hidden.through(function);
+            state.add(&self.linear(&format!("{at}.mlp.c_proj"), &hidden, width, Held::InOut)?);
         }
         Ok(())
     }
@@ -192,25 +224,29 @@ impl Network<'_> {
             let at = format!("model.layers.{layer}");
             let x = state.normed(&self.vector(&format!("{at}.input_layernorm.weight"), width)?, None);
             for name in ["q_proj", "k_proj", "v_proj"] {
-                self.report(format!("{at}.self_attn.{name}.weight"), &x);
+                self.report(format!("{at}.self_attn.{name}.weight"), &x, Held::OutIn)?;
             }
-            let values = self.outputs(&format!("{at}.self_attn.v_proj.weight"), Held::OutIn)?;
-            if shared == 0 || heads % shared != 0 || values % shared != 0 {
+            let (values, _) = self.extents(&format!("{at}.self_attn.v_proj.weight"), Held::OutIn)?;
+            let (_, mixed) = self.extents(&format!("{at}.self_attn.o_proj.weight"), Held::OutIn)?;
+            let (head, repeats) = (values / shared, heads / shared);
+            // Before anything is as long as a config says.
+            if values != head * shared || heads != repeats * shared || head.checked_mul(heads) != Some(mixed)
+            {
                 return Err(Stop::Unknown);
             }
-            let mixed = self.linear(&format!("{at}.self_attn.v_proj"), &x, 0..values, Held::OutIn)?;
-            let mixed = mixed.attended(values / shared, heads / shared);
-            state.add(&self.linear(&format!("{at}.self_attn.o_proj"), &mixed, 0..width, Held::OutIn)?);
+            let values = self.linear(&format!("{at}.self_attn.v_proj"), &x, values, Held::OutIn)?;
+            let mixed = values.attended(head, repeats);
+            state.add(&self.linear(&format!("{at}.self_attn.o_proj"), &mixed, width, Held::OutIn)?);
             let norm = self.vector(&format!("{at}.post_attention_layernorm.weight"), width)?;
             let x = state.normed(&norm, None);
             for name in ["gate_proj", "up_proj"] {
-                self.report(format!("{at}.mlp.{name}.weight"), &x);
+                self.report(format!("{at}.mlp.{name}.weight"), &x, Held::OutIn)?;
             }
-            let inner = self.outputs(&format!("{at}.mlp.gate_proj.weight"), Held::OutIn)?;
-            let gate = self.linear(&format!("{at}.mlp.gate_proj"), &x, 0..inner, Held::OutIn)?;
-            let up = self.linear(&format!("{at}.mlp.up_proj"), &x, 0..inner, Held::OutIn)?;
+            let (inner, _) = self.extents(&format!("{at}.mlp.gate_proj.weight"), Held::OutIn)?;
+            let gate = self.linear(&format!("{at}.mlp.gate_proj"), &x, inner, Held::OutIn)?;
+            let up = self.linear(&format!("{at}.mlp.up_proj"), &x, inner, Held::OutIn)?;
             let hidden = gate.through(function).times(&up);
-            state.add(&self.linear(&format!("{at}.mlp.down_proj"), &hidden, 0..width, Held::OutIn)?);
+            state.add(&self.linear(&format!("{at}.mlp.down_proj"), &hidden, width, Held::OutIn)?);
         }
         Ok(())
     }
@@ -236,14 +272,18 @@ impl Network<'_> {
         })
     }
 
-    fn report(&mut self, name: String, input: &Moments) {
+    fn report(&mut self, name: String, input: &Moments, held: Held) -> Estimate<()> {
+        if self.extents(&name, held)?.1 != input.len() {
+            return Err(Stop::Unknown);
+        }
         let powered: Vec<f64> = input.squares().map(|s| s.powf(POWER)).collect();
         let mean = powered.iter().sum::<f64>() / powered.len() as f64;
-        let importance: Vec<f32> = powered.iter().map(|p| (p / mean).max(LEAST) as f32).collect();
-        // A network that overflows has no estimate; `max` has turned NaN into the least.
-        if mean.is_finite() && mean > 0.0 && importance.iter().all(|i| i.is_finite()) {
-            self.found.insert(name, importance);
+        if !mean.is_finite() || mean <= 0.0 {
+            return Err(Stop::Unknown);
         }
+        let importance = powered.iter().map(|p| (p / mean).max(LEAST) as f32).collect();
+        self.found.insert(name, importance);
+        Ok(())
     }
 
     fn find(&self, name: &str) -> Estimate<usize> {
@@ -263,127 +303,187 @@ impl Network<'_> {
         Ok(out.into_iter().map(f64::from).collect())
     }
 
-    /// The number of outputs of a weight.
-    fn outputs(&self, name: &str, held: Held) -> Estimate<usize> {
-        let shape = &self.model.tensors()[self.find(name)?].shape;
-        match (shape.as_slice(), held) {
-            ([out, _], Held::OutIn) | ([_, out], Held::InOut) => Ok(*out),
+    /// The outputs and the inputs of a weight, none of them zero.
+    fn extents(&self, name: &str, held: Held) -> Estimate<(usize, usize)> {
+        match (&self.model.tensors()[self.find(name)?].shape[..], held) {
+            (&[out, input], Held::OutIn) | (&[input, out], Held::InOut) if out > 0 && input > 0 => {
+                Ok((out, input))
+            }
             _ => Err(Stop::Unknown),
         }
     }
 
     /// Mean and variance over the rows of an embedding, frequent tokens or all positions alike.
     fn embedding(&self, name: &str, width: usize, tokens: bool) -> Estimate<Moments> {
-        let index = self.find(name)?;
-        let [rows, cols] = self.model.tensors()[index].shape[..] else { return Err(Stop::Unknown) };
-        if cols != width || rows == 0 {
+        let (rows, cols) = self.extents(name, Held::OutIn)?;
+        if cols != width {
             return Err(Stop::Unknown);
         }
         let frequency = |row: usize| if tokens { (row as f64 + ZIPF).recip() } else { 1.0 };
         let total: f64 = (0..rows).map(frequency).sum();
-        let sums = self.strips(index, rows, width, |first, weights| {
-            let mut sums = [vec![0f64; width], vec![0f64; width]];
-            for (i, row) in weights.chunks_exact(width).enumerate() {
-                let p = frequency(first + i) / total;
-                let [means, squares] = &mut sums;
-                for ((mean, square), &w) in means.iter_mut().zip(squares).zip(row) {
-                    let w = f64::from(w);
-                    *mean += p * w;
-                    *square += p * w * w;
-                }
-            }
-            sums
-        })?;
-        let [mean, square] = add_up(sums, width);
-        let variance = square.iter().zip(&mean).map(|(s, m)| (s - m * m).max(0.0)).collect();
-        Ok(Moments { mean, variance })
+        let probability = |row: usize| (frequency(row) / total) as f32;
+        let mut moments = self.column_sums(name, 0..width, |row| (probability(row), probability(row)))?;
+        let squares = moments.variance.iter_mut().zip(&moments.mean);
+        squares.for_each(|(s, m)| *s = (*s - m * m).max(0.0));
+        moments.finite()
     }
 
-    /// Some outputs of a linear layer, `NAME.weight` and perhaps `NAME.bias`.
-    fn linear(&self, name: &str, x: &Moments, outputs: Range<usize>, held: Held) -> Estimate<Moments> {
-        let index = self.find(&format!("{name}.weight"))?;
-        let [rows, cols] = self.model.tensors()[index].shape[..] else { return Err(Stop::Unknown) };
-        let (out, input) = if held == Held::OutIn { (rows, cols) } else { (cols, rows) };
-        if input != x.len() || outputs.end > out || cols == 0 {
+    /// A linear layer with `out` outputs: `NAME.weight` and perhaps `NAME.bias`.
+    fn linear(&self, name: &str, x: &Moments, out: usize, held: Held) -> Estimate<Moments> {
+        self.linear_part(name, x, out, 0..out, held)
+    }
+
+    /// The outputs `kept` of such a layer.
+    fn linear_part(
+        &self,
+        name: &str,
+        x: &Moments,
+        out: usize,
+        kept: Range<usize>,
+        held: Held,
+    ) -> Estimate<Moments> {
+        let weight = format!("{name}.weight");
+        if self.extents(&weight, held)? != (out, x.len()) {
             return Err(Stop::Unknown);
         }
         let mean: Vec<f32> = x.mean.iter().map(|m| *m as f32).collect();
         let variance: Vec<f32> = x.variance.iter().map(|v| *v as f32).collect();
-        let mut moments = if held == Held::OutIn {
-            let rows = self.strips(index, outputs.end, cols, |_, weights| {
-                weights.chunks_exact(cols).map(|row| dot_products(row, &mean, &variance)).collect::<Vec<_>>()
-            })?;
-            let (mean, variance) = rows.into_iter().flatten().skip(outputs.start).unzip();
-            Moments { mean, variance }
-        } else {
-            let sums = self.strips(index, rows, cols, |first, weights| {
-                let mut sums = [vec![0f32; outputs.len()], vec![0f32; outputs.len()]];
-                for (i, row) in weights.chunks_exact(cols).enumerate() {
-                    let (m, v) = (mean[first + i], variance[first + i]);
-                    let [means, variances] = &mut sums;
-                    for ((mean, variance), &w) in means.iter_mut().zip(variances).zip(&row[outputs.clone()]) {
-                        *mean += w * m;
-                        *variance += w * w * v;
-                    }
-                }
-                sums.map(|s| s.into_iter().map(f64::from).collect::<Vec<_>>())
-            })?;
-            let [mean, variance] = add_up(sums, outputs.len());
-            Moments { mean, variance }
+        let mut moments = match held {
+            Held::OutIn => self.row_sums(&weight, kept.clone(), &mean, &variance)?,
+            Held::InOut => self.column_sums(&weight, kept.clone(), |row| (mean[row], variance[row]))?,
         };
         let bias = format!("{name}.bias");
         if self.names.contains_key(bias.as_str()) {
             let bias = self.vector(&bias, out)?;
-            moments.mean.iter_mut().zip(&bias[outputs]).for_each(|(m, b)| *m += b);
+            moments.mean.iter_mut().zip(&bias[kept]).for_each(|(m, b)| *m += b);
         }
-        Ok(moments)
+        moments.finite()
     }
 
-    /// Calls `work` with the first row and the weights of each strip, on many threads; results are in order, so that
-    /// sums over them do not depend on the threads.
+    /// Σ w·m and Σ w²·v over each of the rows `kept`.
+    fn row_sums(&self, name: &str, kept: Range<usize>, m: &[f32], v: &[f32]) -> Estimate<Moments> {
+        let level = Level::detect();
+        let strips = self.strips(name, kept, |tensor, rows| {
+            let mut row = vec![0f32; m.len()];
+            let sums = rows.map(|r| {
+                tensor.encoding.widen(&tensor.bytes, r * m.len(), &mut row);
+                level.run(DotProducts { w: &row, m, v })
+            });
+            sums.collect::<Vec<_>>()
+        })?;
+        let (mean, variance) = strips.into_iter().flatten().unzip();
+        Ok(Moments { mean, variance })
+    }
+
+    /// Σ a·w and Σ b·w² over all rows, for each of the columns `kept`; `factors` are a and b of a row.
+    fn column_sums(
+        &self,
+        name: &str,
+        kept: Range<usize>,
+        factors: impl Fn(usize) -> (f32, f32) + Sync,
+    ) -> Estimate<Moments> {
+        let (all_rows, cols) = self.extents(name, Held::OutIn)?;
+        let (n, level) = (kept.len(), Level::detect());
+        let strips = self.strips(name, 0..all_rows, |tensor, rows| {
+            let mut total = [vec![0f64; n], vec![0f64; n]];
+            let mut sums = [vec![0f32; n], vec![0f32; n]];
+            let mut some = vec![0f32; n * ROWS_AT_ONCE];
+            for row in rows.clone().step_by(ROWS_AT_ONCE) {
+                // Rows past the last one count as zeros.
+                let mut ab = [(0f32, 0f32); ROWS_AT_ONCE];
+                let present = row..rows.end.min(row + ROWS_AT_ONCE);
+                if present.len() < ROWS_AT_ONCE {
+                    some.fill(0.0);
+                }
+                for ((w, ab), r) in some.chunks_exact_mut(n).zip(&mut ab).zip(present.clone()) {
+                    tensor.encoding.widen(&tensor.bytes, r * cols + kept.start, w);
+                    *ab = factors(r);
+                }
+                level.run(AddRows { sums: &mut sums, w: &some, ab });
+                if present.end == rows.end || (present.end - rows.start).is_multiple_of(ROWS_IN_FP32) {
+                    for (total, sums) in total.iter_mut().flatten().zip(sums.iter_mut().flatten()) {
+                        *total += f64::from(std::mem::take(sums));
+                    }
+                }
+            }
+            total
+        })?;
+        let mut out = Moments { mean: vec![0.0; n], variance: vec![0.0; n] };
+        for [mean, variance] in strips {
+            out.add(&Moments { mean, variance });
+        }
+        Ok(out)
+    }
+
+    /// Calls `work` with strips of some rows, on many threads; results are in order, so that sums over them do not
+    /// depend on the threads.
     fn strips<T: Send>(
         &self,
-        index: usize,
-        rows: usize,
-        cols: usize,
-        work: impl Fn(usize, &[f32]) -> T + Sync,
+        name: &str,
+        rows: Range<usize>,
+        work: impl Fn(&Tensor<'_>, Range<usize>) -> T + Sync,
     ) -> Estimate<Vec<T>> {
-        let tensor = self.model.read(index)?;
-        let firsts: Vec<usize> = (0..rows).step_by(ROWS).collect();
-        let strip = |scratch: &mut Vec<f32>, &first: &usize| {
-            scratch.resize(ROWS.min(rows - first) * cols, 0.0);
-            tensor.encoding.widen(&tensor.bytes, first * cols, scratch);
-            work(first, scratch)
-        };
-        Ok(firsts.par_iter().map_init(Vec::new, strip).collect())
+        let tensor = self.model.read(self.find(name)?)?;
+        let strip = rows.len().div_ceil(MOST_STRIPS).next_multiple_of(ROWS_AT_ONCE).max(LEAST_ROWS);
+        let firsts: Vec<usize> = rows.clone().step_by(strip).collect();
+        let results = firsts.into_par_iter().map(|first| work(&tensor, first..rows.end.min(first + strip)));
+        Ok(results.collect())
     }
 }
 
-/// Σ w·m and Σ w²·v.
-fn dot_products(w: &[f32], m: &[f32], v: &[f32]) -> (f64, f64) {
-    const LANES: usize = 16;
-    let (mut means, mut variances) = ([0f32; LANES], [0f32; LANES]);
-    let mut add = |w: &[f32], m: &[f32], v: &[f32]| {
-        for (((mean, variance), w), (m, v)) in
-            means.iter_mut().zip(&mut variances).zip(w).zip(m.iter().zip(v))
-        {
-            *mean += w * m;
-            *variance += w * w * v;
-        }
-    };
-    for ((w, m), v) in w.chunks(LANES).zip(m.chunks(LANES)).zip(v.chunks(LANES)) {
-        add(w, m, v);
-    }
-    let sum = |lanes: [f32; LANES]| lanes.into_iter().map(f64::from).sum();
-    (sum(means), sum(variances))
+/// Σ w·m and Σ w²·v of a row. Written without the traits' operations, it gives the same on every level.
+struct DotProducts<'a> {
+    w: &'a [f32],
+    m: &'a [f32],
+    v: &'a [f32],
 }
 
-fn add_up(strips: Vec<[Vec<f64>; 2]>, len: usize) -> [Vec<f64>; 2] {
-    let mut total = [vec![0f64; len], vec![0f64; len]];
-    for strip in strips {
-        for (total, strip) in total.iter_mut().zip(strip) {
-            total.iter_mut().zip(strip).for_each(|(t, s)| *t += s);
+impl Kernel for DotProducts<'_> {
+    type Output = (f64, f64);
+
+    #[inline(always)]
+    fn run<S: Simd>(self, _: S) -> (f64, f64) {
+        const LANES: usize = 16;
+        let (mut means, mut variances) = ([0f32; LANES], [0f32; LANES]);
+        let (w, w_rest) = self.w.as_chunks::<LANES>();
+        let (m, m_rest) = self.m.as_chunks::<LANES>();
+        let (v, v_rest) = self.v.as_chunks::<LANES>();
+        for ((w, m), v) in w.iter().zip(m).zip(v) {
+            for i in 0..LANES {
+                means[i] += w[i] * m[i];
+                variances[i] += w[i] * w[i] * v[i];
+            }
+        }
+        for (i, ((w, m), v)) in w_rest.iter().zip(m_rest).zip(v_rest).enumerate() {
+            means[i] += w * m;
+            variances[i] += w * w * v;
+        }
+        (means.into_iter().map(f64::from).sum(), variances.into_iter().map(f64::from).sum())
+    }
+}
+
+/// Adds a·w and b·w² of some rows, one after another in `w`, to the sums of their columns; the same on every level.
+struct AddRows<'a> {
+    sums: &'a mut [Vec<f32>; 2],
+    w: &'a [f32],
+    ab: [(f32, f32); ROWS_AT_ONCE],
+}
+
+impl Kernel for AddRows<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, _: S) {
+        let [first, second] = self.sums;
+        let n = first.len();
+        let (w0, rest) = self.w.split_at(n);
+        let (w1, rest) = rest.split_at(n);
+        let (w2, w3) = rest.split_at(n);
+        let [(a0, b0), (a1, b1), (a2, b2), (a3, b3)] = self.ab;
+        let rows = w0.iter().zip(w1).zip(w2.iter().zip(w3));
+        for ((first, second), ((w0, w1), (w2, w3))) in first.iter_mut().zip(second).zip(rows) {
+            *first += (a0 * w0 + a1 * w1) + (a2 * w2 + a3 * w3);
+            *second += (b0 * w0 * w0 + b1 * w1 * w1) + (b2 * w2 * w2 + b3 * w3 * w3);
         }
     }
-    total
 }
