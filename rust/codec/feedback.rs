@@ -195,23 +195,30 @@ impl<N: Nearest> Kernel for Job<'_, N> {
     fn run<S: Simd>(mut self, s: S) -> Done {
         let ready = N::ready(s);
         let mut errors = vec![[0.0; ROWS]; self.weights.len()];
-        let norm = sweep(s, self.factor, &mut errors, |j, _| vectors(s, &self.weights[j]));
-        let before = sweep(s, self.factor, &mut errors, |j, _| {
-            let (w, rebuilt) = (vectors(s, &self.weights[j]), vectors(s, &self.rebuilt[j]));
-            std::array::from_fn(|v| s.sub(w[v], rebuilt[v]))
-        });
         let mut codes = vec![[0; ROWS]; self.weights.len()];
-        sweep(s, self.factor, &mut errors, |j, fed| {
-            let w = vectors(s, &self.weights[j]);
-            std::array::from_fn(|v| {
-                let group = self.group(s, j / N::GROUP, v);
-                let (code, rebuilt) = N::nearest(s, &ready, s.add(w[v], fed[v]), group);
-                store_codes(s, code, &mut codes[j], v);
-                s.sub(w[v], rebuilt)
-            })
-        });
-        let improved = descent::improve(s, &ready, &mut self, &errors, &mut codes);
-        let after = sweep(s, self.factor, &mut errors, |j, _| vectors(s, &improved[j]));
+        let mut given = self.weights.clone();
+        let mut traces = [[0.0; ROWS]; 3];
+        // One loop and not three calls: each would compile for every layout and instruction set.
+        for (stage, trace) in traces.iter_mut().enumerate() {
+            if stage == 1 {
+                for (e, rebuilt) in given.iter_mut().zip(&self.rebuilt) {
+                    e.iter_mut().zip(rebuilt).for_each(|(e, r)| *e -= r);
+                }
+            } else if stage == 2 {
+                sweep(s, self.factor, &mut errors, |j, fed| {
+                    let w = vectors(s, &self.weights[j]);
+                    std::array::from_fn(|v| {
+                        let group = self.group(s, j / N::GROUP, v);
+                        let (code, rebuilt) = N::nearest(s, &ready, s.add(w[v], fed[v]), group);
+                        store_codes(s, code, &mut codes[j], v);
+                        s.sub(w[v], rebuilt)
+                    })
+                });
+                given = descent::improve(s, &ready, &mut self, &errors, &mut codes);
+            }
+            *trace = sweep(s, self.factor, &mut errors, |j, _| vectors(s, &given[j]));
+        }
+        let [norm, before, after] = traces;
         Done { codes, parameters: self.parameters, norm, before, after }
     }
 }
