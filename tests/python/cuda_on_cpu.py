@@ -89,7 +89,9 @@ def function(name: str, kernel: str, defines: dict[str, str | int], device: int)
     """`tenpak.cuda.compile.function`, on the CPU."""
     library = _library(name, tuple(sorted(defines.items())), kernel)
 
-    def call(grid: tuple[int], block: tuple[int], arguments: tuple[Any, ...]) -> None:
+    def call(
+        grid: tuple[int], block: tuple[int], arguments: tuple[Any, ...], shared: int = 0, stream: Any = None
+    ) -> None:
         # Bare integers are addresses.
         values = [np.uint64(a) if isinstance(a, int) else a for a in arguments]
         boxes = [np.array([value]) for value in values]

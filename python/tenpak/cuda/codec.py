@@ -106,12 +106,19 @@ def decode_packed(w: Any, dtype: DTypeLike) -> Any:
     with cupy.cuda.Device(w.device):
         out = cupy.empty((w.batch, n, k) if w.batch else (n, k), float_type(name))
         if out.size:
-            kernel = function("decode.cu", "decode_packed", {"LAYOUT": w.layout, "OUT": _FLOATS[name]}, w.device)
-            rows = max(w.batch, 1) * n
-            pointers = (*(0 if a is None else a.data.ptr for a in (w.codes, w.params, w.row_params)), out.data.ptr)
-            numbers = (np.uint64(rows), np.int32(n), np.int32(k), np.float32(w.scale), np.float32(_LARGEST[name]))
-            kernel(_blocks(rows * -(-k // 8), _DECODE_BLOCK), (_DECODE_BLOCK,), (*pointers, *numbers))
+            decode_packed_into(w, out.data.ptr, name)
     return out
+
+
+def decode_packed_into(w: Any, out: int, dtype: str, stream: Any = None) -> None:
+    """The same to an address on the weight's device, which is the current one; F32, F16 or BF16."""
+    n, k = w.shape
+    kernel = function("decode.cu", "decode_packed", {"LAYOUT": w.layout, "OUT": _FLOATS[dtype]}, w.device)
+    rows = max(w.batch, 1) * n
+    pointers = (*(0 if a is None else a.data.ptr for a in (w.codes, w.params, w.row_params)), out)
+    numbers = (np.uint64(rows), np.int32(n), np.int32(k), np.float32(w.scale), np.float32(_LARGEST[dtype]))
+    blocks = _blocks(rows * -(-k // 8), _DECODE_BLOCK)
+    kernel(blocks, (_DECODE_BLOCK,), (*pointers, *numbers), 0, stream)
 
 
 def pack(layout: layouts.Layout, parts: list[Any], n: int, k: int, batch: int) -> tuple[Any, Any, Any]:
@@ -131,18 +138,14 @@ def pack(layout: layouts.Layout, parts: list[Any], n: int, k: int, batch: int) -
 
 def parts_on_device(codec: str, parts: Mapping[str, Any], shape: tuple[int, ...], axis: int) -> list[Any]:
     """A codec's parts in their order, on the current device; `UsageError` where they do not fit the shape."""
-    found = []
-    for name, kind, rows, per_row in _core.part_shapes(codec, list(shape), axis):
-        if name not in parts:
-            raise UsageError(f"the parts of {codec} lack {name!r}; there are {', '.join(parts) or 'none'}")
-        part = cupy.ascontiguousarray(cupy.asarray(parts[name]))
-        if part.shape != (rows, per_row) or part.dtype != dtypes.stored(kind):
-            raise UsageError(
-                f"{name}: {part.dtype} {list(part.shape)} does not fit {codec} of shape {list(shape)}; "
-                f"it must be {dtypes.stored(kind)} {[rows, per_row]}"
-            )
-        found.append(part)
-    return found
+    return [cupy.ascontiguousarray(cupy.asarray(part)) for part in layouts.ordered(codec, parts, shape, axis)]
+
+
+def borrowed(tensor: Any) -> Any:
+    """A PyTorch tensor on a CUDA device as a CuPy array in the same memory."""
+    memory = cupy.cuda.UnownedMemory(tensor.data_ptr(), tensor.nbytes, tensor, tensor.get_device())
+    kind = str(tensor.dtype).removeprefix("torch.")
+    return cupy.ndarray(tuple(tensor.shape), kind, cupy.cuda.MemoryPointer(memory, 0))
 
 
 def float_type(name: str) -> Any:

@@ -6,13 +6,14 @@ and words in a tile are as cuda/layouts.cuh draws them. Padding is codes that st
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from tenpak import _core, dtypes
 from tenpak.errors import UsageError
 
 TILE_ROWS = 16
@@ -134,6 +135,22 @@ def matrices(shape: Sequence[int], axis: int) -> tuple[int, int, int]:
     k = shape[position]
     n = shape[rank - 2] if position == rank - 1 else shape[rank - 1]
     return n, k, shape[0] if rank == 3 else 0
+
+
+def ordered(codec: str, parts: Mapping[str, Any], shape: Sequence[int], axis: int) -> list[Any]:
+    """A codec's parts in its layout's order; `UsageError` where they do not fit the shape."""
+    found = []
+    for name, kind, rows, per_row in _core.part_shapes(codec, list(shape), axis):
+        if name not in parts:
+            raise UsageError(f"the parts of {codec} lack {name!r}; there are {', '.join(parts) or 'none'}")
+        part, wanted = parts[name], dtypes.stored(kind)
+        if part.shape != (rows, per_row) or part.dtype != wanted:
+            raise UsageError(
+                f"{name}: {part.dtype} {list(part.shape)} does not fit {codec} of shape {list(shape)}; "
+                f"it must be {wanted} {[rows, per_row]}"
+            )
+        found.append(part)
+    return found
 
 
 def pack(

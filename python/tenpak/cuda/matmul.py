@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import cupy
 import numpy as np
+
 from tenpak.cuda.compile import function
 from tenpak.errors import UsageError
 
@@ -235,18 +236,21 @@ def launch(
     x_stride: int | None = None,
     bias: int = 0,
     offsets: int = 0,
+    workspace: Workspace | None = None,
 ) -> None:
     """Launches y = x Wᵀ + bias on addresses of device memory, for callers that have their own arrays.
 
     `x` [m, k] (or [batch, m, k]; with `offsets`, all experts' tokens [m, k]) with rows of `x_stride` elements (k), `y`
     [m, n] alike, in FP16 or BF16; `bias` [n] (or [batch, n]) of the same type, or 0; `offsets` int32 [batch + 1] or 0;
-    `stream` a CuPy stream of the weight's device. Checks nothing.
+    `stream` a CuPy stream of the weight's device; `workspace` what the plan asks for, or None for the stream's own.
+    Checks nothing.
     """
     n, k = w.shape
     batch = max(w.batch, 1)
     p = plan(w.device, w.layout, n, k, m, batch, bf16, offsets != 0)
-    workspace = workspace_of(w.device, stream.ptr)
-    workspace.reserve(p.partial_bytes, p.counters)
+    if workspace is None:
+        workspace = workspace_of(w.device, stream.ptr)
+        workspace.reserve(p.partial_bytes, p.counters)
     row_params = w.row_params
     params = w.params
     weights = (

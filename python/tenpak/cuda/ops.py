@@ -1,0 +1,290 @@
+"""The PyTorch operators `tenpak::matmul` and `tenpak::dequantise` on packed weights.
+
+Registered with implementations for CUDA and for CPU, with fake ones for torch.compile, and with a gradient for inputs
+and bias. On CUDA they launch the kernels on PyTorch's current stream and allocate through PyTorch, so that they can be
+captured in CUDA graphs. Where the kernels cannot run, PyTorch computes instead, which a warning says once.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from tenpak.cuda import fallback, layouts
+
+#: Bytes of a weight's rows that are unpacked at a time for a product by cuBLAS.
+_DENSE_BYTES = 64 << 20
+
+_DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+
+_library = torch.library.Library("tenpak", "DEF")
+_WEIGHT = "Tensor codes, Tensor? params, Tensor? row_params, str layout, int n, int k, float scale"
+_library.define(f"matmul(Tensor x, {_WEIGHT}, Tensor? bias) -> Tensor")
+_library.define(f"dequantise({_WEIGHT}, ScalarType dtype) -> Tensor")
+
+
+class _Memory:
+    """A tensor as `tenpak.cuda.matmul.launch` reads CuPy's arrays."""
+
+    __slots__ = ("nbytes", "ptr", "shape")
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.ptr, self.nbytes, self.shape = tensor.data_ptr(), tensor.nbytes, tensor.shape
+
+    @property
+    def data(self) -> _Memory:
+        return self
+
+
+@dataclass(slots=True)
+class _Weight:
+    """Packed tensors as kernels' callers read a `QuantizedWeight`."""
+
+    layout: str
+    shape: tuple[int, int]
+    codes: _Memory
+    params: _Memory | None
+    row_params: _Memory | None
+    scale: float
+    device: int
+    batch: int = 0
+
+
+@dataclass(slots=True)
+class _Workspace:
+    partial: _Memory
+    counters: _Memory
+
+
+@functools.cache
+def missing(device: torch.device) -> str | None:
+    """Why the kernels cannot run on a device, or None."""
+    if device.type != "cuda":
+        return f"on {device.type} PyTorch computes with"
+    if torch.version.cuda is None:
+        return "this PyTorch is not built for CUDA: it computes itself with"
+    try:
+        import cupy  # noqa: F401
+    except ImportError:
+        return "CuPy is not installed (pip install 'tenpak[cuda13]', or cuda12): PyTorch computes with"
+    major, minor = torch.cuda.get_device_capability(device)
+    if major < 8:
+        return f"the kernels need compute capability 8.0, {device} has {major}.{minor}: PyTorch computes with"
+    return None
+
+
+_said = False
+
+
+def _say_once(device: torch.device) -> None:
+    """Warns, the first time that PyTorch must compute."""
+    global _said
+    reason = missing(device)
+    if reason is not None and not _said:
+        _said = True
+        warnings.warn(f"{reason} quantised weights, which it unpacks for every product: slowly", stacklevel=2)
+
+
+@functools.lru_cache(maxsize=256)
+def stream_of(pointer: int, device: int) -> Any:
+    """CuPy's view of a stream of PyTorch's."""
+    import cupy
+
+    if not hasattr(cupy.cuda.Stream, "from_external"):  # before CuPy 14
+        return cupy.cuda.ExternalStream(pointer, device)
+
+    class Stream:
+        def __cuda_stream__(self) -> tuple[int, int]:
+            return 0, pointer
+
+    return cupy.cuda.Stream.from_external(Stream())
+
+
+def current_stream(device: torch.device) -> Any:
+    """PyTorch's current stream of a device, for CuPy."""
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return stream_of(torch.cuda.current_stream(index).cuda_stream, index)
+
+
+def _weight(
+    codes: torch.Tensor,
+    params: torch.Tensor | None,
+    row_params: torch.Tensor | None,
+    layout: str,
+    n: int,
+    k: int,
+    scale: float,
+) -> _Weight:
+    return _Weight(
+        layout,
+        (n, k),
+        _Memory(codes),
+        None if params is None else _Memory(params),
+        None if row_params is None else _Memory(row_params),
+        scale,
+        codes.get_device(),
+    )
+
+
+def _matmul_torch(
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    params: torch.Tensor | None,
+    row_params: torch.Tensor | None,
+    layout: str,
+    n: int,
+    k: int,
+    scale: float,
+    bias: torch.Tensor | None,
+) -> torch.Tensor:
+    _say_once(x.device)
+    weight = fallback.dequantise(layouts.find(layout), codes, params, row_params, n, k, scale, x.dtype)
+    return torch.nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
+
+
+def _matmul_cuda(
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    params: torch.Tensor | None,
+    row_params: torch.Tensor | None,
+    layout: str,
+    n: int,
+    k: int,
+    scale: float,
+    bias: torch.Tensor | None,
+) -> torch.Tensor:
+    if k == 0 or missing(x.device) is not None:
+        return _matmul_torch(x, codes, params, row_params, layout, n, k, scale, bias)
+    if x.device != torch.device("cuda", torch.cuda.current_device()):
+        with torch.cuda.device(x.device):
+            return _matmul_cuda(x, codes, params, row_params, layout, n, k, scale, bias)
+    from tenpak.cuda.matmul import DENSE_FROM, device_of, launch
+
+    compute = x.dtype if x.dtype in (torch.float16, torch.bfloat16) else torch.float16
+    rows = x.reshape(-1, k).to(compute)
+    if rows.stride(1) != 1:
+        rows = rows.contiguous()
+    bias = None if bias is None else bias.to(compute).contiguous()
+    m, bf16 = rows.shape[0], compute == torch.bfloat16
+    weight = _weight(codes, params, row_params, layout, n, k, scale)
+    stream = current_stream(x.device)
+    if m >= DENSE_FROM[device_of(weight.device).hopper]:
+        y = _by_cublas(rows, weight, bias, bf16, stream)
+    else:
+        y = torch.empty(m, n, dtype=compute, device=x.device)
+        if m and n:
+            # The workspace that a stream's first launch makes is CuPy's, and must be made on that stream.
+            with stream:
+                launch(
+                    weight,  # type: ignore[arg-type]
+                    rows.data_ptr(),
+                    y.data_ptr(),
+                    m,
+                    bf16=bf16,
+                    stream=stream,
+                    x_stride=rows.stride(0) if m > 1 else k,
+                    bias=0 if bias is None else bias.data_ptr(),
+                    workspace=_captured_workspace(weight, m, bf16, x.device),
+                )
+    return y.view(*x.shape[:-1], n).to(x.dtype)
+
+
+def _captured_workspace(weight: _Weight, m: int, bf16: bool, device: torch.device) -> Any:
+    """Memory of the graph's own while one is captured: CuPy could not allocate then. None otherwise."""
+    if not torch.cuda.is_current_stream_capturing():
+        return None
+    from tenpak.cuda.matmul import plan
+
+    needs = plan(weight.device, weight.layout, *weight.shape, m, 1, bf16)
+    return _Workspace(
+        _Memory(torch.empty(needs.partial_bytes, dtype=torch.uint8, device=device)),
+        _Memory(torch.zeros(needs.counters, dtype=torch.int32, device=device)),
+    )
+
+
+def _by_cublas(rows: torch.Tensor, weight: _Weight, bias: torch.Tensor | None, bf16: bool, stream: Any) -> torch.Tensor:
+    """The product of many tokens, the weight being unpacked `_DENSE_BYTES` at a time."""
+    from tenpak.cuda.matmul import unpack
+
+    n, k = weight.shape
+    step = max(layouts.TILE_ROWS, _DENSE_BYTES // (2 * k) // layouts.TILE_ROWS * layouts.TILE_ROWS)
+    part = torch.empty(min(n, step), k, dtype=rows.dtype, device=rows.device)
+    parts = []
+    for first in range(0, n, step):
+        here = part[: min(step, n - first)]
+        unpack(weight, _Memory(here), bf16, stream, 0, first)  # type: ignore[arg-type]
+        parts.append(torch.nn.functional.linear(rows, here, None if bias is None else bias[first : first + step]))
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+
+def _dequantise_torch(
+    codes: torch.Tensor,
+    params: torch.Tensor | None,
+    row_params: torch.Tensor | None,
+    layout: str,
+    n: int,
+    k: int,
+    scale: float,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    return fallback.dequantise(layouts.find(layout), codes, params, row_params, n, k, scale, dtype)
+
+
+def _dequantise_cuda(
+    codes: torch.Tensor,
+    params: torch.Tensor | None,
+    row_params: torch.Tensor | None,
+    layout: str,
+    n: int,
+    k: int,
+    scale: float,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    if dtype not in _DTYPES or n * k == 0 or missing(codes.device) is not None:
+        return _dequantise_torch(codes, params, row_params, layout, n, k, scale, dtype)
+    from tenpak.cuda import codec
+
+    out = torch.empty(n, k, dtype=dtype, device=codes.device)
+    with torch.cuda.device(codes.device):
+        weight = _weight(codes, params, row_params, layout, n, k, scale)
+        codec.decode_packed_into(weight, out.data_ptr(), _DTYPES[dtype], current_stream(codes.device))
+    return out
+
+
+def _matmul_fake(x: torch.Tensor, codes: torch.Tensor, *weight: Any) -> torch.Tensor:
+    n, k = weight[3], weight[4]
+    torch._check(x.shape[-1] == k, lambda: f"x: shape {list(x.shape)} does not fit the weight [{n}, {k}]")
+    return x.new_empty((*x.shape[:-1], n))
+
+
+def _dequantise_fake(codes: torch.Tensor, *weight: Any) -> torch.Tensor:
+    return codes.new_empty((weight[3], weight[4]), dtype=weight[6])
+
+
+def _remember(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    x, codes, params, row_params, *ctx.layout, bias = inputs
+    ctx.weight = codes, params, row_params
+    ctx.dtype, ctx.bias_dtype = x.dtype, None if bias is None else bias.dtype
+
+
+def _gradient(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    """Of x and bias; the quantised weight has none."""
+    of_x = of_bias = None
+    if ctx.needs_input_grad[0]:
+        of_x = grad @ torch.ops.tenpak.dequantise(*ctx.weight, *ctx.layout, grad.dtype)
+    if ctx.needs_input_grad[8]:
+        of_bias = grad.reshape(-1, grad.shape[-1]).sum(0).to(ctx.bias_dtype)
+    return of_x, None, None, None, None, None, None, None, of_bias
+
+
+_library.impl("matmul", _matmul_cuda, "CUDA")
+_library.impl("matmul", _matmul_torch, "CPU")
+_library.impl("dequantise", _dequantise_cuda, "CUDA")
+_library.impl("dequantise", _dequantise_torch, "CPU")
+torch.library.register_fake("tenpak::matmul", _matmul_fake, lib=_library)
+torch.library.register_fake("tenpak::dequantise", _dequantise_fake, lib=_library)
+torch.library.register_autograd("tenpak::matmul", _gradient, setup_context=_remember, lib=_library)

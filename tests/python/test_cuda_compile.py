@@ -1,0 +1,143 @@
+"""Every kernel compiles for every architecture with no GPU; machine code is kept and found again."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import tenpak
+from support import ROOT, require
+from tenpak import _core
+from tenpak.cuda import compile as kernels
+from tenpak.cuda import layouts
+
+ARCHITECTURES = ["sm_80", "sm_90", "sm_90a", "sm_120"]
+LAYOUTS = list(layouts.LAYOUTS)
+#: A configuration of each product kernel that `matmul` may choose, for each kernel's templates.
+SKINNY = [{"WARPS": 8, "DEPTH": 2, "COLUMNS": 1, "BLOCKS": 2}, {"WARPS": 16, "DEPTH": 2, "COLUMNS": 8, "BLOCKS": 1}]
+PREFILL = [{"GROUPS": 4, "BLOCKS": 1, "TOKENS": 16, "DEPTH": 3, "STAGES": 3}]
+
+
+@pytest.fixture(autouse=True)
+def no_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    require("nvrtc")
+    monkeypatch.setenv("TENPAK_CACHE_DIR", "")
+
+
+def defines_of(name: str, layout: str) -> list[dict[str, object]]:
+    if name == "pack.cu":
+        return [{"LAYOUT": layout}]
+    if name == "decode.cu":
+        return [{"LAYOUT": layout, "OUT": out} for out in (32, 16, 116)]
+    if name == "dense.cu":
+        return [{"LAYOUT": layout, "BF16": bf16} for bf16 in (0, 1)]
+    if name == "skinny.cu":
+        return [{"LAYOUT": layout, "BF16": i, **defines} for i, defines in enumerate(SKINNY)]
+    return [{"LAYOUT": layout, "BF16": bf16, **defines} for bf16 in (0, 1) for defines in PREFILL]
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", ["pack.cu", "decode.cu", "dense.cu", "skinny.cu", "prefill.cu"])
+def test_every_kernel_compiles_for_every_layout(name, layout, arch):
+    if name == "prefill.cu" and arch != "sm_90a":
+        pytest.skip("wgmma is Hopper's own")
+    for defines in defines_of(name, layout):
+        assert kernels.compile_to_cubin(name, defines, arch).startswith(b"\x7fELF")
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_the_encoder_compiles_for_every_group(arch):
+    for width in (8, 16, 32, 64, 128):
+        # The widest take seconds each.
+        for kind in (32, 16, 116) if width <= 16 else (32,):
+            cubin = kernels.compile_to_cubin("encode.cu", {"WIDTH": width, "IN": kind}, arch)
+            assert cubin.startswith(b"\x7fELF")
+
+
+def test_architectures():
+    assert kernels.architecture("skinny.cu", "90") == "sm_90"
+    assert kernels.architecture("prefill.cu", "90") == "sm_90a"
+    assert kernels.architecture("prefill.cu", "120") == "sm_120"
+    with pytest.raises(tenpak.UnsupportedError, match=r"compute capability 7\.5 is too old; the kernels need 8\.0"):
+        kernels.architecture("skinny.cu", "75")
+
+
+def test_machine_code_is_kept_by_what_it_is_made_of(tmp_path, monkeypatch):
+    monkeypatch.setenv("TENPAK_CACHE_DIR", str(tmp_path / "cache"))
+    calls = []
+    compiler = kernels._compiler()
+
+    class Counting:
+        version = compiler.version
+
+        def compile(self, *arguments: object) -> bytes:
+            calls.append(arguments)
+            return compiler.compile(*arguments)
+
+    monkeypatch.setattr(kernels, "_compiler", Counting)
+
+    def cubin(layout: str = "int4_g8_fp16", arch: str = "sm_80") -> bytes:
+        return kernels.compile_to_cubin("pack.cu", {"LAYOUT": layout}, arch)
+
+    first = cubin()
+    assert (cubin(), len(calls)) == (first, 1)
+    cubin(arch="sm_90")
+    cubin("int4_g16_fp16")
+    assert len(calls) == 3
+    assert len(list((tmp_path / "cache").iterdir())) == 3
+
+    # A header that a header includes counts, too.
+    sources = tmp_path / "cuda"
+    sources.mkdir()
+    for name in ("pack.cu", "weights.cuh", "floats.cuh"):
+        (sources / name).write_text(kernels.source(name))
+    monkeypatch.setenv("TENPAK_CUDA_DIR", str(sources))
+    assert (cubin(), len(calls)) == (first, 3)
+    (sources / "floats.cuh").write_text(kernels.source("floats.cuh") + "// edited\n")
+    cubin()
+    assert len(calls) == 4
+
+    # A damaged file is made again.
+    monkeypatch.delenv("TENPAK_CUDA_DIR")
+    for file in (tmp_path / "cache").iterdir():
+        file.write_bytes(file.read_bytes()[:-1])
+    assert (cubin(), len(calls)) == (first, 5)
+
+    # One that cannot be kept is not an error.
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("TENPAK_CACHE_DIR", str(tmp_path / "file" / "below"))
+    assert cubin() == first
+
+
+def test_what_fails_to_compile_is_said_with_the_log(tmp_path, monkeypatch):
+    (tmp_path / "pack.cu").write_text("this is no C++")
+    monkeypatch.setenv("TENPAK_CUDA_DIR", str(tmp_path))
+    with pytest.raises(tenpak.TenpakError, match=r"cuda/pack\.cu does not compile with .*-arch=sm_80.*(?s:.*)error"):
+        kernels.compile_to_cubin("pack.cu", {}, "sm_80")
+    with pytest.raises(tenpak.StorageError, match="TENPAK_CUDA_DIR"):
+        kernels.compile_to_cubin("decode.cu", {}, "sm_80")
+    monkeypatch.delenv("TENPAK_CUDA_DIR")
+    with pytest.raises(tenpak.UnsupportedError, match="does not know sm_1"):
+        kernels.compile_to_cubin("pack.cu", {"LAYOUT": "int4_g8_fp16"}, "sm_1")
+
+
+def test_the_extension_has_every_source():
+    for path in sorted((ROOT / "cuda").glob("*.cu*")):
+        assert _core.cuda_source(path.name) == path.read_text(), (
+            f"{path.name} is older in the extension: build it again"
+        )
+    with pytest.raises(tenpak.UsageError, match="no CUDA source 'x.cu'; there are decode.cu, "):
+        _core.cuda_source("x.cu")
+
+
+def test_layouts_have_one_list():
+    """The names in cuda/ and in layouts.py are the same, and the codec table's layouts are among them."""
+    for header in ("layouts.cuh", "weights.cuh"):
+        assert re.findall(r"^using (int\w+) =", (ROOT / "cuda" / header).read_text(), re.MULTILINE) == LAYOUTS
+    four_and_eight_bits = {c.layout for c in tenpak.codecs() if c.code_bits in (4, 8)}
+    assert four_and_eight_bits <= set(LAYOUTS)
+    for codec in tenpak.codecs():
+        if codec.layout in LAYOUTS:
+            layout = layouts.find(codec.layout)
+            assert (layout.group or None, layout.code_bits) == (codec.group, codec.code_bits)
