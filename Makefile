@@ -7,7 +7,9 @@ MODEL ?= tests/data/tiny-llama
 FUZZ_RUNS ?= 10000000
 FUZZ_TARGETS := artifact safetensors gguf json
 
-.PHONY: help demo dev torch test lint cargo-test pytest fuzz bench docs wheel clean
+QUALITY ?=
+
+.PHONY: help demo dev torch test lint cargo-test pytest fuzz bench quality docs wheel clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -62,8 +64,14 @@ bench: dev ## speed beside other tools, written to tests/bench/results
 	$(BIN)/python tests/bench/bench_codecs.py
 	$(BIN)/python tests/bench/bench_files.py
 
+quality: dev ## what every codec loses on the reference models, beside other tools (hours on a CPU; QUALITY=--device cuda)
+	$(BIN)/pip install --quiet libgguf==0.2.2
+	$(BIN)/python tests/bench/bench_quality.py $(QUALITY)
+	$(BIN)/python tests/bench/quality_page.py
+
 docs: dev ## write the generated pages of docs/
 	$(BIN)/tenpak codecs --markdown > docs/codecs.md
+	$(BIN)/python tests/bench/quality_page.py
 
 wheel: $(BIN)/python ## a wheel for this platform, for every Python from 3.11 on
 	$(BIN)/pip install --quiet 'maturin>=1.9,<2'

@@ -99,6 +99,7 @@ fn codecs(py: Python<'_>) -> PyResult<Vec<Bound<'_, PyDict>>> {
         let layout = codec.layout;
         let parts = layout.parts.iter().map(|p| {
             let per = match p.per {
+                Per::Weight(1) => "1 bit per weight".to_owned(),
                 Per::Weight(bits) => format!("{bits} bits per weight"),
                 Per::Run(n) => format!("per {n} weights"),
                 Per::Row(n) => format!("{n} per row"),

@@ -23,7 +23,7 @@ def page(results: dict[str, Any]) -> str:
     """The text of docs/quality.md."""
     about, rows = results["machine"], results["rows"]
     models = list(dict.fromkeys(row["model"] for row in rows))
-    original = {m: next(r["original"] for r in rows if r["model"] == m) for m in models}
+    original = {r["model"]: r["original"] for r in rows if r["original"] is not None}
     windows = max(row["windows"] for row in rows)
     gpu = f", {about['gpu']}" if "gpu" in about else ""
     versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
@@ -40,7 +40,7 @@ def page(results: dict[str, Any]) -> str:
         "*own text*, from text that the model sampled itself. Formats of other tools went through the same "
         "evaluation; *imatrix* means ggml's importance matrix, from the same statistics.",
         "",
-        "Original perplexity: " + ", ".join(f"{m} {original[m]:.3f}" for m in models) + ".",
+        "Original perplexity: " + ", ".join(f"{m} {value:.3f}" for m, value in original.items()) + ".",
         "",
         "![KL divergence over bits per weight](quality.svg)",
         "",
@@ -84,11 +84,20 @@ def table(rows: list[Row], models: list[str]) -> list[str]:
                 cells += " | | | |"
                 continue
             cells += (
-                f" {1e3 * row['KL']:.2f} ± {1e3 * row['KL ±']:.2f} | {row['change']:+.2f} ± {row['change ±']:.2f} % |"
-                f" {100 * row['top1']:.1f} % | {1e3 * row['error']:.3f}e-3 |"
+                f" {1e3 * row['KL']:.2f} ± {1e3 * row['KL ±']:.2f} | {number(row['change'], '+.2f')}"
+                f"{number(row['change ±'], ' ± .2f')} % | {100 * row['top1']:.1f} % |"
+                f" {number(row['error'], '.6f')} |"
             )
         lines.append(cells)
     return lines
+
+
+def number(value: float | None, spec: str) -> str:
+    """A number as `spec` says, with what stands before its sign or point; nothing where there is none."""
+    if value is None:
+        return ""
+    before, _, places = spec.rpartition(" ")
+    return f"{before} {value:{places}}" if before else f"{value:{places}}"
 
 
 WIDTH, HEIGHT, LEFT, TOP, PLOT_WIDTH, PLOT_HEIGHT = 980, 460, 62, 40, 390, 350
