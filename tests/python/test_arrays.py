@@ -183,7 +183,7 @@ def test_memory_can_be_used_again():
         (np.zeros((4, 4), np.int32), {}, tenpak.UsageError, "I32"),
         (np.zeros((4, 4), np.complex64), {}, tenpak.UsageError, "complex64"),
         (gaussian(4, 4), {"importance": [1, 1, 1]}, tenpak.UsageError, "3 weights for 4 columns"),
-        (gaussian(4, 4), {"importance": [1, 1, 0, 1]}, tenpak.UsageError, "importance[2]"),
+        (gaussian(4, 4), {"importance": [1, 1, -1, 1]}, tenpak.UsageError, "importance[2]"),
     ],
 )
 def test_what_cannot_be_encoded_is_refused_in_one_sentence(weights, options, error, words):

@@ -269,6 +269,20 @@ def test_the_commands(tmp_path, llama):
     tenpak_command("calibrate", llama, "--text", tmp_path / "none.txt", "--output", tmp_path / "p", code=6)
 
 
+def test_searches_estimate_inputs_from_the_weights(tmp_path, model):
+    estimated = tenpak.compress(model, tmp_path / "a.tenpak", "int4_lut16_v1")
+    plain = tenpak.compress(model, tmp_path / "b.tenpak", "int4_lut16_v1", calibration="none")
+    encoders = {t.name: t.encoder for t in estimated.tensors if t.codec == "int4_lut16_v1"}
+    fed_by_norms = [n for n in encoders if any(k in n for k in ("q_proj", "up_proj", "c_attn", "c_fc"))]
+    assert {encoders[n] for n in fed_by_norms} == {"search, inputs estimated"}
+    assert {e for n, e in encoders.items() if "down_proj" in n or "c_proj" in n} == {"search"}
+    assert {t.encoder for t in plain.tensors if t.codec == "int4_lut16_v1"} == {"search"}
+    # The weights' own error grows a little, for a smaller error of what is done with them.
+    assert plain.relative_error < estimated.relative_error < 1.2 * plain.relative_error
+    minmax = tenpak.compress(model, tmp_path / "c.tenpak", "int4_g32_fp16_v1")
+    assert {t.encoder for t in minmax.tensors if t.codec == "int4_g32_fp16_v1"} == {"min/max"}
+
+
 def test_reference_models_lose_less(tmp_path):
     require("reference")
     from support import REFERENCE
@@ -284,6 +298,7 @@ def test_reference_models_lose_less(tmp_path):
         report = tenpak.evaluate(path, texts / "dev.txt", against=model, windows=2)
         return report.comparison.divergence.value
 
-    plain = divergence()
+    plain, estimated = divergence(calibration="none"), divergence()
     assert plain < 18e-3
+    assert estimated < 0.97 * plain
     assert divergence(calibration=statistics) < 0.85 * plain
