@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+
 from tenpak.codecs import find as codec_named
 from tenpak.cuda.layouts import find as layout_named
 from tenpak.cuda.linear import G8Linear, is_linear

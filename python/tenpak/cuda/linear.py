@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+import torch.utils.dlpack
+
 from tenpak import arrays
 from tenpak.artifact import ArtifactFile
 from tenpak.codecs import find as codec_named
@@ -75,8 +77,9 @@ class G8Linear(torch.nn.Module):
         """
         if not is_linear(layer):
             raise UsageError(f"{type(layer).__name__} is no linear layer; give nn.Linear or transformers' Conv1D")
-        weight = layer.weight
+        weight, bias = layer.weight, layer.bias
         assert isinstance(weight, torch.Tensor)
+        assert bias is None or isinstance(bias, torch.Tensor)
         if weight.is_meta:
             raise UsageError("the layer's weight is on the meta device; load the model before quantising it")
         layouts.find(codec_named(codec).layout)
@@ -91,7 +94,7 @@ class G8Linear(torch.nn.Module):
         else:
             encoded = arrays.encode(weight.cpu().numpy(), codec, axis)
         made = cls.from_parts(
-            codec, encoded.parts, encoded.shape, axis, encoded.exponent, bias=layer.bias, device=weight.device
+            codec, encoded.parts, encoded.shape, axis, encoded.exponent, bias=bias, device=weight.device
         )
         return made.train(layer.training)
 
@@ -152,7 +155,9 @@ class G8Linear(torch.nn.Module):
 
             with torch.cuda.device(where), ops.current_stream(where):
                 packed = gpu.pack(layout, gpu.parts_on_device(codec, parts, tuple(shape), axis), n, k, 0)
-                tensors = [None if a is None else torch.from_dlpack(a.view(_signed(a.dtype))) for a in packed]
+                tensors = [
+                    None if a is None else torch.utils.dlpack.from_dlpack(a.view(_signed(a.dtype))) for a in packed
+                ]
         else:
             given = [a if isinstance(a, np.ndarray) else a.get() for a in layouts.ordered(codec, parts, shape, axis)]
             packed = layouts.pack(layout, given, n, k)
@@ -205,10 +210,17 @@ class G8Linear(torch.nn.Module):
 
         if not self.codes.is_cuda:
             raise UsageError(f"the layer is on {self.codes.device}; move it to a CUDA device first")
-        parts = [None if t is None else gpu.borrowed(t) for t in (self.codes, self.params, self.row_params)]
-        parts[0] = parts[0].view(np.uint32)
-        shape = self.out_features, self.in_features
-        return QuantizedWeight(self.layout, shape, 0, *parts, scale=self._scale, device=self.codes.get_device())
+        params, row_params = (None if t is None else gpu.borrowed(t) for t in (self.params, self.row_params))
+        return QuantizedWeight(
+            self.layout,
+            (self.out_features, self.in_features),
+            0,
+            gpu.borrowed(self.codes).view(np.uint32),
+            params,
+            row_params,
+            self._scale,
+            self.codes.get_device(),
+        )
 
     @property
     def nbytes(self) -> int:

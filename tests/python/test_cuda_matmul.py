@@ -1,0 +1,229 @@
+"""Products on a GPU, beside FP64: every layout, odd sizes, all numbers of tokens, and what callers may hand over.
+
+Skipped where there is no GPU. Outputs are poisoned with NaN before they are written.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import numpy as np
+import pytest
+import tenpak
+from support import gaussian, require
+from tenpak.cuda import layouts
+
+LAYOUTS = list(layouts.LAYOUTS)
+every_layout = pytest.mark.parametrize("layout", LAYOUTS)
+every_dtype = pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+#: A relative error of the whole output: the weight is rounded to the type, sums are FP32.
+TOLERANCE = {"float16": 1.5e-3, "bfloat16": 8e-3}
+#: n, k: below a tile, odd, K in a partial group, K cut into slices, many strips.
+SHAPES = [(1, 8), (21, 150), (64, 64), (130, 1000), (48, 8200), (2500, 264)]
+TOKENS = [1, 2, 7, 8, 9, 16, 17, 33, 64, 65, 130, 300, 700]
+
+
+@pytest.fixture(scope="module")
+def cupy() -> Any:
+    require("cuda")
+    import cupy
+
+    return cupy
+
+
+def type_of(name: str) -> np.dtype:
+    return np.dtype(name) if name != "bfloat16" else np.dtype(pytest.importorskip("ml_dtypes").bfloat16)
+
+
+def random_weight(layout: str, n: int, k: int, batch: int = 0, seed: int = 0) -> Any:
+    """Of random codes and parameters with a real weight's size; layouts need no codec for it."""
+    from tenpak.cuda import QuantizedWeight, codec
+
+    about, random = layouts.find(layout), np.random.default_rng(seed)
+    rows, group = max(batch, 1) * n, about.group or k
+    groups = -(-k // group)
+    if about.code_bits == 8:
+        scales = (0.001 * (1 + random.random((rows, 1)))).astype(np.float32)
+        parts = [random.integers(-127, 128, (rows, k)).astype(np.int8), scales]
+    else:
+        parts = [random.integers(0, 256, (rows, -(-k // 2)), np.uint8)]
+        if about.param == np.dtype("<u4"):
+            scale = 0.002 * (1 + random.random((rows, groups)))
+            parts += [scale.astype(np.float16), (-7.5 * scale).astype(np.float16)]
+        else:
+            parts += [random.integers(0, 256, (rows, groups), np.uint8) for _ in about.group_parts]
+        if about.row_run:
+            parts += [(2e-5 * (1 + random.random((rows, -(-k // about.row_run))))).astype(np.float16)]
+        elif about.row_part is not None:
+            line = np.array([0.001, 1e-5, -0.02, 6e-5]) * (1 + random.random((rows, 4)))
+            parts += [line.astype(np.float16)]
+    import cupy
+
+    packed = codec.pack(about, [cupy.asarray(part) for part in parts], n, k, batch)
+    return QuantizedWeight(layout, (n, k), batch, *packed, scale=0.25, device=packed[0].device.id)
+
+
+def activations(cupy: Any, *shape: int, dtype: str, seed: int = 1) -> Any:
+    x = np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+    return cupy.asarray(x.astype(type_of(dtype)))
+
+
+def poisoned(cupy: Any, *shape: int, dtype: str) -> Any:
+    bits = 0x7FFF
+    return cupy.full(shape, bits, np.uint16).view(type_of(dtype))
+
+
+def exact(x: Any, w: Any, bias: Any = None) -> np.ndarray:
+    """x Wᵀ + bias in FP64."""
+    y = x.get().astype(np.float64) @ np.swapaxes(w.to_dense(np.float32).get().astype(np.float64), -1, -2)
+    if bias is not None:
+        bias = bias.get().astype(np.float64)
+        y = y + (bias[:, None, :] if w.batch else bias)
+    return y
+
+
+def error(ours: Any, wanted: np.ndarray) -> float:
+    """‖ours − wanted‖ / ‖wanted‖."""
+    return float(np.linalg.norm(ours.get().astype(np.float64) - wanted) / np.linalg.norm(wanted))
+
+
+@every_layout
+@every_dtype
+@pytest.mark.parametrize(("n", "k"), SHAPES)
+def test_products_of_every_shape(cupy, layout, dtype, n, k):
+    from tenpak.cuda import matmul
+
+    w = random_weight(layout, n, k)
+    bias = activations(cupy, n, dtype=dtype, seed=2)
+    for m in TOKENS:
+        x = activations(cupy, m, k, dtype=dtype, seed=m)
+        out = poisoned(cupy, m, n, dtype=dtype)
+        assert matmul(x, w, out=out) is out
+        assert error(out, exact(x, w)) < TOLERANCE[dtype], m
+        assert error(matmul(x, w, bias), exact(x, w, bias)) < TOLERANCE[dtype], m
+
+
+@every_layout
+@every_dtype
+def test_batches_and_experts(cupy, layout, dtype):
+    from tenpak.cuda import grouped_matmul, matmul
+
+    batch, n, k = 5, 70, 200
+    w = random_weight(layout, n, k, batch)
+    bias = activations(cupy, batch, n, dtype=dtype, seed=2)
+    dense = w.to_dense(np.float32).get().astype(np.float64)
+    for m in (1, 12, 100, 600):
+        x = activations(cupy, batch, m, k, dtype=dtype)
+        assert error(matmul(x, w, bias), exact(x, w, bias)) < TOLERANCE[dtype], m
+    # One expert has no token, another most of them.
+    offsets = np.array([0, 3, 3, 90, 91, 97], np.int32)
+    x = activations(cupy, 97, k, dtype=dtype)
+    wanted = np.empty((97, n))
+    for expert in range(batch):
+        rows = slice(*offsets[expert : expert + 2])
+        wanted[rows] = x[rows].get().astype(np.float64) @ dense[expert].T + bias[expert].get().astype(np.float64)
+    ours = grouped_matmul(x, w, cupy.asarray(offsets), bias, out=poisoned(cupy, 97, n, dtype=dtype))
+    assert error(ours, wanted) < TOLERANCE[dtype]
+
+
+@every_layout
+def test_unpacked_rows_are_the_weights(cupy, layout):
+    import importlib
+
+    products = importlib.import_module("tenpak.cuda.matmul")
+    w = random_weight(layout, 70, 200, batch=2)
+    for dtype in ("float16", "bfloat16"):
+        out = poisoned(cupy, 40, 200, dtype=dtype)
+        products.unpack(w, out, dtype == "bfloat16", cupy.cuda.get_current_stream(), 1, 16)
+        assert error(out, w.to_dense(np.float32).get()[1, 16:56].astype(np.float64)) < TOLERANCE[dtype]
+
+
+def test_arrays_that_are_not_row_after_row(cupy):
+    from tenpak.cuda import matmul
+
+    w = random_weight("int4_g16_fp16", 100, 256)
+    for m in (3, 40, 600):
+        wide = activations(cupy, 2 * m, 300, dtype="float16")
+        for x in (wide[::2, :256], wide[:m, 7:263], activations(cupy, 256, m, dtype="float16").T):
+            assert error(matmul(x, w), exact(x, w)) < 1.5e-3
+    x = activations(cupy, 2, 3, 4, 256, dtype="float16")
+    assert matmul(x, w).shape == (2, 3, 4, 100)
+    assert matmul(x[:0], w).shape == (0, 3, 4, 100)
+
+
+def test_streams_threads_and_graphs(cupy):
+    from tenpak.cuda import matmul
+
+    w = random_weight("int4_g32_fp16", 200, 4096)
+    for m in (1, 16, 100):
+        x = activations(cupy, m, 4096, dtype="float16")
+        wanted = exact(x, w)
+        streams = [cupy.cuda.Stream(non_blocking=True) for _ in range(4)]
+        cupy.cuda.Device().synchronize()
+        results = [matmul(x, w, stream=stream) for stream in streams * 8]
+        for stream in streams:
+            stream.synchronize()
+        assert all(error(result, wanted) < 1.5e-3 for result in results)
+
+        found = []
+
+        def work(x: Any = x, found: list[Any] = found) -> None:
+            with cupy.cuda.Stream(non_blocking=True) as stream:
+                found.append(matmul(x, w))
+                stream.synchronize()
+
+        threads = [threading.Thread(target=work) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert len(found) == 4
+        assert all(error(result, wanted) < 1.5e-3 for result in found)
+
+        stream, out = streams[0], poisoned(cupy, m, 200, dtype="float16")
+        cupy.cuda.Device().synchronize()
+        matmul(x, w, out=out, stream=stream)
+        stream.synchronize()
+        with stream:
+            stream.begin_capture()
+            matmul(x, w, out=out, stream=stream)
+            graph = stream.end_capture()
+        for seed in range(3):
+            x[...] = activations(cupy, m, 4096, dtype="float16", seed=10 + seed)
+            out[...] = poisoned(cupy, m, 200, dtype="float16")
+            cupy.cuda.Device().synchronize()
+            graph.launch(stream)
+            stream.synchronize()
+            assert error(out, exact(x, w)) < 1.5e-3
+
+
+def test_every_device_has_its_own(cupy):
+    from tenpak.cuda import QuantizedWeight, matmul
+
+    for number in range(cupy.cuda.runtime.getDeviceCount()):
+        with cupy.cuda.Device(number):
+            w = QuantizedWeight.from_array(gaussian(100, 300), "int4_g8_fp16_v1")
+            x = activations(cupy, 5, 300, dtype="float16")
+        # The weight's device is not the current one.
+        y = matmul(x, w)
+        assert (w.device, y.device.id) == (number, number)
+        with cupy.cuda.Device(number):
+            assert error(y, exact(x, w)) < 1.5e-3
+
+
+def test_what_does_not_fit_is_refused(cupy):
+    from tenpak.cuda import grouped_matmul, matmul
+
+    w = random_weight("int4_g8_fp16", 32, 64)
+    x = activations(cupy, 3, 64, dtype="float16")
+    for given, text in (
+        ((x[:, :63], w), r"x: shape \[3, 63\] does not fit the weight; it must be \[..., 64\]"),
+        ((x.astype(np.float32), w), "x: float32 is no type of these kernels"),
+        ((x, w, cupy.zeros(31, np.float16)), r"bias: float16 \[31\] does not fit"),
+        ((x, w, None, cupy.zeros((3, 31), np.float16)), r"out: float16 \[3, 31\] does not fit"),
+    ):
+        with pytest.raises(tenpak.UsageError, match=text):
+            matmul(*given)
+    with pytest.raises(tenpak.UsageError, match="no experts"):
+        grouped_matmul(x, w, cupy.zeros(2, np.int32))
