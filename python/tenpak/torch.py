@@ -20,8 +20,16 @@ from tenpak.codecs import find as codec_named
 from tenpak.cuda.layouts import find as layout_named
 from tenpak.cuda.linear import G8Linear, is_linear
 from tenpak.errors import UsageError
+from tenpak.hooks import StatisticsReport, collect_statistics
 
-__all__ = ["G8Linear", "LayerReport", "QuantizeReport", "quantize_model"]
+__all__ = [
+    "G8Linear",
+    "LayerReport",
+    "QuantizeReport",
+    "StatisticsReport",
+    "collect_statistics",
+    "quantize_model",
+]
 
 #: Names that are left alone unless asked otherwise: heads are few weights and lose most.
 HEAD = "lm_head"
