@@ -74,8 +74,8 @@ def collect_statistics(
             passes = list(_passes(leaders, diagonal, memory))
             if len(passes) > 1 and isinstance(batches, Iterator):
                 raise UsageError(
-                    f"{len(passes)} passes over the batches are needed, but they can be gone over once; give a list, or "
-                    "more memory"
+                    f"{len(passes)} passes over the batches are needed, but they can be gone over once; "
+                    "give a list, or more memory"
                 )
             tokens = 0
             for chosen in passes:
