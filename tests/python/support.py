@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tenpak
 
 ROOT = Path(__file__).resolve().parents[2]
 DATA = ROOT / "tests" / "data"
@@ -22,13 +23,6 @@ REFERENCE = Path(os.environ.get("TENPAK_REFERENCE", ROOT.parent / "shared")) / "
 def _missing(extra: str, *packages: str) -> str | None:
     absent = [package for package in packages if importlib.util.find_spec(package) is None]
     return f"{', '.join(absent)} not installed; pip install 'tenpak[{extra}]'" if absent else None
-
-
-def _found(package: str) -> bool:
-    try:
-        return importlib.util.find_spec(package) is not None
-    except ModuleNotFoundError:  # of its parent
-        return False
 
 
 def _missing_cuda() -> str | None:
@@ -42,14 +36,22 @@ def _missing_cuda() -> str | None:
         return f"no CUDA device: {error}"
 
 
+def _missing_nvrtc() -> str | None:
+    from tenpak.cuda import compile as kernels
+
+    try:
+        kernels._compiler()
+    except tenpak.UnsupportedError as error:
+        return str(error)
+    return None
+
+
 #: Parts that a machine may lack: each says what is absent, or None.
 PARTS = {
     "torch": lambda: _missing("torch,hf", "torch", "transformers"),
     "c++": lambda: None if shutil.which("c++") or shutil.which("g++") else "no C++ compiler",
     "cuda": _missing_cuda,
-    "nvrtc": lambda: (
-        None if _found("cupy") or _found("cuda.bindings") else "no NVRTC; pip install 'tenpak[cuda13]', or torch"
-    ),
+    "nvrtc": _missing_nvrtc,
     "text": lambda: _missing("text", "tokenizers"),
     "reference": lambda: (
         None if REFERENCE.is_dir() else f"no reference models at {REFERENCE}; TENPAK_REFERENCE says where they are"

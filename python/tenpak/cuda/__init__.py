@@ -21,7 +21,7 @@ from tenpak.errors import UnsupportedError
 if TYPE_CHECKING:
     from tenpak.cuda.codec import decode, encode
     from tenpak.cuda.linear import G8Linear
-    from tenpak.cuda.matmul import grouped_matmul, matmul
+    from tenpak.cuda.products import grouped_matmul, matmul
     from tenpak.cuda.weight import QuantizedWeight
 
 __all__ = ["G8Linear", "QuantizedWeight", "decode", "encode", "grouped_matmul", "matmul"]
@@ -32,8 +32,8 @@ _MODULES = {
     "QuantizedWeight": ("tenpak.cuda.weight", "cupy"),
     "decode": ("tenpak.cuda.codec", "cupy"),
     "encode": ("tenpak.cuda.codec", "cupy"),
-    "grouped_matmul": ("tenpak.cuda.matmul", "cupy"),
-    "matmul": ("tenpak.cuda.matmul", "cupy"),
+    "grouped_matmul": ("tenpak.cuda.products", "cupy"),
+    "matmul": ("tenpak.cuda.products", "cupy"),
 }
 _INSTALL = {
     "cupy": "CuPy is not installed; pip install 'tenpak[cuda13]' (or cuda12, for CUDA 12 drivers)",
@@ -51,11 +51,8 @@ def __getattr__(name: str) -> Any:
         if error.name != package:
             raise
         raise UnsupportedError(f"tenpak.cuda.{name}: {_INSTALL[package]}") from error
-    # `matmul` is also the name of a module, which importing it has put here.
-    for known, (there, _) in _MODULES.items():
-        if there == module:
-            globals()[known] = getattr(loaded, known)
-    return globals()[name]
+    found = globals()[name] = getattr(loaded, name)
+    return found
 
 
 def __dir__() -> list[str]:

@@ -51,7 +51,8 @@ class _CupyCompiler:
         self.version = ".".join(map(str, nvrtc.getVersion()))
 
     def compile(self, name: str, source: str, headers: Mapping[str, str], options: tuple[str, ...]) -> bytes:
-        program = self._nvrtc.createProgram(source, name, tuple(headers.values()), tuple(headers))
+        texts, names = ([text.encode() for text in part] for part in (headers.values(), headers))
+        program = self._nvrtc.createProgram(source, name, texts, names)
         try:
             self._nvrtc.compileProgram(program, options)
             return bytes(self._nvrtc.getCUBIN(program))

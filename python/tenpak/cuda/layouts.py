@@ -68,9 +68,9 @@ class Layout:
         return codes, params, rows
 
     @property
-    def zero_word(self) -> int:
+    def zero_word(self) -> np.uint32:
         """A word of codes that stand for zero."""
-        return 0x80808080 if self.code_bits == 8 else 0
+        return np.uint32(0x80808080 if self.code_bits == 8 else 0)
 
 
 def _pairs(group: int) -> Layout:

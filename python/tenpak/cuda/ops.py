@@ -28,7 +28,7 @@ _library.define(f"dequantise({_WEIGHT}, ScalarType dtype) -> Tensor")
 
 
 class _Memory:
-    """A tensor as `tenpak.cuda.matmul.launch` reads CuPy's arrays."""
+    """A tensor as `tenpak.cuda.products.launch` reads CuPy's arrays."""
 
     __slots__ = ("nbytes", "ptr", "shape")
 
@@ -162,7 +162,7 @@ def _matmul_cuda(
     if x.device != torch.device("cuda", torch.cuda.current_device()):
         with torch.cuda.device(x.device):
             return _matmul_cuda(x, codes, params, row_params, layout, n, k, scale, bias)
-    from tenpak.cuda.matmul import DENSE_FROM, device_of, launch
+    from tenpak.cuda.products import DENSE_FROM, device_of, launch
 
     compute = x.dtype if x.dtype in (torch.float16, torch.bfloat16) else torch.float16
     rows = x.reshape(-1, k).to(compute)
@@ -197,7 +197,7 @@ def _captured_workspace(weight: _Weight, m: int, bf16: bool, device: torch.devic
     """Memory of the graph's own while one is captured: CuPy could not allocate then. None otherwise."""
     if not torch.cuda.is_current_stream_capturing():
         return None
-    from tenpak.cuda.matmul import plan
+    from tenpak.cuda.products import plan
 
     needs = plan(weight.device, weight.layout, *weight.shape, m, 1, bf16)
     return _Workspace(
@@ -208,7 +208,7 @@ def _captured_workspace(weight: _Weight, m: int, bf16: bool, device: torch.devic
 
 def _by_cublas(rows: torch.Tensor, weight: _Weight, bias: torch.Tensor | None, bf16: bool, stream: Any) -> torch.Tensor:
     """The product of many tokens, the weight being unpacked `_DENSE_BYTES` at a time."""
-    from tenpak.cuda.matmul import unpack
+    from tenpak.cuda.products import unpack
 
     n, k = weight.shape
     step = max(layouts.TILE_ROWS, _DENSE_BYTES // (2 * k) // layouts.TILE_ROWS * layouts.TILE_ROWS)
