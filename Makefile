@@ -9,7 +9,7 @@ FUZZ_TARGETS := artifact safetensors gguf json
 
 QUALITY ?=
 
-.PHONY: help demo dev torch test lint cargo-test pytest fuzz bench quality docs wheel clean
+.PHONY: help demo dev torch test lint cargo-test pytest test-gpu fuzz bench quality docs wheel clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -49,6 +49,10 @@ cargo-test: ## the Rust tests
 
 pytest: ## the Python tests, on the installed wheel
 	$(BIN)/python -m pytest tests/python -q -rs
+
+test-gpu: ## the tests that need an NVIDIA GPU, CuPy and torch, with PYTHON, which must have them, on the package in python/
+	PYTHONPATH=python TENPAK_REQUIRE=cuda,nvrtc,torch $(PYTHON) -m pytest -q \
+		tests/python/test_cuda_codec.py tests/python/test_cuda_matmul.py tests/python/test_torch_linear.py
 
 fuzz: ## FUZZ_RUNS executions of each reader under a coverage-guided fuzzer
 	command -v cargo-fuzz > /dev/null || cargo install --quiet cargo-fuzz
