@@ -147,6 +147,9 @@ pub fn code<S: Simd, const G: usize, const WEIGHTED: bool, const BITS: u32>(
 ) -> Coded<S> {
     let (zero, top) = (s.splat(0.0), s.splat(max_code(BITS)));
     let mut sums = Coded::<S> { q: zero, qq: zero, xq: zero };
+    // Weights and importance do not fit the registers together; importance is better read where it is used than
+    // moved in and out with everything else.
+    let w = if WEIGHTED { std::hint::black_box(w) } else { w };
     for (&x, &w) in x.iter().zip(w) {
         let q = s.round(s.min(s.max(s.fma(x, inverse, shift), zero), top));
         let wq = if WEIGHTED { s.mul(w, q) } else { q };
