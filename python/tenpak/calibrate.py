@@ -26,8 +26,9 @@ from tenpak.statistics import StatisticsWriter
 #: Called with steps of work done and in all, and what is being done.
 Progress = Callable[[int, int, str], object]
 
-#: Windows of text that statistics are gathered from.
+#: Windows of a text that statistics are gathered from, and windows that are sampled, which costs more.
 WINDOWS = 128
+SAMPLED_WINDOWS = 64
 
 #: Tokens that are computed at once.
 TOKENS_AT_ONCE = 4096
@@ -63,7 +64,7 @@ def calibrate(
     output: str | os.PathLike[str],
     text: str | Path | Sequence[int] | NDArray[Any] | None = None,
     *,
-    windows: int = WINDOWS,
+    windows: int | None = None,
     context: int | None = None,
     seed: int = 0,
     diagonal: bool = False,
@@ -80,7 +81,8 @@ def calibrate(
             open decoder.
         output: The `.safetensors` file of statistics.
         text: The text itself as a `str`, a UTF-8 file as a `Path`, or tokens; None lets the model sample text.
-        windows: How many windows of the text to use, spread over all of it, or to sample.
+        windows: How many windows of the text to use, spread over all of it, or to sample; None for 128 of a text,
+            or 64 samples.
         context: Tokens in a window; None for 1024, or as many as the model was made for.
         seed: For sampling.
         diagonal: Only E[x_j²], which takes little space and suits the encoder `diag`.
@@ -100,6 +102,8 @@ def calibrate(
             raise UsageError(f"{name} {value} is too small; give at least {least}")
     if diagonal and sequential is not None and encoder == "gptq":
         raise UsageError("encoder gptq needs second moments; leave out --diagonal, or choose encoder diag")
+    if windows is None:
+        windows = SAMPLED_WINDOWS if text is None else WINDOWS
     start = time.perf_counter()
     with StatisticsWriter(output, force=force) as writer:
         decoder = model if isinstance(model, Decoder) else Decoder.open(model, xp=array_module(device))

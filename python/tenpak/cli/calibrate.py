@@ -18,7 +18,7 @@ import argparse
 from pathlib import Path
 
 import tenpak
-from tenpak.calibrate import WINDOWS
+from tenpak.calibrate import SAMPLED_WINDOWS, WINDOWS
 from tenpak.cli import progress
 from tenpak.cli.table import count, duration, pairs, print_json, size
 
@@ -31,7 +31,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     text.add_argument("--self", action="store_true", dest="sampled", help="text that the model samples itself")
     parser.add_argument("--output", "-o", required=True, metavar="FILE", help="the .safetensors file to write")
     parser.add_argument(
-        "--windows", type=int, default=WINDOWS, metavar="N", help="windows to use, spread over the text (%(default)s)"
+        "--windows",
+        type=int,
+        metavar="N",
+        help=f"windows to use, spread over the text, or to sample ({WINDOWS}, or {SAMPLED_WINDOWS} with --self)",
     )
     parser.add_argument("--context", type=int, metavar="N", help="tokens in a window (1024, or the model's most)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="for sampling (%(default)s)")
