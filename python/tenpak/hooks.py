@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -205,5 +205,5 @@ def _call(model: torch.nn.Module, batch: Any) -> None:
 
 
 def _width(module: torch.nn.Module) -> int:
-    rows, columns = module.weight.shape
+    rows, columns = cast(torch.Tensor, module.weight).shape
     return int(columns if isinstance(module, torch.nn.Linear) else rows)
