@@ -52,7 +52,13 @@ def test_a_run_that_is_stopped_leaves_the_old_output(tmp_path, large, number, ol
         output.write_bytes(old)
     options = ["--codec", "int4_lut16_v1", "--force", "--threads", "1"]
     command = [*COMMAND, "compress", "-i", str(large), "-o", str(output), *options]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+
+    def hear_interrupts() -> None:
+        # Shells let what they run in the background ignore SIGINT, and children inherit that.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, preexec_fn=hear_interrupts, **pipes) as process:
         deadline = time.monotonic() + 30
         while not (writing := files_in(tmp_path) - {output.name}):
             assert process.poll() is None, process.stderr.read()
