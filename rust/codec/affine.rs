@@ -54,13 +54,21 @@ pub const fn parts<const G: usize>() -> [Part; 3] {
 
 /// Encodes rows with parameters chosen by `T`.
 pub fn encode<T: Fit, const G: usize>(level: Level, strip: Strip<'_>, parts: &mut [&mut [u8]]) -> Range {
-    level.run(Encode::<T, G> { strip, parts, fit: PhantomData })
+    level.run(Encode::<T, G>::new(strip, parts))
 }
 
-struct Encode<'a, 'b, 'c, T, const G: usize> {
+/// The kernel of [`encode`].
+pub struct Encode<'a, 'b, 'c, T, const G: usize> {
     strip: Strip<'a>,
     parts: &'b mut [&'c mut [u8]],
     fit: PhantomData<T>,
+}
+
+impl<'a, 'b, 'c, T, const G: usize> Encode<'a, 'b, 'c, T, G> {
+    /// Encodes `strip` into `parts`.
+    pub fn new(strip: Strip<'a>, parts: &'b mut [&'c mut [u8]]) -> Self {
+        Encode { strip, parts, fit: PhantomData }
+    }
 }
 
 impl<T: Fit, const G: usize> Kernel for Encode<'_, '_, '_, T, G> {
@@ -200,9 +208,7 @@ pub fn per_weight<S: Simd, const G: usize>(s: S, parameters: &[f32; LANES], v: u
     if G >= LANES {
         return s.splat(parameters[v * LANES / G]);
     }
-    let mut pair = [parameters[2 * v]; LANES];
-    pair[LANES / 2..].fill(parameters[2 * v + 1]);
-    s.load(&pair)
+    s.splat_halves(parameters[2 * v], parameters[2 * v + 1])
 }
 
 /// Up to sixteen weights: q·scale + offset.

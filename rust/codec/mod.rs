@@ -24,7 +24,6 @@ pub use half_floats::{narrow_f16, widen_f16};
 pub use lut16::TABLES as LUT16_TABLES;
 pub use range::{EXPONENTS, Range};
 
-use minmax::MinMax;
 use search::Search;
 use simd::Level;
 
@@ -170,7 +169,7 @@ pub static ALL: &[Codec] = &[
         summary: "plain min/max groups of 8: fastest to make",
         layout: &INT4_G8_FP16,
         encoder: "min/max",
-        encode: affine::encode::<MinMax, 8>,
+        encode: minmax::encode::<8>,
     },
     Codec {
         name: "int4_g16_fp16_v1",
@@ -178,7 +177,7 @@ pub static ALL: &[Codec] = &[
         summary: "plain min/max groups of 16: fastest to make",
         layout: &INT4_G16_FP16,
         encoder: "min/max",
-        encode: affine::encode::<MinMax, 16>,
+        encode: minmax::encode::<16>,
     },
     Codec {
         name: "int4_g32_fp16_v1",
@@ -186,7 +185,7 @@ pub static ALL: &[Codec] = &[
         summary: "plain min/max groups of 32: the numbers of GGUF's Q4_1",
         layout: &INT4_G32_FP16,
         encoder: "min/max",
-        encode: affine::encode::<MinMax, 32>,
+        encode: minmax::encode::<32>,
     },
     Codec {
         name: "int4_g8_v1",

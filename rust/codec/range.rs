@@ -10,7 +10,7 @@ pub struct Range {
 }
 
 /// The largest magnitude that FP16 offsets take without an exponent.
-const LARGEST: f32 = 32768.0;
+pub const LARGEST: f32 = 32768.0;
 
 /// All bits of an FP32 value but its sign.
 const MAGNITUDE: u32 = 0x7fff_ffff;

@@ -63,6 +63,64 @@ fn transpose8x8(r: [__m256; 8]) -> [__m256; 8] {
     }
 }
 
+/// The extents of four runs, of their halves: `[l]` and `[l + 4]` belong to run l.
+#[inline(always)]
+fn half_extents<const N: usize>(runs: &[[f32; N]; 4]) -> (__m256, __m256) {
+    const { assert!(N.is_multiple_of(8)) };
+    unsafe {
+        let (mut low, mut high) = ([_mm256_setzero_ps(); 4], [_mm256_setzero_ps(); 4]);
+        for (l, run) in runs.iter().enumerate() {
+            // Eight neighbours load together, so that nothing is transposed before it is eight values.
+            let (first, rest) = run.as_chunks::<8>().0.split_first().expect("a run is not empty");
+            (low[l], high[l]) = (_mm256_loadu_ps(first.as_ptr()), _mm256_loadu_ps(first.as_ptr()));
+            for x in rest {
+                let x = _mm256_loadu_ps(x.as_ptr());
+                (low[l], high[l]) = (_mm256_min_ps(low[l], x), _mm256_max_ps(high[l], x));
+            }
+        }
+        for i in [0, 2] {
+            let (l, h) = ([low[i], low[i + 1]], [high[i], high[i + 1]]);
+            low[i] = _mm256_min_ps(_mm256_unpacklo_ps(l[0], l[1]), _mm256_unpackhi_ps(l[0], l[1]));
+            high[i] = _mm256_max_ps(_mm256_unpacklo_ps(h[0], h[1]), _mm256_unpackhi_ps(h[0], h[1]));
+        }
+        let (l, h) = ([low[0], low[2]], [high[0], high[2]]);
+        (
+            _mm256_min_ps(_mm256_shuffle_ps::<0x44>(l[0], l[1]), _mm256_shuffle_ps::<0xEE>(l[0], l[1])),
+            _mm256_max_ps(_mm256_shuffle_ps::<0x44>(h[0], h[1]), _mm256_shuffle_ps::<0xEE>(h[0], h[1])),
+        )
+    }
+}
+
+/// [`Simd::extents`]; AVX-512 uses it too, because runs of eight are halves of its registers.
+#[inline(always)]
+pub fn extents<const N: usize>(runs: &[[f32; N]; LANES]) -> (F, F) {
+    unsafe {
+        let (mut low, mut high) = ([_mm256_setzero_ps(); 2], [_mm256_setzero_ps(); 2]);
+        for (i, eight) in runs.as_chunks::<8>().0.iter().enumerate() {
+            let fours = eight.as_chunks::<4>().0;
+            let (l0, h0) = half_extents(&fours[0]);
+            let (l1, h1) = half_extents(&fours[1]);
+            low[i] =
+                _mm256_min_ps(_mm256_permute2f128_ps::<0x20>(l0, l1), _mm256_permute2f128_ps::<0x31>(l0, l1));
+            high[i] =
+                _mm256_max_ps(_mm256_permute2f128_ps::<0x20>(h0, h1), _mm256_permute2f128_ps::<0x31>(h0, h1));
+        }
+        (low, high)
+    }
+}
+
+/// The nearest codes of 32 weights, low + 16·high of each two in a 16-bit word; words of two neighbouring
+/// vectors of four weights alternate between the 128-bit halves.
+#[inline(always)]
+fn byte_pairs(a: F, b: F) -> __m256i {
+    unsafe {
+        let a = _mm256_packs_epi32(_mm256_cvtps_epi32(a[0]), _mm256_cvtps_epi32(a[1]));
+        let b = _mm256_packs_epi32(_mm256_cvtps_epi32(b[0]), _mm256_cvtps_epi32(b[1]));
+        let bytes = _mm256_min_epu8(_mm256_packus_epi16(a, b), _mm256_set1_epi8(15));
+        _mm256_maddubs_epi16(bytes, _mm256_set1_epi16(0x1001))
+    }
+}
+
 impl Simd for Avx2 {
     type F = F;
     type I = I;
@@ -280,6 +338,35 @@ impl Simd for Avx2 {
                 }
             }
             out
+        }
+    }
+
+    #[inline(always)]
+    fn splat_halves(self, a: f32, b: f32) -> F {
+        unsafe { [_mm256_set1_ps(a), _mm256_set1_ps(b)] }
+    }
+    #[inline(always)]
+    fn all(self, m: F) -> bool {
+        unsafe { _mm256_movemask_ps(_mm256_and_ps(m[0], m[1])) == 0xFF }
+    }
+    #[inline(always)]
+    fn extents<const N: usize>(self, runs: &[[f32; N]; LANES]) -> (F, F) {
+        extents(runs)
+    }
+    #[inline(always)]
+    fn div_by_f16(self, a: F, _b: F, high: F, low: F) -> F {
+        self.fma(a, high, self.mul(a, low))
+    }
+    #[inline(always)]
+    fn pack_nearest(self, x: [F; 4]) -> [u8; 2 * LANES] {
+        unsafe {
+            let packed = _mm256_packus_epi16(byte_pairs(x[0], x[1]), byte_pairs(x[2], x[3]));
+            // Packing works in 128-bit halves: words of two codes now alternate between them.
+            let order = _mm256_broadcastsi128_si256(_mm_setr_epi8(
+                0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15,
+            ));
+            let packed = _mm256_shuffle_epi8(_mm256_permute4x64_epi64::<0b11_01_10_00>(packed), order);
+            std::mem::transmute::<__m256i, [u8; 2 * LANES]>(packed)
         }
     }
 }

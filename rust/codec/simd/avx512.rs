@@ -207,4 +207,36 @@ impl Simd for Avx512 {
             out
         }
     }
+
+    #[inline(always)]
+    fn splat_halves(self, a: f32, b: f32) -> __m512 {
+        unsafe { _mm512_mask_blend_ps(0xFF00, _mm512_set1_ps(a), _mm512_set1_ps(b)) }
+    }
+    #[inline(always)]
+    fn all(self, m: __mmask16) -> bool {
+        m == 0xFFFF
+    }
+    #[inline(always)]
+    fn extents<const N: usize>(self, runs: &[[f32; N]; LANES]) -> (__m512, __m512) {
+        let join = |x: [__m256; 2]| unsafe { _mm512_insertf32x8::<1>(_mm512_castps256_ps512(x[0]), x[1]) };
+        let (low, high) = super::avx2::extents(runs);
+        (join(low), join(high))
+    }
+    #[inline(always)]
+    fn div_by_f16(self, a: __m512, _b: __m512, high: __m512, low: __m512) -> __m512 {
+        self.fma(a, high, self.mul(a, low))
+    }
+    #[inline(always)]
+    fn pack_nearest(self, x: [__m512; 4]) -> [u8; 2 * LANES] {
+        unsafe {
+            let words = |a, b| _mm512_packs_epi32(_mm512_cvtps_epi32(a), _mm512_cvtps_epi32(b));
+            let bytes = _mm512_packus_epi16(words(x[0], x[1]), words(x[2], x[3]));
+            let bytes = _mm512_min_epu8(bytes, _mm512_set1_epi8(15));
+            // Each pair of bytes becomes low + 16·high.
+            let pairs = _mm512_cvtepi16_epi8(_mm512_maddubs_epi16(bytes, _mm512_set1_epi16(0x1001)));
+            // Packing works in 128-bit quarters: each now holds four codes of every vector.
+            let order = _mm256_setr_epi16(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+            std::mem::transmute::<__m256i, [u8; 2 * LANES]>(_mm256_permutexvar_epi16(order, pairs))
+        }
+    }
 }

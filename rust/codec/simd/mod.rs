@@ -103,6 +103,47 @@ pub trait Simd: Copy {
 
     /// Sixteen runs of eight values, each in its lane: result `[j]` holds value j of every run.
     fn transpose8(self, runs: [&[f32; 8]; LANES]) -> [Self::F; 8];
+
+    /// `a` in the first eight lanes, `b` in the others.
+    #[inline(always)]
+    fn splat_halves(self, a: f32, b: f32) -> Self::F {
+        let mut lanes = [a; LANES];
+        lanes[LANES / 2..].fill(b);
+        self.load(&lanes)
+    }
+    /// Whether the condition holds in every lane.
+    fn all(self, m: Self::M) -> bool;
+    /// The smallest and the largest value of every run of `N`, a multiple of eight, each in its lane. Any NaN
+    /// may be passed over, and a zero may have the sign of any zero of its run.
+    #[inline(always)]
+    fn extents<const N: usize>(self, runs: &[[f32; N]; LANES]) -> (Self::F, Self::F) {
+        const { assert!(N.is_multiple_of(8)) };
+        let at = |c: usize| self.transpose8(std::array::from_fn(|l| &runs[l].as_chunks().0[c]));
+        let first = at(0)[0];
+        (0..N / 8).flat_map(at).fold((first, first), |(low, high), x| (self.min(low, x), self.max(high, x)))
+    }
+    /// a / b, correctly rounded, where `b` is in FP16 and above zero, `high` is 1 / b and `low` is what
+    /// `high` lacks, (1 - high · b) · high, and where neither a / b nor a · low is near underflow or
+    /// overflow.
+    ///
+    /// Instructions that multiply faster than they divide take a · (high + low), whose relative error is
+    /// below 2^-46 before it is rounded. A quotient by eleven bits is either an FP32 value or further than
+    /// 2^-36 from where rounding changes, so both round to the same value.
+    #[inline(always)]
+    fn div_by_f16(self, a: Self::F, b: Self::F, _high: Self::F, _low: Self::F) -> Self::F {
+        self.div(a, b)
+    }
+    /// Rounds 64 values to whole numbers, ties to even, clamps these to 0..=15 and packs them as nibbles, low
+    /// ones first. Magnitudes are below 2^31; NaN gives any nibble.
+    #[inline(always)]
+    fn pack_nearest(self, x: [Self::F; 4]) -> [u8; 2 * LANES] {
+        let mut out = [0; 2 * LANES];
+        for (out, x) in out.as_chunks_mut().0.iter_mut().zip(x) {
+            let clamped = self.min(self.max(x, self.splat(0.0)), self.splat(15.0));
+            *out = self.pack_nibbles(self.round_i(clamped));
+        }
+        out
+    }
 }
 
 /// A computation that runs on any implementation.

@@ -200,4 +200,9 @@ impl Simd for Portable {
         }
         out
     }
+
+    #[inline(always)]
+    fn all(self, m: Self::M) -> bool {
+        m.iter().all(|&m| m)
+    }
 }
