@@ -130,6 +130,11 @@ __device__ __forceinline__ float widen(u16 x) {
     return d;
 #endif
 }
+__device__ __forceinline__ float from_half(u16 x) {
+    float d;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(d) : "h"(x));
+    return d;
+}
 // In the arithmetic of weights: the type of the activations.
 __device__ __forceinline__ u32 fma_pair(u32 a, u32 b, u32 c) { return BF16 ? bfloat_fma(a, b, c) : half_fma(a, b, c); }
 
@@ -296,6 +301,12 @@ __constant__ const u32 LUT16_WORDS[16] = {LUT16_TABLES};
 // Codes that index one of four tables of int8; a byte (L, t) for each 16 weights, four bytes a lane; FP16 super-scales
 // d in row_params [strips][supers][16 rows]. A weight is d*L*T[t][q]. Nibbles lie in natural order: what is looked up
 // are bytes, and PRMT pairs them.
+//
+// A code's bits 2 and 3 are exchanged. PRMT chooses among eight bytes by three bits of a nibble; where the fourth is
+// set it gives the chosen byte's sign instead, eight times. So a byte of the first half table and one of the second, found with
+// the fourth bit turned round, make the entry by exclusive or, if the bytes at the same place of both halves have the
+// same sign: negative entries are 0..3 of each half, the others 4..7. Where the sign is set, the second half's bytes are
+// inverted.
 struct Lut16 : FourBit {
     static constexpr int SUPER_TILES = 256 / TILE_COLS;
     static constexpr int SCALE_BYTES = TILE_ROWS * TILE_COLS / 16;
@@ -316,37 +327,48 @@ struct Lut16 : FourBit {
     }
     template <int J>
     static __device__ __forceinline__ Tile tile(const u8* codes, const u8* params, int lane) {
-        const u8* supers = params + 2 * SCALE_BYTES + lane / 4 * 2;
         return {read<uint4>(codes + 16 * lane), read<u32>(params + J * SCALE_BYTES + (lane / 4 * 2 + lane % 4 / 2) * 4),
-                permute(read<u16>(supers), read<u16>(supers + 16), 0x5410)};
+                supers(params, lane)};
     }
     static __device__ __forceinline__ Rows rows(const Weight&, int, int) { return {}; }
 
-    // The tables in shared memory, biased by 128 to bytes 0..255; filled once by each block.
-    static __device__ __forceinline__ uint4* tables() {
-        __shared__ uint4 biased[4];
-        return biased;
-    }
-    static __device__ __forceinline__ void prepare(int thread) {
+    // Half tables in shared memory, (x, y) and (z, w), filled once by each block: of entries, or of entries + 128.
+    static constexpr u32 SIGNED = 0, BIASED = 0x80808080;
+    static __device__ __forceinline__ const u8* tables() { return reinterpret_cast<const u8*>(half_tables()); }
+    static __device__ __forceinline__ void prepare(int thread, u32 bias) {
 #ifdef LUT16_TABLES
-        if (thread < 16) reinterpret_cast<u32*>(tables())[thread] = LUT16_WORDS[thread] ^ 0x80808080;
+        // Word `thread` of a table: of the first half's entries 0..3 or 8..11, or of the second's 4..7 or 12..15.
+        if (thread < 16) {
+            const int place = thread % 4;
+            const u32 entries = LUT16_WORDS[thread - place + place / 2 + place % 2 * 2] ^ bias;
+            half_tables()[thread] = place / 2 ? entries ^ permute(entries, 0, 0xba98) : entries;
+        }
 #endif
     }
-    // The table's bytes for the four nibbles of half a word: PRMT looks up eight entries, bit 3 chooses the half table.
-    static __device__ __forceinline__ u32 look_up(const uint4& table, u32 low_bits, u32 choice) {
-        return permute(permute(table.x, table.y, low_bits), permute(table.z, table.w, low_bits), choice);
+    static __device__ __forceinline__ u32* half_tables() {
+        __shared__ uint4 words[4];
+        return reinterpret_cast<u32*>(words);
     }
+    // A word's table entries, as bytes: weights 0..3 and 4..7.
+    template <int WORD>
+    static __device__ __forceinline__ void entries(const uint4& words, u32 params, u32& first, u32& second) {
+        const u32 codes = word(words, WORD), turned = codes ^ 0x88888888;
+        const uint4 table = read<uint4>(tables() + ((WORD ? params >> (8 * WORD + 2) : params >> 2) & 0x30));
+        first = permute(table.x, table.y, codes) ^ permute(table.z, table.w, turned);
+        second = permute(table.x, table.y, codes >> 16) ^ permute(table.z, table.w, turned >> 16);
+    }
+    static __device__ __forceinline__ u32 supers(const u8* params, int lane) {
+        const u8* supers = params + 2 * SCALE_BYTES + lane / 4 * 2;
+        return permute(read<u16>(supers), read<u16>(supers + 16), 0x5410);
+    }
+
     template <int WORD>
     static __device__ __forceinline__ void fragment(const Tile& tile, const Rows&, u32 (&out)[4]) {
-        const u32 codes = word(tile.codes, WORD);
-        const uint4 table = tables()[(tile.params >> (8 * WORD + 6)) & 3];
+        u32 first, second;
+        entries<WORD>(tile.codes, tile.params, first, second);
         // L + 32 above 1024, for both words of this row.
         const u32 l = half_sub(and_xor(WORD % 2 ? tile.params >> 8 : tile.params, 0x003f003f, 0x64206420), 0x64206420);
         const u32 scales = half_mul(l, WORD % 2 ? high_twice(tile.supers) : low_twice(tile.supers));
-        const u32 low_bits = codes & 0x77777777;
-        const u32 choice = and_or(codes >> 1, 0x44444444, 0x32103210);
-        const u32 first = look_up(table, low_bits, choice);               // weights 0..3
-        const u32 second = look_up(table, low_bits >> 16, choice >> 16);  // weights 4..7
         const u32 s = WORD < 2 ? low_twice(scales) : high_twice(scales);
         const u32 pairs[4] = {permute(first, 0x64646464, 0x4140), permute(first, 0x64646464, 0x4342),
                               permute(second, 0x64646464, 0x4140), permute(second, 0x64646464, 0x4342)};

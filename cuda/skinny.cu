@@ -1,6 +1,7 @@
 // y = x Wᵀ for few tokens: the weights stream from memory once, and tensor cores do the sums.
 //
-// Weights are the 16-row operand of mma.m16n8k16 and tokens its 8 columns, so eight tokens cost what one does. A block
+// Weights are the 16-row operand of the tensor cores' instruction and tokens its 8 columns: in the activations' type
+// (halves.cuh), or, for up to four tokens and int4_lut16, in integers (integers.cuh, -DINTEGER=1, 2 or 4). A block
 // stages its slice of x in shared memory once and walks over strips of 16 rows; its warps share the columns of a
 // strip, pairs of tiles in turn. Each warp copies its own tiles, DEPTH pairs in flight, also across the end of a strip, so
 // that memory never waits for sums and warps wait for each other only at the end of a strip. The warps' sums meet in shared memory; where K is cut into slices over blocks, the
@@ -10,67 +11,19 @@
 // Grid: x strips (persistent), y slices of K, z matrices of a batch. -DWARPS, -DDEPTH, -DCOLUMNS (tiles of 8 tokens),
 // -DBLOCKS (a multiprocessor's blocks, for the register budget).
 #include "layouts.cuh"
+#ifndef INTEGER
+#define INTEGER 0
+#endif
+#if INTEGER
+#include "integers.cuh"
+#else
+#include "halves.cuh"
+#endif
 
 namespace tenpak {
 
-constexpr int THREADS = WARPS * LANES;
-constexpr int TOKENS = 8 * COLUMNS;
-// Independent sums for the two halves of a tile: a chain of dependent products would be all latency.
-constexpr int CHAINS = COLUMNS <= 2 ? 2 : 1;
 // Two reduction buffers save a barrier for each strip.
 constexpr int BUFFERS = COLUMNS <= 2 ? 2 : 1;
-// A row of x in shared memory is longer by 64 bytes: eight lanes that read two rows then meet all 32 banks.
-constexpr int ROW_PAD = 64;
-
-__device__ __forceinline__ void multiply(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
-#if BF16
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-#else
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-#endif
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-
-// x[first .. first+count, columns of the slice] to shared memory, zeros beyond K.
-__device__ __forceinline__ void stage(u8* to, const u16* x, int row_bytes, int count, int k, int first_column, int columns,
-                                      long long stride) {
-    const bool vectors = k % 8 == 0 && stride % 8 == 0 && (u64)x % 16 == 0;
-    for (int row = 0; row < count; ++row) {
-        const u16* from = x + row * stride + first_column;
-        u8* line = to + row * row_bytes;
-        if (vectors) {
-            for (int c = threadIdx.x * 8; c < columns; c += THREADS * 8) {
-                const int bytes = first_column + c < k ? 16 : 0;
-                asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
-                             :: "r"(shared_address(line + 2 * c)), "l"(bytes ? from + c : x), "r"(bytes) : "memory");
-            }
-        } else {
-            for (int c = threadIdx.x; c < columns; c += THREADS)
-                reinterpret_cast<u16*>(line)[c] = first_column + c < k ? from[c] : (u16)0;
-        }
-    }
-}
-
-// Half a tile times its columns of x, for all tokens.
-template <int HALF>
-__device__ __forceinline__ void half_tile(const Layout::Tile& tile, const Layout::Rows& rows, const u8* const (&x)[COLUMNS],
-                                          int offset, float (&sums)[CHAINS][COLUMNS][4]) {
-    u32 a[2][4];
-    fragments<HALF>(tile, rows, a);
-#pragma unroll
-    for (int column = 0; column < COLUMNS; ++column) {
-        const uint4 b = *reinterpret_cast<const uint4*>(x[column] + offset + 64 * HALF);
-        multiply(sums[HALF % CHAINS][column], a[0], b.x, b.y);
-        multiply(sums[HALF % CHAINS][column], a[1], b.z, b.w);
-    }
-}
-
-__device__ __forceinline__ void multiply_tile(const Layout::Tile& tile, const Layout::Rows& rows, const u8* const (&x)[COLUMNS],
-                                              int offset, float (&sums)[CHAINS][COLUMNS][4]) {
-    half_tile<0>(tile, rows, x, offset, sums);
-    half_tile<1>(tile, rows, x, offset, sums);
-}
 
 struct Output {
     u16* y;
@@ -91,13 +44,6 @@ struct Output {
     }
 };
 
-__device__ __forceinline__ void add(float4& a, const float4& b) {
-    a.x += b.x;
-    a.y += b.y;
-    a.z += b.z;
-    a.w += b.w;
-}
-
 }  // namespace tenpak
 
 // x [batch, m, k] with rows of x_stride elements, or, with offsets [batch + 1], all experts' tokens one after another,
@@ -110,7 +56,7 @@ skinny(const unsigned char* codes, const unsigned char* params, const unsigned c
        int tiles, int supers, int slice, float scale) {
     using namespace tenpak;
     extern __shared__ uint4 dynamic[];
-    const int warp = __shfl_sync(~0u, threadIdx.x / LANES, 0), lane = threadIdx.x % LANES, g = lane / 4, t = lane % 4;
+    const int warp = __shfl_sync(~0u, threadIdx.x / LANES, 0), lane = threadIdx.x % LANES;
     const int matrix = blockIdx.z, slices = gridDim.y;
     const int strips = (n + TILE_ROWS - 1) / TILE_ROWS;
     const int first_tile = blockIdx.y * slice, count = min(slice, tiles - first_tile);
@@ -122,14 +68,14 @@ skinny(const unsigned char* codes, const unsigned char* params, const unsigned c
     const int total = offsets ? offsets[matrix + 1] - (int)begin : m;
     if (total <= 0) return;
 
-    const int row_bytes = count * TILE_COLS * 2 + ROW_PAD;
+    const int row_bytes = Products::row_bytes(count);
     float4* sums_of_warps = reinterpret_cast<float4*>(dynamic);
     u8* stages = reinterpret_cast<u8*>(sums_of_warps + BUFFERS * WARPS * COLUMNS * LANES);
     u8* staged_x = stages + WARPS * DEPTH * STAGE_BYTES;
     const u32 my_stages = shared_address(stages) + warp * (DEPTH * STAGE_BYTES);
 
 #ifdef LUT16_TABLES
-    Lut16::prepare(threadIdx.x);
+    Lut16::prepare(threadIdx.x, INTEGER ? Lut16::SIGNED : Lut16::BIASED);
 #endif
 
     for (int chunk = 0; chunk * TOKENS < total; ++chunk) {
@@ -138,7 +84,8 @@ skinny(const unsigned char* codes, const unsigned char* params, const unsigned c
         const size_t slot = begin / TOKENS + matrix + chunk;
 
         if (chunk) __syncthreads();
-        stage(staged_x, x + (begin + token) * x_stride, row_bytes, tokens, k, first_tile * TILE_COLS, count * TILE_COLS, x_stride);
+        const XSlice slice_of_x{x + (begin + token) * x_stride, x_stride, tokens, k, first_tile * TILE_COLS, count * TILE_COLS};
+        if (!INTEGER) Products::stage(staged_x, row_bytes, slice_of_x);
         commit_copies();
 #pragma unroll
         for (int i = 0; i < DEPTH; ++i) {
@@ -148,19 +95,18 @@ skinny(const unsigned char* codes, const unsigned char* params, const unsigned c
             commit_copies();
         }
         Layout::Rows rows = Layout::rows(weight, blockIdx.x, lane);
+        // Copies of x go first, so that they are there first; arithmetic on it overlaps with the copies of weights.
+        if (INTEGER) Products::stage(staged_x, row_bytes, slice_of_x);
         wait_for_copies<DEPTH>();
         __syncthreads();
 
-        const u8* my_x[COLUMNS];
-#pragma unroll
-        for (int column = 0; column < COLUMNS; ++column)
-            my_x[column] = staged_x + min(column * 8 + g, tokens - 1) * row_bytes + t * 16;
+        Products products(staged_x, row_bytes, tokens, count, lane);
 
         int turn = 0;
         for (int strip = blockIdx.x; strip < strips; strip += gridDim.x, ++turn) {
             const int after = strip + gridDim.x;
             const Layout::Rows rows_after = Layout::rows(weight, after < strips ? after : strip, lane);
-            float sums[CHAINS][COLUMNS][4] = {};
+            products.clear();
             for (int base = 0; base < steps; base += DEPTH) {
                 const bool last = base + DEPTH >= steps;
                 const int strip_ahead = last ? after : strip, base_ahead = last ? 0 : base + DEPTH;
@@ -171,14 +117,14 @@ skinny(const unsigned char* codes, const unsigned char* params, const unsigned c
                     wait_for_copies<DEPTH - 1>();
                     __syncwarp();
                     const u8* my_stage = stages + (warp * DEPTH + i) * STAGE_BYTES;
-                    const Layout::Tile first = read_stage<0>(my_stage, lane), second = read_stage<1>(my_stage, lane);
+                    const Products::Tile first = Products::read_tile<0>(my_stage, lane);
+                    const Products::Tile second = Products::read_tile<1>(my_stage, lane);
                     __syncwarp();
                     if (ahead < count_ahead)
                         copy_stage(weight, strip_ahead, first_tile + ahead, min(2, count_ahead - ahead),
                                    my_stages + i * STAGE_BYTES, lane);
                     commit_copies();
-                    if (tile < count) multiply_tile(first, rows, my_x, tile * (TILE_COLS * 2), sums);
-                    if (tile + 1 < count) multiply_tile(second, rows, my_x, (tile + 1) * (TILE_COLS * 2), sums);
+                    products.multiply(first, second, rows, tile, count);
                 }
             }
 
@@ -186,13 +132,8 @@ skinny(const unsigned char* codes, const unsigned char* params, const unsigned c
             float4* buffer = sums_of_warps + (turn % BUFFERS) * WARPS * COLUMNS * LANES;
             if (BUFFERS == 1 && turn) __syncthreads();
 #pragma unroll
-            for (int column = 0; column < COLUMNS; ++column) {
-                float4 sum = make_float4(sums[0][column][0], sums[0][column][1], sums[0][column][2], sums[0][column][3]);
-                if (CHAINS == 2)
-                    add(sum, make_float4(sums[CHAINS - 1][column][0], sums[CHAINS - 1][column][1], sums[CHAINS - 1][column][2],
-                                         sums[CHAINS - 1][column][3]));
-                buffer[(warp * COLUMNS + column) * LANES + lane] = sum;
-            }
+            for (int column = 0; column < COLUMNS; ++column)
+                buffer[(warp * COLUMNS + column) * LANES + lane] = products.sum(column, lane);
             __syncthreads();
             for (int column = (warp + turn) % WARPS; column < COLUMNS; column += WARPS) {
                 if (column * 8 >= tokens) break;

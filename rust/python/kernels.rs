@@ -16,10 +16,13 @@ static SOURCES: &[(&str, &str)] = sources![
     "dense.cu",
     "encode.cu",
     "floats.cuh",
+    "halves.cuh",
+    "integers.cuh",
     "layouts.cuh",
     "pack.cu",
     "prefill.cu",
     "skinny.cu",
+    "tokens.cuh",
     "weights.cuh",
 ];
 
