@@ -12,6 +12,10 @@ macro_rules! sources {
 }
 
 static SOURCES: &[(&str, &str)] = sources![
+    "append.cu",
+    "attention.cu",
+    "attention_prefill.cu",
+    "cache.cuh",
     "decode.cu",
     "dense.cu",
     "encode.cu",
@@ -22,6 +26,7 @@ static SOURCES: &[(&str, &str)] = sources![
     "pack.cu",
     "prefill.cu",
     "skinny.cu",
+    "warp.cuh",
     "tokens.cuh",
     "weights.cuh",
 ];
