@@ -32,12 +32,12 @@ struct Products {
         uint4 codes;
         u32 tables;  // parameters of this lane's words
         uint2 scales;  // of the groups whose sums this lane gets
-        u32 supers;  // of rows g and g + 8
+        u16 supers[2];  // of rows g and g + 8
     };
 
     const u8* x;           // this lane's columns of the instruction
     const float* x_scales;
-    u32 keep[2];           // which of them are not zero: of the first and the second half (1), of all (2), of two groups (4)
+    u32 keep[2];           // 1 where they are not zero, for products that spare the pipe of logic: of the first and the second half (1), of all (2), of two groups (4)
     int block[4];          // sums of up to two tiles: rows g and g + 8, of h and l
     float sums[2];         // rows g and g + 8
 
@@ -114,14 +114,16 @@ struct Products {
         x_scales = reinterpret_cast<const float*>(staged + min(sum_token, tokens - 1) * row_bytes + tiles * (2 * TILE_COLS));
         const bool same = t / 2 == n / 2 % 2;
         if (TOKENS == 1) {
-            keep[0] = same && n < 4 ? ~0u : 0;
-            keep[1] = same && n >= 4 ? ~0u : 0;
+            keep[0] = same && n < 4;
+            keep[1] = same && n >= 4;
         } else if (TOKENS == 2) {
-            keep[0] = keep[1] = t / 2 == n / 4 ? ~0u : 0;
+            keep[0] = keep[1] = t / 2 == n / 4;
         } else {
-            keep[0] = t < 2 ? ~0u : 0;
-            keep[1] = ~keep[0];
+            keep[0] = t < 2;
+            keep[1] = t >= 2;
         }
+        // Unseen, they stay factors.
+        asm("" : "+r"(keep[0]), "+r"(keep[1]));
     }
 
     __device__ __forceinline__ void clear() { sums[0] = sums[1] = 0.0f; }
@@ -141,7 +143,11 @@ struct Products {
             // One token: group t of the tile's four. Two: the same groups as the words'.
             tile.scales.x = TOKENS == 1 ? read<u16>(mine + t % 2 * 4 + t / 2 * 2) : tile.tables;
         }
-        tile.supers = J ? 0 : Lut16::supers(params, lane);
+        if (J == 0) {
+            const u8* supers = params + 2 * Lut16::SCALE_BYTES + lane / 4 * 2;
+            tile.supers[0] = read<u16>(supers);
+            tile.supers[1] = read<u16>(supers + 16);
+        }
         return tile;
     }
 
@@ -157,17 +163,27 @@ struct Products {
         block[3] += d[3] * lower;
     }
 
+    // The sum of what both half tables give is the entry: both go through the tensor cores.
+    template <int HALF>
+    static __device__ __forceinline__ void multiply_half(int (&d)[4], const u32 (&one)[4][2], const u32 (&other)[4][2], const uint2& b,
+                                                         u32 keep) {
+        constexpr int UPPER = 2 * HALF, LOWER = 2 * HALF + 1;
+        const u32 x = b.x * keep, y = b.y * keep;
+        tenpak::multiply(d, {one[UPPER][0], one[LOWER][0], one[UPPER][1], one[LOWER][1]}, x, y);
+        tenpak::multiply(d, {other[UPPER][0], other[LOWER][0], other[UPPER][1], other[LOWER][1]}, x, y);
+    }
+
     __device__ __forceinline__ void multiply_tile(const Tile& tile, int offset) {
-        u32 a[2][4];
-        Lut16::entries<0>(tile.codes, tile.tables, a[0][0], a[0][2]);
-        Lut16::entries<1>(tile.codes, tile.tables, a[0][1], a[0][3]);
-        Lut16::entries<2>(tile.codes, tile.tables, a[1][0], a[1][2]);
-        Lut16::entries<3>(tile.codes, tile.tables, a[1][1], a[1][3]);
+        u32 one[4][2], other[4][2];
+        Lut16::look_up<0>(tile.codes, tile.tables, one[0], other[0]);
+        Lut16::look_up<1>(tile.codes, tile.tables, one[1], other[1]);
+        Lut16::look_up<2>(tile.codes, tile.tables, one[2], other[2]);
+        Lut16::look_up<3>(tile.codes, tile.tables, one[3], other[3]);
         if constexpr (TOKENS == 1) {
             const uint2 b = read<uint2>(x + offset);
             int d[4] = {};
-            tenpak::multiply(d, a[0], b.x & keep[0], b.y & keep[0]);
-            tenpak::multiply(d, a[1], b.x & keep[1], b.y & keep[1]);
+            multiply_half<0>(d, one, other, b, keep[0]);
+            multiply_half<1>(d, one, other, b, keep[1]);
             add_group(d, scale<0>(tile.scales.x), scale<1>(tile.scales.x));
         } else {
 #pragma unroll
@@ -177,7 +193,8 @@ struct Products {
                 for (int i = 0; i < TOKENS / 2; ++i) {
                     const u32 params = i ? tile.scales.y : tile.scales.x;
                     int d[4] = {};
-                    tenpak::multiply(d, a[half], b.x & keep[i], b.y & keep[i]);
+                    if (half) multiply_half<1>(d, one, other, b, keep[i]);
+                    else multiply_half<0>(d, one, other, b, keep[i]);
                     if (half) add_group(d, scale<2>(params), scale<3>(params));
                     else add_group(d, scale<0>(params), scale<1>(params));
                 }
@@ -192,8 +209,8 @@ struct Products {
         multiply_tile(first, tile * (2 * TILE_COLS));
         if (tile + 1 < count) multiply_tile(second, (tile + 1) * (2 * TILE_COLS));
         const float s = x_scales[tile / STAGE_TILES];
-        sums[0] += from_half(first.supers) * s * fmaf((float)block[0], 256.0f, (float)block[1]);
-        sums[1] += from_half(first.supers >> 16) * s * fmaf((float)block[2], 256.0f, (float)block[3]);
+        sums[0] += from_half(first.supers[0]) * s * fmaf((float)block[0], 256.0f, (float)block[1]);
+        sums[1] += from_half(first.supers[1]) * s * fmaf((float)block[2], 256.0f, (float)block[3]);
     }
 
     // As of halves.cuh: rows g and g + 8 times tokens 2t and 2t + 1.

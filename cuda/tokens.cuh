@@ -4,7 +4,7 @@
 
 namespace tenpak {
 
-constexpr int THREADS = WARPS * LANES;
+constexpr int THREADS = WARPS * LANES;  // those that multiply
 
 // What a block takes of x: rows `stride` elements apart, columns first_column .. first_column + columns, zeros beyond k.
 struct XSlice {

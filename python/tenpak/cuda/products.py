@@ -174,11 +174,11 @@ def _skinny(device: Device, layout: str, n: int, k: int, m: int, batch: int, bf1
         function("skinny.cu", "skinny", defines, device.number),
         False,
         (min(strips, per_matrix), slices, batch),
-        (32 * warps,),
+        (32 * warps + 32,),
         bytes_,
         (int32(m), int32(n), int32(k), int32(tiles), int32(_divide_up(k, 256)), int32(slice_tiles)),
         slots * slices * strips * columns * 512,
-        slots * strips * columns,
+        slots * strips,
     )
 
 
