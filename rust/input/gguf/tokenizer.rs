@@ -213,15 +213,13 @@ fn sentence_piece(metadata: &Metadata<'_>, vocabulary: &Vocabulary<'_>) -> Resul
                 .filter(|scores: &Vec<f32>| scores.len() == vocabulary.tokens.len())
                 .ok_or("tokenizer.ggml.scores does not fit tokenizer.ggml.tokens")?;
             // Only ordinary tokens are made of others.
-            let pieces: Vec<&str> = vocabulary
-                .tokens
-                .iter()
-                .zip(&vocabulary.types)
-                .map(|(token, kind)| if *kind == NORMAL { *token } else { "" })
+            let ordinary = |id: usize| vocabulary.types[id] == NORMAL && vocabulary.holds(id);
+            let pieces: Vec<&str> = (0..vocabulary.tokens.len())
+                .map(|id| if ordinary(id) { vocabulary.tokens[id] } else { "" })
                 .collect();
-            let parts = vocabulary.ids.iter().filter(|(_, id)| vocabulary.types[**id as usize] == NORMAL);
-            let ids: HashMap<&str, u32> = parts.map(|(token, id)| (*token, *id)).collect();
-            sentencepiece::merges(&pieces, &scores, &ids)
+            let ids = vocabulary.ids.iter().filter(|(_, id)| ordinary(**id as usize));
+            let ids: HashMap<&str, u32> = ids.map(|(token, id)| (*token, *id)).collect();
+            sentencepiece::merges(&pieces, &scores, &ids)?
         }
     };
     let prefix = metadata.get("tokenizer.ggml.add_space_prefix").unwrap_or(true);
