@@ -71,11 +71,14 @@ __device__ __forceinline__ void tile(State& state, const u8* record, int first, 
         for (int i = 0; i < 2; ++i) {
             const u32 key = ((const u32*)(record + R::PARAMS))[row + 8 * i];
             const u32 value = ((const u32*)(record + R::PARAMS))[TILE + row + 8 * i];
-            const float key_scale = from_half((u16)key), key_offset = from_half((u16)(key >> 16));
-            s[2 * i] = s[2 * i] * key_scale + key_offset * q_sum[0];
-            s[2 * i + 1] = s[2 * i + 1] * key_scale + key_offset * q_sum[1];
+            // Offsets are of the middle code.
+            constexpr float MIDDLE = 1 << (B - 1);
+            const float key_scale = from_half((u16)key), key_unit = key_scale * code_unit<B>(i);
+            const float key_offset = from_half((u16)(key >> 16)) - MIDDLE * key_scale;
+            s[2 * i] = s[2 * i] * key_unit + key_offset * q_sum[0];
+            s[2 * i + 1] = s[2 * i + 1] * key_unit + key_offset * q_sum[1];
             scale[i] = from_half((u16)value);
-            offset[i] = from_half((u16)(value >> 16));
+            offset[i] = from_half((u16)(value >> 16)) - MIDDLE * scale[i];
         }
     }
     if (edge) {
@@ -145,6 +148,20 @@ extern "C" __global__ void __launch_bounds__(tenpak::THREADS, BLOCKS)
     const int kv_head = blockIdx.y / chunks, first_column = blockIdx.y % chunks * COLUMNS;
     const int columns = min(COLUMNS, wanted - first_column);
     const int before = lengths[sequence], total = before + tokens;
+    // Queries are on their way while lengths are.
+    constexpr int EACH = (COLUMNS + WARPS - 1) / WARPS;
+    u16 raw[EACH][PER_LANE] = {};
+#pragma unroll
+    for (int i = 0; i < EACH; ++i) {
+        if (warp + i * WARPS >= columns) continue;
+        const int at = first_column + warp + i * WARPS;
+        const u16* from = q + sequence * q_sequence + at / group * q_token + (long long)(kv_head * group + at % group) * DIM;
+#pragma unroll
+        for (int j = 0; j < PER_LANE; ++j) {
+            const int d = lane + LANES * j;
+            if (d < DIM) raw[i][j] = from[d];
+        }
+    }
 
     // This block's tiles, of those that any of its columns sees.
     const int oldest = before + first_column / group + 1, newest = before + (first_column + columns - 1) / group + 1;
@@ -161,7 +178,6 @@ extern "C" __global__ void __launch_bounds__(tenpak::THREADS, BLOCKS)
     u8* memory = dynamic_shared();
     __shared__ u16 q_shared[COLUMNS * Q_ROW];
     __shared__ float q_sums[COLUMNS];
-    __shared__ float factors[WARPS > COLUMNS ? WARPS * COLUMNS : COLUMNS * COLUMNS];
     __shared__ int last_arrived;
     const u64 pair = (u64)sequence * kv_heads + kv_head;
     const u8* source = BITS == 16 ? ring + pair * ring_tiles * Halves::BYTES : store + pair * capacity * Codes::BYTES;
@@ -184,15 +200,13 @@ extern "C" __global__ void __launch_bounds__(tenpak::THREADS, BLOCKS)
     for (int i = 0; i < STAGES - 1; ++i) fetch(i);
 
     // Queries, scaled, as halves; turned where keys are.
-    for (int column = warp; column < COLUMNS; column += WARPS) {
-        float x[PER_LANE], sum = 0.0f;
-        const int at = first_column + column, token = at / group, head = kv_head * group + at % group;
-        const u16* from = q + sequence * q_sequence + token * q_token + (long long)head * DIM;
 #pragma unroll
-        for (int j = 0; j < PER_LANE; ++j) {
-            const int d = lane + LANES * j;
-            x[j] = column < columns && d < DIM ? from_activation<BF16>(from[d]) * scale : 0.0f;
-        }
+    for (int i = 0; i < EACH; ++i) {
+        const int column = warp + i * WARPS;
+        if (column >= COLUMNS) continue;
+        float x[PER_LANE], sum = 0.0f;
+#pragma unroll
+        for (int j = 0; j < PER_LANE; ++j) x[j] = from_activation<BF16>(raw[i][j]) * scale;
         if constexpr (BITS == 4) hadamard(x, lane);
 #pragma unroll
         for (int j = 0; j < PER_LANE; ++j) {
@@ -234,6 +248,11 @@ extern "C" __global__ void __launch_bounds__(tenpak::THREADS, BLOCKS)
                    first < all_from || first + TILE > all_to, lane);
     }
     if constexpr (BITS != 16) {
+#pragma unroll
+        for (int step = 0; step < STEPS; ++step) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) state.out[step][i] *= code_unit<BITS>(i / 2);
+        }
         const u8* halves = ring + pair * ring_tiles * Halves::BYTES;
         for (int t = begin + coded * WARPS; t < end; t += WARPS) {
             tile<16>(state, halves + (u64)(t % ring_tiles) * Halves::BYTES, t * TILE, query, q_sum, seen, true, lane);
@@ -270,37 +289,33 @@ extern "C" __global__ void __launch_bounds__(tenpak::THREADS, BLOCKS)
         }
     }
     __syncthreads();
-    __shared__ float block_top[COLUMNS], block_total[COLUMNS];
-    // Column c's results of all warps, weighed by how far below the highest maximum each one's is.
-    auto weigh = [&]() {
-        if (threadIdx.x < COLUMNS) {
-            const int c = threadIdx.x;
-            float top = NOTHING, sum = 0.0f;
-            for (int w = 0; w < WARPS; ++w) top = fmaxf(top, tops[w * COLUMNS + c]);
-            for (int w = 0; w < WARPS; ++w) {
-                const float factor = power_of_two(tops[w * COLUMNS + c] - top);
-                factors[w * COLUMNS + c] = factor;
-                sum += totals[w * COLUMNS + c] * factor;
-            }
-            block_top[c] = top;
-            block_total[c] = sum;
-        }
-        __syncthreads();
-    };
-    auto mixed = [&](int c, int d) {
-        float sum = 0.0f;
+    // Output d and d + 1 of column c of all warps, weighed by how far below the highest maximum each one's is; also the
+    // highest maximum and the sum. Each thread weighs for itself, which is faster than to wait for one that does.
+    auto mix = [&](int c, int d, float& top, float& total) {
+        float2 sum = {0.0f, 0.0f};
+        top = NOTHING;
+        total = 0.0f;
 #pragma unroll
-        for (int w = 0; w < WARPS; ++w) sum += sums[w * SUMS + c * SUM_ROW + d] * factors[w * COLUMNS + c];
+        for (int w = 0; w < WARPS; ++w) top = fmaxf(top, tops[w * COLUMNS + c]);
+#pragma unroll
+        for (int w = 0; w < WARPS; ++w) {
+            const float factor = power_of_two(tops[w * COLUMNS + c] - top);
+            const float2 x = *(const float2*)(sums + w * SUMS + c * SUM_ROW + d);
+            sum.x += x.x * factor;
+            sum.y += x.y * factor;
+            total += totals[w * COLUMNS + c] * factor;
+        }
         return sum;
     };
     auto write = [&]() {
-        for (int i = threadIdx.x; i < columns * DIM; i += THREADS) {
-            const int c = i / DIM, d = i % DIM, at = first_column + c;
+        for (int i = threadIdx.x * 2; i < columns * DIM; i += 2 * THREADS) {
+            const int c = i / DIM, at = first_column + c;
             const u64 line = ((u64)sequence * tokens + at / group) * heads + kv_head * group + at % group;
-            out[line * DIM + d] = to_activation<BF16>(mixed(c, d) / block_total[c]);
+            float top, total;
+            const float2 x = mix(c, i % DIM, top, total);
+            *(u32*)(out + line * DIM + i % DIM) = pack<BF16>(x.x / total, x.y / total);
         }
     };
-    weigh();
     if (used == 1) {
         write();
         return;
@@ -308,17 +323,22 @@ extern "C" __global__ void __launch_bounds__(tenpak::THREADS, BLOCKS)
     const u64 place = (u64)sequence * gridDim.y + blockIdx.y;
     float* parts = partial + place * gridDim.x * PART;
     float* mine = parts + split * PART;
-    for (int i = threadIdx.x; i < columns * DIM; i += THREADS) mine[i] = mixed(i / DIM, i % DIM);
-    if (threadIdx.x < COLUMNS) {
-        mine[COLUMNS * DIM + threadIdx.x] = block_top[threadIdx.x];
-        mine[COLUMNS * DIM + COLUMNS + threadIdx.x] = block_total[threadIdx.x];
+    for (int i = threadIdx.x * 2; i < columns * DIM; i += 2 * THREADS) {
+        float top, total;
+        *(float2*)(mine + i) = mix(i / DIM, i % DIM, top, total);
+        if (i % DIM == 0) {
+            mine[COLUMNS * DIM + i / DIM] = top;
+            mine[COLUMNS * DIM + COLUMNS + i / DIM] = total;
+        }
     }
-    __threadfence();
     __syncthreads();
-    if (threadIdx.x == 0) last_arrived = atomicAdd(counters + place, 1u) == (u32)(used - 1);
+    if (threadIdx.x == 0) {
+        __threadfence();
+        last_arrived = atomicAdd(counters + place, 1u) == (u32)(used - 1);
+        __threadfence();
+    }
     __syncthreads();
     if (!last_arrived) return;
-    __threadfence();
     if (threadIdx.x == 0) counters[place] = 0;
 
     // Each warp adds some of the splits, then the warps' results meet as before.
@@ -329,25 +349,37 @@ extern "C" __global__ void __launch_bounds__(tenpak::THREADS, BLOCKS)
         for (int k = 0; k < (DIM + 127) / 128; ++k) line[c][k] = {0.0f, 0.0f, 0.0f, 0.0f};
     }
     float top = NOTHING, sum = 0.0f;  // of column lane % COLUMNS
-    for (int s = warp; s < used; s += WARPS) top = fmaxf(top, __ldcg(parts + s * PART + COLUMNS * DIM + lane % COLUMNS));
+#pragma unroll 2
     for (int s = warp; s < used; s += WARPS) {
         const float* from = parts + s * PART;
-        const float factor = power_of_two(__ldcg(from + COLUMNS * DIM + lane % COLUMNS) - top);
-        sum += __ldcg(from + COLUMNS * DIM + COLUMNS + lane % COLUMNS) * factor;
+        float split_top = NOTHING, split_sum = 0.0f;
+        if (lane % COLUMNS < columns) {
+            split_top = __ldcg(from + COLUMNS * DIM + lane % COLUMNS);
+            split_sum = __ldcg(from + COLUMNS * DIM + COLUMNS + lane % COLUMNS);
+        }
+        float4 x[COLUMNS][(DIM + 127) / 128];
 #pragma unroll
         for (int c = 0; c < COLUMNS; ++c) {
-            const float weight = from_lane(factor, c);
-            if (c < columns) {
 #pragma unroll
-                for (int k = 0; k < (DIM + 127) / 128; ++k) {
-                    if (k * 128 + lane * 4 < DIM) {
-                        const float4 x = __ldcg((const float4*)(from + c * DIM + k * 128 + lane * 4));
-                        line[c][k].x += weight * x.x;
-                        line[c][k].y += weight * x.y;
-                        line[c][k].z += weight * x.z;
-                        line[c][k].w += weight * x.w;
-                    }
-                }
+            for (int k = 0; k < (DIM + 127) / 128; ++k) {
+                x[c][k] = {0.0f, 0.0f, 0.0f, 0.0f};
+                if (c < columns && k * 128 + lane * 4 < DIM)
+                    x[c][k] = __ldcg((const float4*)(from + c * DIM + k * 128 + lane * 4));
+            }
+        }
+        const float higher = fmaxf(top, split_top);
+        const float keep = power_of_two(top - higher), take = power_of_two(split_top - higher);
+        top = higher;
+        sum = sum * keep + split_sum * take;
+#pragma unroll
+        for (int c = 0; c < COLUMNS; ++c) {
+            const float kept = from_lane(keep, c), taken = from_lane(take, c);
+#pragma unroll
+            for (int k = 0; k < (DIM + 127) / 128; ++k) {
+                line[c][k].x = line[c][k].x * kept + x[c][k].x * taken;
+                line[c][k].y = line[c][k].y * kept + x[c][k].y * taken;
+                line[c][k].z = line[c][k].z * kept + x[c][k].z * taken;
+                line[c][k].w = line[c][k].w * kept + x[c][k].w * taken;
             }
         }
     }
@@ -363,6 +395,5 @@ extern "C" __global__ void __launch_bounds__(tenpak::THREADS, BLOCKS)
         totals[warp * COLUMNS + lane] = sum;
     }
     __syncthreads();
-    weigh();
     write();
 }

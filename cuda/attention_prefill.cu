@@ -52,6 +52,9 @@ extern "C" __global__ void __launch_bounds__(tenpak::THREADS)
     stage(v_shared, v, v_token, begin_tile * KEYS, tokens);
     commit();
 
+    // Queries stay in registers where there is room for them.
+    constexpr bool KEPT = DIM <= 128;
+    u32 query[KEPT ? STEPS : 1][4];
     float output[STEPS * 2][4] = {}, top[2] = {NOTHING, NOTHING}, sum[2] = {};
     for (int tile = begin_tile; tile < end_tile; ++tile) {
         const int buffer = (tile - begin_tile) % 2;
@@ -68,8 +71,9 @@ extern "C" __global__ void __launch_bounds__(tenpak::THREADS)
         float s[KEYS / 8][4] = {};
 #pragma unroll
         for (int step = 0; step < STEPS; ++step) {
-            u32 a[4];
-            load_matrices(a, q_shared + (warp * 16 + lane % 16) * ROW + step * 16 + lane / 16 * 8);
+            u32 (&a)[4] = query[KEPT ? step : 0];
+            if (!KEPT || tile == begin_tile)
+                load_matrices(a, q_shared + (warp * 16 + lane % 16) * ROW + step * 16 + lane / 16 * 8);
 #pragma unroll
             for (int n = 0; n < KEYS / 16; ++n) {
                 u32 b[4];

@@ -47,27 +47,32 @@ __device__ __forceinline__ int half_at(bool value, int token, int dim) {
 // The nibble of element 2r + h: masks then bring the two halves of word r into place at once.
 __device__ __forceinline__ int nibble(int index) { return index / 2 + index % 2 * 4; }
 
-// A lane's eight elements of a step, as halves: codes less their middle.
+// What a code as a tensor core sees it must be multiplied with: codes are not converted at all, since as the bits of a half
+// they are subnormal numbers, multiples of 2^-24, which tensor cores multiply exactly. Those of four bits in rows 8 to 15
+// lie four bits higher.
+template <int B>
+__device__ __forceinline__ constexpr float code_unit(bool upper_rows) {
+    return B == 16 ? 1.0f : B == 4 && upper_rows ? 1048576.0f : 16777216.0f;
+}
+
+// A lane's eight elements of a step: halves, or codes (from 0 on) in units of 1 / code_unit.
 template <int B>
 __device__ __forceinline__ void unpack(const u32* words, u32 (&halves)[4]) {
     if constexpr (B == 16) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) halves[i] = words[i];
     } else if constexpr (B == 8) {
-        constexpr u32 MIDDLE = 0x64806480u;  // 1024 + 128
-        halves[0] = sub_halves(bytes_above_1024<false>(words[0]), MIDDLE);
-        halves[1] = sub_halves(bytes_above_1024<true>(words[0]), MIDDLE);
-        halves[2] = sub_halves(bytes_above_1024<false>(words[1]), MIDDLE);
-        halves[3] = sub_halves(bytes_above_1024<true>(words[1]), MIDDLE);
+        halves[0] = bytes_as_halves<false>(words[0]);
+        halves[1] = bytes_as_halves<true>(words[0]);
+        halves[2] = bytes_as_halves<false>(words[1]);
+        halves[3] = bytes_as_halves<true>(words[1]);
     } else {
-        constexpr u32 BASE = 0x64006400u, LOW = 0x000f000fu, HIGH = 0x00f000f0u;
-        constexpr u32 MIDDLE = 0x64086408u;                             // 1024 + 8
-        constexpr u32 SIXTEENTH = 0x2c002c00u, MIDDLE_16 = 0xd480d480u;  // -(1024 / 16 + 8)
+        constexpr u32 LOW = 0x000f000fu, HIGH = 0x00f000f0u;
         const u32 x = words[0], y = x >> 8;
-        halves[0] = sub_halves((x & LOW) | BASE, MIDDLE);
-        halves[1] = fma_halves((x & HIGH) | BASE, SIXTEENTH, MIDDLE_16);
-        halves[2] = sub_halves((y & LOW) | BASE, MIDDLE);
-        halves[3] = fma_halves((y & HIGH) | BASE, SIXTEENTH, MIDDLE_16);
+        halves[0] = x & LOW;
+        halves[1] = x & HIGH;
+        halves[2] = y & LOW;
+        halves[3] = y & HIGH;
     }
 }
 

@@ -75,20 +75,10 @@ __device__ __forceinline__ float exchange(float x, int mask) { return __shfl_xor
 __device__ __forceinline__ float from_lane(float x, int lane) { return __shfl_sync(0xffffffffu, x, lane); }
 __device__ __forceinline__ bool any(bool x) { return __any_sync(0xffffffffu, x); }
 
-// Bytes 0 and 1 (or 2 and 3) of x under the byte 0x64: the halves 1024 + byte.
+// Bytes 0 and 1 (or 2 and 3) of x, each the lower byte of a half.
 template <bool UPPER>
-__device__ __forceinline__ u32 bytes_above_1024(u32 x) {
-    return __byte_perm(x, 0x64646464u, UPPER ? 0x4342 : 0x4140);
-}
-__device__ __forceinline__ u32 sub_halves(u32 a, u32 b) {
-    u32 d;
-    asm("sub.rn.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
-    return d;
-}
-__device__ __forceinline__ u32 fma_halves(u32 a, u32 b, u32 c) {
-    u32 d;
-    asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
-    return d;
+__device__ __forceinline__ u32 bytes_as_halves(u32 x) {
+    return __byte_perm(x, 0, UPPER ? 0x4342 : 0x4140);
 }
 // Two floats as halves, `low` in the lower one.
 template <bool BRAIN = false>

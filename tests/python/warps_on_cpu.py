@@ -50,6 +50,7 @@ typedef unsigned long long u64;
 using std::max;
 using std::min;
 struct Dim { unsigned x, y, z; };
+struct float2 { float x, y; };
 struct float4 { float x, y, z, w; };
 struct Barrier { int arrived = 0, generation = 0; };
 struct Copy { void* to; const void* from; bool there; };
@@ -160,19 +161,12 @@ inline bool any(bool x) {
     for (int i = 0; i < 32; ++i) result |= all[i][0] != 0;
     return result;
 }
-template <bool UPPER> u32 bytes_above_1024(u32 x) {
+template <bool UPPER> u32 bytes_as_halves(u32 x) {
     if (UPPER) x >>= 16;
-    return 0x64006400u | (x & 255) | (x >> 8 & 255) << 16;
+    return (x & 255) | (x >> 8 & 255) << 16;
 }
 inline u32 halves(double low, double high) {
     return to_half((float)low) | (u32)to_half((float)high) << 16;
-}
-inline u32 sub_halves(u32 a, u32 b) {
-    return halves(real<false>(a, 0) - real<false>(b, 0), real<false>(a, 1) - real<false>(b, 1));
-}
-inline u32 fma_halves(u32 a, u32 b, u32 c) {
-    return halves((double)real<false>(a, 0) * real<false>(b, 0) + real<false>(c, 0),
-                  (double)real<false>(a, 1) * real<false>(b, 1) + real<false>(c, 1));
 }
 template <bool BRAIN = false> u32 pack(float low, float high) {
     return BRAIN ? to_brain(low) | (u32)to_brain(high) << 16 : halves(low, high);
