@@ -30,24 +30,30 @@ struct Products {
     // A row of x in shared memory is longer by 64 bytes: eight lanes that read two rows then meet all 32 banks.
     static __device__ __forceinline__ int row_bytes(int tiles) { return tiles * TILE_COLS * 2 + 64; }
 
-    // x to shared memory, by asynchronous copies where it is aligned.
-    static __device__ __forceinline__ void stage(u8* to, int row_bytes, const XSlice& from) {
-        const bool vectors = from.aligned(16);
-        for (int row = 0; row < from.tokens; ++row) {
-            const u16* values = from.x + row * from.stride + from.first_column;
-            u8* line = to + row * row_bytes;
-            if (vectors) {
-                for (int c = threadIdx.x * 8; c < from.columns; c += THREADS * 8) {
-                    const int bytes = from.first_column + c < from.k ? 16 : 0;
-                    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
-                                 :: "r"(shared_address(line + 2 * c)), "l"(bytes ? values + c : from.x), "r"(bytes) : "memory");
+    // x to shared memory, by asynchronous copies where it is aligned. They go first, so that they are there first.
+    struct Staging {
+        XSlice from;
+
+        __device__ __forceinline__ explicit Staging(const XSlice& from) : from(from) {}
+        __device__ __forceinline__ void begin(u8* to, int row_bytes) {
+            const bool vectors = from.aligned(16);
+            for (int row = 0; row < from.tokens; ++row) {
+                const u16* values = from.x + row * from.stride + from.first_column;
+                u8* line = to + row * row_bytes;
+                if (vectors) {
+                    for (int c = threadIdx.x * 8; c < from.columns; c += THREADS * 8) {
+                        const int bytes = from.first_column + c < from.k ? 16 : 0;
+                        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
+                                     :: "r"(shared_address(line + 2 * c)), "l"(bytes ? values + c : from.x), "r"(bytes) : "memory");
+                    }
+                } else {
+                    for (int c = threadIdx.x; c < from.columns; c += THREADS)
+                        reinterpret_cast<u16*>(line)[c] = from.first_column + c < from.k ? values[c] : (u16)0;
                 }
-            } else {
-                for (int c = threadIdx.x; c < from.columns; c += THREADS)
-                    reinterpret_cast<u16*>(line)[c] = from.first_column + c < from.k ? values[c] : (u16)0;
             }
         }
-    }
+        __device__ __forceinline__ void end(u8*, int) {}
+    };
 
     __device__ __forceinline__ Products(const u8* staged, int row_bytes, int tokens, int, int lane) {
 #pragma unroll

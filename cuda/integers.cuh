@@ -1,21 +1,21 @@
-// Products of int4_lut16 with up to four tokens in the tensor cores' eight-bit instruction, mma.m16n8k32.
+// Products of int4_lut16 with one or two tokens in the tensor cores' eight-bit instruction, mma.m16n8k32.
 //
 // What a table holds are eight-bit integers, and what a lane looks up are four at a time: as they are, they are operands.
 // Making FP16 of them and scaling each would take twice the instructions, and those, not memory, would take the time.
 //
 // Activations become sixteen bits, x = (256 h + l) s with h and l of eight signed bits and one scale s for 128 columns
 // of a token: their error is at most 2^-16 of the largest of those, less than what FP16 itself leaves. h and l of a token are
-// two columns of the instruction, so there is room for four tokens. With fewer, a token's columns are there once for
-// each group of 16 weights, zero elsewhere, so that the sums of two or four groups come from one instruction, in
-// different lanes. A weight being d L T[t][q], sums are multiplied by the integer L of their group, and every 128
-// columns added up in FP32. Nothing is rounded but x and those sums. -DINTEGER: tokens, 1, 2 or 4.
+// two columns of the instruction's eight, and they are there once for each of four groups of 16 weights (two tokens:
+// two groups), zero elsewhere, so that different lanes get the sums of different groups. A weight being d L T[t][q], those are
+// multiplied by the integer L of their group, and every 128 columns added up in FP32. Nothing is rounded but x and
+// those sums. (With four tokens a column has no room for groups, and FP16 is faster.) -DINTEGER: tokens, 1 or 2.
 #pragma once
 #include "tokens.cuh"
 
 namespace tenpak {
 
 constexpr int TOKENS = INTEGER;
-static_assert(COLUMNS == 1 && (TOKENS == 1 || TOKENS == 2 || TOKENS == 4), "two columns of eight for each token");
+static_assert(COLUMNS == 1 && (TOKENS == 1 || TOKENS == 2), "eight columns are h and l of four groups or two");
 
 __device__ __forceinline__ void multiply(int (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
     asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
@@ -30,14 +30,14 @@ struct Products {
 
     struct Tile {
         uint4 codes;
-        u32 tables;  // parameters of this lane's words
-        uint2 scales;  // of the groups whose sums this lane gets
+        u32 tables;     // parameters of this lane's words
+        u32 scales;     // of the groups whose sums this lane gets
         u16 supers[2];  // of rows g and g + 8
     };
 
     const u8* x;           // this lane's columns of the instruction
     const float* x_scales;
-    u32 keep[2];           // 1 where they are not zero, for products that spare the pipe of logic: of the first and the second half (1), of all (2), of two groups (4)
+    u32 keep[2];           // 1 where they are not zero, for both halves of a tile: a factor, since the pipe of logic is busy
     int block[4];          // sums of up to two tiles: rows g and g + 8, of h and l
     float sums[2];         // rows g and g + 8
 
@@ -48,22 +48,26 @@ struct Products {
     }
 
     // Four neighbouring values; zeros beyond k.
-    static __device__ __forceinline__ float4 load(const XSlice& from, const u16* row, int column, bool vectors) {
-        u16 v[4] = {0, 0, 0, 0};
-        const int at = from.first_column + column, end = min(from.k, from.first_column + from.columns);
-        if (vectors && at + 4 <= end) {
-            const uint2 both = *reinterpret_cast<const uint2*>(row + at);
-            return make_float4(widen((u16)both.x), widen((u16)(both.x >> 16)), widen((u16)both.y), widen((u16)(both.y >> 16)));
+    static __device__ __forceinline__ uint2 load(const XSlice& from, const u16* row, int column, bool vectors) {
+        const int at = from.first_column + column, left = min(from.k - at, from.columns - column);
+        uint2 v = make_uint2(0, 0);
+        if (vectors) {
+            if (left >= 4) v = __ldg(reinterpret_cast<const uint2*>(row + at));
+        } else {
+            // Rows that are not aligned: rare, so short rather than fast.
+#pragma unroll 1
+            for (int i = 0; i < 4; ++i) {
+                const u32 next = i < left ? row[at + i] : 0;
+                v.x = v.x >> 16 | v.y << 16;
+                v.y = v.y >> 16 | next << 16;
+            }
         }
-#pragma unroll
-        for (int i = 0; i < 4; ++i)
-            if (at + i < end) v[i] = row[at + i];
-        return make_float4(widen(v[0]), widen(v[1]), widen(v[2]), widen(v[3]));
+        return v;
     }
 
     // One block's four columns of this lane as h and l.
-    static __device__ __forceinline__ void split(u8* row, int scales_at, int block, const float4& v, int columns, int lane) {
-        const float values[4] = {v.x, v.y, v.z, v.w};
+    static __device__ __forceinline__ void split(u8* row, int scales_at, int block, const uint2& v, int columns, int lane) {
+        const float values[4] = {widen((u16)v.x), widen((u16)(v.x >> 16)), widen((u16)v.y), widen((u16)(v.y >> 16))};
         // Compared as bits, NaN is the largest: it becomes the scale and so what is summed.
         u32 largest = 0;
 #pragma unroll
@@ -86,41 +90,52 @@ struct Products {
         if (lane == 0) *reinterpret_cast<float*>(row + scales_at + 4 * block) = most * (1.0f / LARGEST);
     }
 
-    static __device__ __forceinline__ void stage(u8* to, int row_bytes, const XSlice& from) {
-        const int warp = threadIdx.x / LANES, lane = threadIdx.x % LANES;
-        const int blocks = (from.columns + BLOCK_COLS - 1) / BLOCK_COLS;
-        const bool vectors = from.aligned(8);
-        for (int token = 0; token < from.tokens; ++token) {
-            for (int first = warp; first < blocks; first += AT_ONCE * WARPS) {
-                float4 v[AT_ONCE];
+    // x to shared memory. The first loads go out before the copies of weights and are made use of after those.
+    struct Staging {
+        XSlice from;
+        bool vectors;
+        int warp, lane, blocks;
+        uint2 values[AT_ONCE];
+
+        __device__ __forceinline__ explicit Staging(const XSlice& from)
+            : from(from), vectors(from.aligned(8)), warp(threadIdx.x / LANES), lane(threadIdx.x % LANES),
+              blocks((from.columns + BLOCK_COLS - 1) / BLOCK_COLS) {}
+        __device__ __forceinline__ void load_from(int token, int first) {
 #pragma unroll
-                for (int i = 0; i < AT_ONCE; ++i)
-                    v[i] = load(from, from.x + token * from.stride, (first + i * WARPS) * BLOCK_COLS + lane * 4, vectors);
+            for (int i = 0; i < AT_ONCE; ++i)
+                values[i] = load(from, from.x + token * from.stride, (first + i * WARPS) * BLOCK_COLS + lane * 4, vectors);
+        }
+        __device__ __forceinline__ void begin(u8*, int) { load_from(0, warp); }
+        __device__ __forceinline__ void end(u8* to, int row_bytes) {
+            int token = 0, first = warp;
+            while (true) {
 #pragma unroll
                 for (int i = 0; i < AT_ONCE; ++i)
                     if (first + i * WARPS < blocks)
-                        split(to + token * row_bytes, from.columns * 2, first + i * WARPS, v[i], from.columns, lane);
+                        split(to + token * row_bytes, from.columns * 2, first + i * WARPS, values[i], from.columns, lane);
+                first += AT_ONCE * WARPS;
+                if (first >= blocks) {
+                    first = warp;
+                    if (++token == from.tokens) break;
+                }
+                load_from(token, first);
             }
         }
-    }
+    };
 
     __device__ __forceinline__ Products(const u8* staged, int row_bytes, int tokens, int tiles, int lane) {
         // As an operand this lane holds columns of x for column n of the instruction; as a result it gets columns 2t and
         // 2t + 1. Column n is h (even) or l (odd) of a token, in the groups that `keep` lets through.
         const int n = lane / 4, t = lane % 4;
-        const int token = TOKENS == 1 ? 0 : TOKENS == 2 ? n / 2 % 2 : n / 2;
-        const int sum_token = t % TOKENS;
+        const int token = TOKENS == 1 ? 0 : n / 2 % 2, sum_token = t % TOKENS;
         x = staged + min(token, tokens - 1) * row_bytes + n % 2 * TILE_COLS + t * 8 + (TOKENS == 1 ? n / 4 * 32 : 0);
         x_scales = reinterpret_cast<const float*>(staged + min(sum_token, tokens - 1) * row_bytes + tiles * (2 * TILE_COLS));
-        const bool same = t / 2 == n / 2 % 2;
         if (TOKENS == 1) {
+            const bool same = t / 2 == n / 2 % 2;
             keep[0] = same && n < 4;
             keep[1] = same && n >= 4;
-        } else if (TOKENS == 2) {
-            keep[0] = keep[1] = t / 2 == n / 4;
         } else {
-            keep[0] = t < 2;
-            keep[1] = t >= 2;
+            keep[0] = keep[1] = t / 2 == n / 4;
         }
         // Unseen, they stay factors.
         asm("" : "+r"(keep[0]), "+r"(keep[1]));
@@ -135,14 +150,9 @@ struct Products {
         const int t = lane % 4;
         Tile tile;
         tile.codes = read<uint4>(stage + J * Layout::CODE_BYTES + 16 * lane);
-        if (TOKENS == 4) {
-            tile.scales = read<uint2>(mine);
-            tile.tables = t / 2 ? tile.scales.y : tile.scales.x;
-        } else {
-            tile.tables = read<u32>(mine + t / 2 * 4);
-            // One token: group t of the tile's four. Two: the same groups as the words'.
-            tile.scales.x = TOKENS == 1 ? read<u16>(mine + t % 2 * 4 + t / 2 * 2) : tile.tables;
-        }
+        tile.tables = read<u32>(mine + t / 2 * 4);
+        // One token: group t of the tile's four. Two: the same groups as the words'.
+        tile.scales = TOKENS == 1 ? read<u16>(mine + t % 2 * 4 + t / 2 * 2) : tile.tables;
         if (J == 0) {
             const u8* supers = params + 2 * Lut16::SCALE_BYTES + lane / 4 * 2;
             tile.supers[0] = read<u16>(supers);
@@ -156,7 +166,7 @@ struct Products {
     static __device__ __forceinline__ int scale(u32 params) {
         return (int)(params << (26 - 8 * BYTE)) >> 26;
     }
-    __device__ __forceinline__ void add_group(const int (&d)[4], int upper, int lower) {
+    __device__ __forceinline__ void add_groups(const int (&d)[4], int upper, int lower) {
         block[0] += d[0] * upper;
         block[1] += d[1] * upper;
         block[2] += d[2] * lower;
@@ -179,26 +189,16 @@ struct Products {
         Lut16::look_up<1>(tile.codes, tile.tables, one[1], other[1]);
         Lut16::look_up<2>(tile.codes, tile.tables, one[2], other[2]);
         Lut16::look_up<3>(tile.codes, tile.tables, one[3], other[3]);
+        int d[4] = {};
+        multiply_half<0>(d, one, other, read<uint2>(x + offset), keep[0]);
         if constexpr (TOKENS == 1) {
-            const uint2 b = read<uint2>(x + offset);
-            int d[4] = {};
-            multiply_half<0>(d, one, other, b, keep[0]);
-            multiply_half<1>(d, one, other, b, keep[1]);
-            add_group(d, scale<0>(tile.scales.x), scale<1>(tile.scales.x));
+            multiply_half<1>(d, one, other, read<uint2>(x + offset), keep[1]);
+            add_groups(d, scale<0>(tile.scales), scale<1>(tile.scales));
         } else {
-#pragma unroll
-            for (int half = 0; half < 2; ++half) {
-                const uint2 b = read<uint2>(x + offset + 32 * half);
-#pragma unroll
-                for (int i = 0; i < TOKENS / 2; ++i) {
-                    const u32 params = i ? tile.scales.y : tile.scales.x;
-                    int d[4] = {};
-                    if (half) multiply_half<1>(d, one, other, b, keep[i]);
-                    else multiply_half<0>(d, one, other, b, keep[i]);
-                    if (half) add_group(d, scale<2>(params), scale<3>(params));
-                    else add_group(d, scale<0>(params), scale<1>(params));
-                }
-            }
+            add_groups(d, scale<0>(tile.scales), scale<1>(tile.scales));
+            int e[4] = {};
+            multiply_half<1>(e, one, other, read<uint2>(x + offset + TILE_COLS / 2), keep[1]);
+            add_groups(e, scale<2>(tile.scales), scale<3>(tile.scales));
         }
     }
 

@@ -1,10 +1,10 @@
 // y = x Wᵀ for few tokens: the weights stream from memory once, and tensor cores do the sums.
 //
 // Weights are the 16-row operand of the tensor cores' instruction and tokens its 8 columns: in the activations' type
-// (halves.cuh), or, for up to four tokens and int4_lut16, in integers (integers.cuh, -DINTEGER=1, 2 or 4). A block
+// (halves.cuh), or, for one or two tokens and int4_lut16, in integers (integers.cuh, -DINTEGER=1 or 2). A block
 // stages its slice of x in shared memory once and walks over strips of 16 rows; its warps share the columns of a
 // strip, pairs of tiles in turn. Each warp copies its own tiles, DEPTH pairs in flight, also across the end of a strip, so
-// that memory never waits for sums. The warps' sums meet in shared memory, where one more warp adds them, so that nobody
+// that memory never waits for sums. The warps' sums meet in shared memory, where warps of their own add them, so that nobody
 // else waits for that either. Where K is cut into slices over blocks, the last block to arrive at a strip adds the slices in
 // order (always the same order, so results repeat) and leaves the counter at zero for the next launch.
 //
@@ -22,8 +22,10 @@
 
 namespace tenpak {
 
-// Strips whose sums are in shared memory at a time.
+// Strips whose sums are in shared memory at a time, each with a warp that adds them.
 constexpr int BUFFERS = COLUMNS <= 2 ? 2 : 1;
+// Steps at a time. Long steps are not unrolled: a launch is so short that fetching instructions is part of its time.
+constexpr int UNROLL = INTEGER ? 1 : DEPTH;
 // Barriers: a buffer has been written, or read.
 constexpr int FULL = 1, EMPTY = FULL + BUFFERS;
 
@@ -58,7 +60,7 @@ struct Output {
 // x [batch, m, k] with rows of x_stride elements, or, with offsets [batch + 1], all experts' tokens one after another,
 // sorted by expert. y alike with rows of n. bias [batch, n] or null. slice: tiles of K for each block; partial
 // [slots, slices, strips, COLUMNS, lanes] float4 and arrived [slots, strips] serve slices > 1.
-extern "C" __global__ void __launch_bounds__(WARPS * 32 + 32, BLOCKS)
+extern "C" __global__ void __launch_bounds__((WARPS + (COLUMNS <= 2 ? 2 : 1)) * 32, BLOCKS)
 skinny(const unsigned char* codes, const unsigned char* params, const unsigned char* row_params, const unsigned short* x,
        unsigned short* y, const unsigned short* bias, const int* offsets, float4* partial, unsigned int* arrived,
        long long codes_step, long long params_step, long long row_params_step, long long x_stride, int m, int n, int k,
@@ -69,8 +71,8 @@ skinny(const unsigned char* codes, const unsigned char* params, const unsigned c
     const int matrix = blockIdx.z, slices = gridDim.y;
     const int strips = (n + TILE_ROWS - 1) / TILE_ROWS;
     const int first_tile = blockIdx.y * slice, count = min(slice, tiles - first_tile);
-    // Steps of a warp, each two tiles, filled up to whole turns of the ring.
-    const int steps = ((count + 2 * WARPS - 1) / (2 * WARPS) + DEPTH - 1) / DEPTH * DEPTH;
+    // Steps of a warp, each two tiles.
+    const int steps = ((count + 2 * WARPS - 1) / (2 * WARPS) + UNROLL - 1) / UNROLL * UNROLL;
     const Weight weight{codes + matrix * codes_step, params + matrix * params_step, row_params + matrix * row_params_step,
                         tiles, supers};
     const long long begin = offsets ? offsets[matrix] : (long long)matrix * m;
@@ -93,12 +95,13 @@ skinny(const unsigned char* codes, const unsigned char* params, const unsigned c
         const int token = chunk * TOKENS, tokens = min(TOKENS, total - token);
         if (chunk) __syncthreads();
 
-        if (warp == WARPS) {
+        if (warp >= WARPS) {
             const Output out{y + (begin + token) * n, bias ? bias + (size_t)matrix * n : nullptr, n, scale};
             const size_t slot = begin / TOKENS + matrix + chunk;
             __syncthreads();
-            for (int turn = 0; turn < turns; ++turn) {
-                const int strip = blockIdx.x + turn * gridDim.x, buffer = turn % BUFFERS;
+            const int buffer = warp - WARPS;
+            for (int turn = buffer; turn < turns; turn += BUFFERS) {
+                const int strip = blockIdx.x + turn * gridDim.x;
                 const Layout::Rows rows = Layout::rows(weight, strip, lane);
                 wait_at(FULL + buffer);
                 float4 sums[COLUMNS];
@@ -139,49 +142,59 @@ skinny(const unsigned char* codes, const unsigned char* params, const unsigned c
         }
 
         const XSlice slice_of_x{x + (begin + token) * x_stride, x_stride, tokens, k, first_tile * TILE_COLS, count * TILE_COLS};
-        if (!INTEGER) Products::stage(staged_x, row_bytes, slice_of_x);
+        Products::Staging staging(slice_of_x);
+        staging.begin(staged_x, row_bytes);
         commit_copies();
         // Where this warp's next copies come from, and how many tiles there are from there to the end of the slice.
         Source source(weight, blockIdx.x, first_tile + 2 * warp, lane);
-        int left = count - 2 * warp;
-#pragma unroll
-        for (int i = 0; i < DEPTH; ++i) {
-            if (left > 0) source.copy(left > 1 ? 2 : 1, my_stages + i * STAGE_BYTES, lane);
+        int strip_ahead = blockIdx.x, left = count - 2 * warp, steps_left = steps;
+        auto copy_ahead = [&](int slot) {
+            if (left > 0) source.copy(left > 1 ? 2 : 1, my_stages + slot * STAGE_BYTES, lane);
             commit_copies();
             source.advance(WARPS, lane);
             left -= 2 * WARPS;
+        };
+        // After each UNROLL of those.
+        auto turn_ahead = [&] {
+            if ((steps_left -= UNROLL) > 0) return;
+            strip_ahead += gridDim.x;
+            steps_left = steps;
+            source = Source(weight, strip_ahead, first_tile + 2 * warp, lane);
+            left = strip_ahead < strips ? count - 2 * warp : 0;
+        };
+#pragma unroll 1
+        for (int slot = 0; slot < DEPTH; slot += UNROLL) {
+#pragma unroll
+            for (int i = 0; i < UNROLL; ++i) copy_ahead(slot + i);
+            turn_ahead();
         }
         Layout::Rows rows = Layout::rows(weight, blockIdx.x, lane);
-        // Copies of x go first, so that they are there first; arithmetic on it overlaps with the copies of weights.
-        if (INTEGER) Products::stage(staged_x, row_bytes, slice_of_x);
+        staging.end(staged_x, row_bytes);
         wait_for_copies<DEPTH>();
         __syncthreads();
 
         Products products(staged_x, row_bytes, tokens, count, lane);
+        int slot = 0;
         for (int turn = 0; turn < turns; ++turn) {
             const int after = blockIdx.x + (turn + 1) * gridDim.x;
             const Layout::Rows rows_after = Layout::rows(weight, min(after, strips - 1), lane);
             products.clear();
-            for (int base = 0; base < steps; base += DEPTH) {
-                if (base + DEPTH >= steps) {
-                    source = Source(weight, after, first_tile + 2 * warp, lane);
-                    left = after < strips ? count - 2 * warp : 0;
-                }
+            int tile = 2 * warp;
+#pragma unroll 1
+            for (int step = 0; step < steps; step += UNROLL) {
 #pragma unroll
-                for (int i = 0; i < DEPTH; ++i) {
-                    const int tile = 2 * ((base + i) * WARPS + warp);
+                for (int i = 0; i < UNROLL; ++i, tile += 2 * WARPS) {
                     wait_for_copies<DEPTH - 1>();
                     __syncwarp();
-                    const u8* my_stage = stages + (warp * DEPTH + i) * STAGE_BYTES;
+                    const u8* my_stage = stages + (warp * DEPTH + slot + i) * STAGE_BYTES;
                     const Products::Tile first = Products::read_tile<0>(my_stage, lane);
                     const Products::Tile second = Products::read_tile<1>(my_stage, lane);
                     __syncwarp();
-                    if (left > 0) source.copy(left > 1 ? 2 : 1, my_stages + i * STAGE_BYTES, lane);
-                    commit_copies();
-                    source.advance(WARPS, lane);
-                    left -= 2 * WARPS;
+                    copy_ahead(slot + i);
                     products.multiply(first, second, rows, tile, count);
                 }
+                turn_ahead();
+                slot = slot + UNROLL == DEPTH ? 0 : slot + UNROLL;
             }
 
             const int buffer = turn % BUFFERS;

@@ -115,6 +115,25 @@ def test_products_of_every_shape(cupy, layout, dtype, n, k):
 
 @every_layout
 @every_dtype
+def test_a_large_value_and_what_is_not_finite_stay_in_their_token(cupy, layout, dtype):
+    """Where activations share a scale, one among thousands decides it."""
+    from tenpak.cuda import matmul
+
+    w = random_weight(layout, 100, 2200)
+    for m in (2, 12, 40):
+        values = np.random.default_rng(m).standard_normal((m, 2200)).astype(np.float32)
+        values[:, 77] *= 1000
+        x = cupy.asarray(values.astype(type_of(dtype)))
+        assert error(matmul(x, w), exact(x, w)) < TOLERANCE[dtype]
+        for value in (np.nan, np.inf):
+            values[0, 500] = value
+            y = matmul(cupy.asarray(values.astype(type_of(dtype))), w).get().astype(np.float32)
+            assert not np.isfinite(y[0]).any()
+            assert np.isfinite(y[1:]).all()
+
+
+@every_layout
+@every_dtype
 def test_batches_and_experts(cupy, layout, dtype):
     from tenpak.cuda import grouped_matmul, matmul
 
