@@ -146,7 +146,7 @@ fn one_or_list(ids: &[u32]) -> Value {
 
 fn gpt2(facts: &Facts<'_>, width: usize) -> Result<Map<String, Value>, Reason> {
     let positions = facts.rows("position_embd.weight", width)?;
-    object(json!({
+    Ok(object(json!({
         "activation_function": "gelu_new",
         "layer_norm_epsilon": facts.number("attention.layer_norm_epsilon")?,
         "n_ctx": positions,
@@ -155,7 +155,7 @@ fn gpt2(facts: &Facts<'_>, width: usize) -> Result<Map<String, Value>, Reason> {
         "n_inner": facts.size_or("feed_forward_length", 4 * width)?,
         "n_layer": facts.size("block_count")?,
         "n_positions": positions,
-    }))
+    })))
 }
 
 fn llama(facts: &Facts<'_>, width: usize) -> Result<Map<String, Value>, Reason> {
@@ -188,7 +188,7 @@ fn llama(facts: &Facts<'_>, width: usize) -> Result<Map<String, Value>, Reason> 
         "rms_norm_eps": facts.number("attention.layer_norm_rms_epsilon")?,
         "rope_theta": facts.number_or("rope.freq_base", 10000.0)?,
         "rope_scaling": rope::scaling(facts)?,
-    }))?;
+    }));
     if facts.family.model_type != "llama" {
         config.remove("mlp_bias");
     }
@@ -198,9 +198,7 @@ fn llama(facts: &Facts<'_>, width: usize) -> Result<Map<String, Value>, Reason> 
     Ok(config)
 }
 
-fn object(value: Value) -> Result<Map<String, Value>, Reason> {
-    match value {
-        Value::Object(map) => Ok(map),
-        _ => Err("not an object".to_owned()),
-    }
+fn object(value: Value) -> Map<String, Value> {
+    let Value::Object(map) = value else { unreachable!("written as an object") };
+    map
 }

@@ -2,6 +2,7 @@
 
 use super::super::TensorInfo;
 use crate::tensor::{Dtype, Encoding, Tensor};
+use std::borrow::Cow;
 
 /// Rows that are transposed at once, so that whole cache lines are written.
 const TILE: usize = 32;
@@ -77,7 +78,7 @@ fn transposed(stored: &Tensor<'_>) -> Tensor<'static> {
         Encoding::Plain(dtype) => {
             let element = dtype.size();
             let source = |first: usize, n: usize| {
-                std::borrow::Cow::Borrowed(&stored.bytes[first * cols * element..][..n * cols * element])
+                Cow::Borrowed(&stored.bytes[first * cols * element..][..n * cols * element])
             };
             (stored.encoding, columns(rows, cols, element, source))
         }
@@ -98,7 +99,7 @@ fn columns<'s>(
     rows: usize,
     cols: usize,
     element: usize,
-    source: impl Fn(usize, usize) -> std::borrow::Cow<'s, [u8]>,
+    source: impl Fn(usize, usize) -> Cow<'s, [u8]>,
 ) -> Vec<u8> {
     let mut out = vec![0; rows * cols * element];
     for first in (0..rows).step_by(TILE) {

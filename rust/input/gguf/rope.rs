@@ -105,7 +105,7 @@ mod tests {
     #[test]
     fn the_numbers_behind_factors_are_found() {
         for (bands, factor, theta, head_dim) in [
-            (USUAL, 8.0, 500_000.0, 128),
+            (USUAL, 8.0, 500_000.0_f64, 128),
             (USUAL, 32.0, 500_000.0, 64),
             (Bands { low: 1.0, high: 8.0, original: 4096.0 }, 4.0, 500_000.0, 128),
             (Bands { low: 1.0, high: 3.5, original: 1024.0 }, 16.0, 10_000.0, 64),

@@ -198,10 +198,7 @@ fn byte_level(metadata: &Metadata<'_>, vocabulary: &Vocabulary<'_>) -> Result<Ma
         _ => None,
     };
     let pre_tokenizer = kind.json(add_prefix_space);
-    Ok(Made {
-        tokenizer: Written::new(vocabulary, normalizer, pre_tokenizer, post_processor, bytes, model),
-        note,
-    })
+    Ok(Made { tokenizer: written(vocabulary, normalizer, pre_tokenizer, post_processor, bytes, model), note })
 }
 
 fn sentence_piece(metadata: &Metadata<'_>, vocabulary: &Vocabulary<'_>) -> Result<Made, Reason> {
@@ -246,7 +243,7 @@ fn sentence_piece(metadata: &Metadata<'_>, vocabulary: &Vocabulary<'_>) -> Resul
     };
     let post_processor = Ends::new(metadata, vocabulary, true).json().unwrap_or(Value::Null);
     let decoder = json!({ "type": "Sequence", "decoders": decoders });
-    let tokenizer = Written::new(vocabulary, normalizer, Value::Null, post_processor, decoder, model);
+    let tokenizer = written(vocabulary, normalizer, Value::Null, post_processor, decoder, model);
     Ok(Made { tokenizer, note: None })
 }
 
@@ -306,28 +303,27 @@ struct Written<'a> {
     model: Bpe<'a>,
 }
 
-impl<'a> Written<'a> {
-    fn new(
-        vocabulary: &'a Vocabulary<'a>,
-        normalizer: Value,
-        pre_tokenizer: Value,
-        post_processor: Value,
-        decoder: Value,
-        model: Bpe<'a>,
-    ) -> Vec<u8> {
-        let written = Written {
-            version: "1.0",
-            truncation: (),
-            padding: (),
-            added_tokens: vocabulary.added(),
-            normalizer,
-            pre_tokenizer,
-            post_processor,
-            decoder,
-            model,
-        };
-        serde_json::to_vec(&written).expect("strings and numbers are always JSON, and memory takes it")
-    }
+/// The file's bytes.
+fn written<'a>(
+    vocabulary: &'a Vocabulary<'a>,
+    normalizer: Value,
+    pre_tokenizer: Value,
+    post_processor: Value,
+    decoder: Value,
+    model: Bpe<'a>,
+) -> Vec<u8> {
+    let file = Written {
+        version: "1.0",
+        truncation: (),
+        padding: (),
+        added_tokens: vocabulary.added(),
+        normalizer,
+        pre_tokenizer,
+        post_processor,
+        decoder,
+        model,
+    };
+    serde_json::to_vec(&file).expect("strings and numbers are always JSON, and memory takes it")
 }
 
 #[derive(serde::Serialize)]
