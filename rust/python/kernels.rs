@@ -26,8 +26,8 @@ static SOURCES: &[(&str, &str)] = sources![
     "pack.cu",
     "prefill.cu",
     "skinny.cu",
-    "warp.cuh",
     "tokens.cuh",
+    "warp.cuh",
     "weights.cuh",
 ];
 
