@@ -77,10 +77,10 @@ class QuantizedCache(Cache):
         self.kv = kv
         self._stored = Cache(layers, xp=xp)
 
-    def attend(self, layer: int, q: Any, k: Any, v: Any, scale: float, window: int | None) -> Any:
+    def attend(self, layer: int, start: int, q: Any, k: Any, v: Any, scale: float, window: int | None) -> Any:
         xp, bits = self._xp, BITS[self.kv]
+        self._check_start(layer, start)
         k, v = k.astype(np.float16).astype(np.float32), v.astype(np.float16).astype(np.float32)
-        start = self._lengths[layer]
         keys, values = self.append(layer, k, v)
         if bits == 16:
             return attention(q, keys, values, scale, window, xp=xp)
@@ -97,7 +97,7 @@ class QuantizedCache(Cache):
                 for stored, exact in ((stored_keys, keys), (stored_values, values))
             ]
             part = q[:, :, first - start : end - start]
-            parts.append(attention(part, *seen, scale, window, xp=xp))
+            parts.append(attention(part, seen[0], seen[1], scale, window, xp=xp))
             first = end
         return xp.concatenate(parts, axis=1)
 
