@@ -1,7 +1,7 @@
 // Causal attention of a prompt over its own keys and values, fresh from their projections.
 //
-// A block takes 64 queries of one head, a warp 16 of them; keys and values pass through shared memory 64 tokens at a time,
-// the next ones being copied while these are multiplied. Scores stay in registers: what a lane holds of them is what it
+// A block takes 64 queries of one head, a warp 16 of them; keys and values pass through shared memory KEYS tokens at a
+// time, the next ones being copied while these are multiplied. Scores stay in registers: what a lane holds of them is what it
 // must hold of the probabilities for the second product (Dao 2023, FlashAttention-2, arXiv:2307.08691).
 //
 // Grid: x tiles of queries, the longest first; y heads; z sequences. -DDIM, -DBF16.
@@ -12,13 +12,14 @@ namespace tenpak {
 constexpr int WARPS = 4;
 constexpr int THREADS = WARPS * LANES;
 constexpr int QUERIES = 16 * WARPS;
-constexpr int KEYS = 64;
+constexpr int KEYS = DIM <= 128 ? 64 : 32;  // at a time: with 32 the widest heads fit in 99 KiB
 constexpr int STEPS = DIM / 16;
 constexpr int ROW = DIM + 8;  // halves: eight rows of 16 bytes then meet all banks
 constexpr float NOTHING = -1e30f;
 
+template <int COUNT>
 __device__ __forceinline__ void stage(u16* to, const u16* from, long long step, int first, int tokens) {
-    for (int i = threadIdx.x; i < 64 * (DIM / 8); i += THREADS) {
+    for (int i = threadIdx.x; i < COUNT * (DIM / 8); i += THREADS) {
         const int row = i / (DIM / 8), column = i % (DIM / 8) * 8;
         const int token = min(first + row, tokens - 1);
         copy16(to + row * ROW + column, from + token * step + column, first + row < tokens);
@@ -47,9 +48,9 @@ extern "C" __global__ void __launch_bounds__(tenpak::THREADS)
     u16* v_shared = k_shared + 2 * KEYS * ROW;   // [2][KEYS][ROW]
     const int end = min(first_query + QUERIES, tokens), lowest = window ? max(0, first_query + 1 - window) : 0;
     const int begin_tile = lowest / KEYS, end_tile = (end + KEYS - 1) / KEYS;
-    stage(q_shared, q, q_token, first_query, tokens);
-    stage(k_shared, k, k_token, begin_tile * KEYS, tokens);
-    stage(v_shared, v, v_token, begin_tile * KEYS, tokens);
+    stage<QUERIES>(q_shared, q, q_token, first_query, tokens);
+    stage<KEYS>(k_shared, k, k_token, begin_tile * KEYS, tokens);
+    stage<KEYS>(v_shared, v, v_token, begin_tile * KEYS, tokens);
     commit();
 
     // Queries stay in registers where there is room for them.
@@ -59,8 +60,8 @@ extern "C" __global__ void __launch_bounds__(tenpak::THREADS)
     for (int tile = begin_tile; tile < end_tile; ++tile) {
         const int buffer = (tile - begin_tile) % 2;
         if (tile + 1 < end_tile) {
-            stage(k_shared + (1 - buffer) * KEYS * ROW, k, k_token, (tile + 1) * KEYS, tokens);
-            stage(v_shared + (1 - buffer) * KEYS * ROW, v, v_token, (tile + 1) * KEYS, tokens);
+            stage<KEYS>(k_shared + (1 - buffer) * KEYS * ROW, k, k_token, (tile + 1) * KEYS, tokens);
+            stage<KEYS>(v_shared + (1 - buffer) * KEYS * ROW, v, v_token, (tile + 1) * KEYS, tokens);
         }
         commit();
         wait<1>();

@@ -66,6 +66,18 @@ def test_tables_can_be_looked_up_in_halves():
         assert all(entry >= 0 for entry in table[8:])
 
 
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("dim", [64, 80, 96, 128, 256])
+def test_the_cache_and_attention_compile_for_every_head(arch, dim):
+    prefill = kernels.compile_to_cubin("attention_prefill.cu", {"DIM": dim, "BF16": 1}, arch)
+    assert prefill.startswith(b"\x7fELF")
+    for bits, warps in ((4, 16 if dim <= 128 else 8), (8, 8), (16, 4)):
+        defines = {"BITS": bits, "DIM": dim, "RECENT": 64, "BF16": int(bits == 8)}
+        assert kernels.compile_to_cubin("append.cu", defines, arch).startswith(b"\x7fELF")
+        defines |= {"WARPS": warps, "STAGES": 3, "BLOCKS": 1}
+        assert kernels.compile_to_cubin("attention.cu", defines, arch).startswith(b"\x7fELF")
+
+
 def test_architectures():
     assert kernels.architecture("skinny.cu", "90") == "sm_90"
     assert kernels.architecture("prefill.cu", "90") == "sm_90a"

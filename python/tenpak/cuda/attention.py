@@ -22,8 +22,8 @@ from tenpak.errors import UsageError
 
 #: Columns of a tensor core's product: heads of a group, times new tokens.
 COLUMNS = 8
-#: Shared memory that a block keeps for queries, and the most tiles that a warp has in flight.
-_RESERVED, _STAGES = 12 << 10, 5
+#: Shared memory that a block keeps for queries.
+_RESERVED = 12 << 10
 _QUERIES = 64  # of a block of attention_prefill.cu
 _LOG2E = math.log2(math.e)
 
@@ -45,12 +45,14 @@ def _plan(
     device: int, bits: int, head_dim: int, bf16: bool, batch: int, tokens: int, heads: int, kv_heads: int, capacity: int
 ) -> _Plan:
     here = device_of(device)
-    # One block a multiprocessor: fewer splits to merge. Measured on an H200; heads of 256 need twice the registers.
-    warps, tile = 16 if bits < 16 and head_dim <= 128 else 8, tile_bytes(bits, head_dim)
+    # Measured on an H200: one block a multiprocessor, for fewer splits to merge; of small tiles few in flight, but then
+    # many warps, whose registers are too few for heads of 256.
+    many = bits == 4 and head_dim <= 128
+    warps, tile = 16 if many else 8, tile_bytes(bits, head_dim)
     most = here.shared_all - _RESERVED
     while most // (warps * tile) < 2:
         warps //= 2
-    stages = min(_STAGES, most // (warps * tile))
+    stages = min(3 if many else 5, most // (warps * tile))
     merge = warps * (COLUMNS * (head_dim + 4) + 2 * COLUMNS) * 4
     shared = max(warps * stages * tile, merge)
     rows = kv_heads * -(-tokens * heads // kv_heads // COLUMNS)
@@ -208,7 +210,7 @@ def prefill(
         defines = {"DIM": head_dim, "BF16": int(is_bf16(q))}
         kernel = function("attention_prefill.cu", "attention_prefill", defines, device)
         # Queries, and two buffers each of keys and values, in rows longer by 16 bytes.
-        shared = 5 * 64 * (head_dim + 8) * 2
+        shared = (_QUERIES + 4 * (64 if head_dim <= 128 else 32)) * (head_dim + 8) * 2
         kernel((-(-at.tokens // _QUERIES), at.heads, at.batch), (128,), arguments, shared, stream)
     return out
 
