@@ -134,20 +134,22 @@ __device__ __forceinline__ void tile(State& state, const u8* record, int first, 
 
 }  // namespace tenpak
 
-// q: new tokens' queries, FP16 or BF16, element (sequence, token, head, channel) at sequence · q_sequence + token · q_token + head · DIM
-// + channel; out: [sequences, tokens, heads, DIM]. store: [sequences, kv_heads, capacity] tiles of codes; ring: [sequences, kv_heads,
-// ring_tiles] FP16 tiles. lengths: tokens of each sequence before the new ones, whose keys are stored already.
-// window: the last tokens that each sees, or 0 for all. scale: of scores, times log2(e).
+// q: new tokens' queries, FP16 or BF16, element (sequence, token, head, channel) at sequence · q_sequence +
+// token · q_token + head · DIM + channel; out: [sequences, tokens, heads, DIM]. store: [sequences, kv_heads, capacity] tiles
+// of codes; ring: [sequences, kv_heads, ring_tiles] FP16 tiles. lengths: tokens of each sequence before the new ones, whose
+// keys are stored already; counts: how many of the new ones are real, or null for all. window: the last tokens that each
+// sees, or 0 for all. scale: of scores, times log2(e).
 extern "C" __global__ void __launch_bounds__(tenpak::THREADS, BLOCKS)
-    attend(const u16* q, u16* out, const u8* store, const u8* ring, const int* lengths, float* partial, u32* counters,
-           long long q_sequence, long long q_token, int tokens, int heads, int kv_heads, int capacity, int ring_tiles,
-           int window, float scale) {
+    attend(const u16* q, u16* out, const u8* store, const u8* ring, const int* lengths, const int* counts, float* partial,
+           u32* counters, long long q_sequence, long long q_token, int tokens, int heads, int kv_heads, int capacity,
+           int ring_tiles, int window, float scale) {
     using namespace tenpak;
     const int lane = threadIdx.x % LANES, warp = threadIdx.x / LANES, sequence = blockIdx.z;
     const int group = heads / kv_heads, wanted = tokens * group, chunks = (wanted + COLUMNS - 1) / COLUMNS;
     const int kv_head = blockIdx.y / chunks, first_column = blockIdx.y % chunks * COLUMNS;
     const int columns = min(COLUMNS, wanted - first_column);
-    const int before = lengths[sequence], total = before + tokens;
+    const int before = lengths[sequence];
+    const int total = before + (counts ? min(max(counts[sequence], 0), tokens) : tokens);
     // Queries are on their way while lengths are.
     constexpr int EACH = (COLUMNS + WARPS - 1) / WARPS;
     u16 raw[EACH][PER_LANE] = {};
@@ -166,11 +168,11 @@ extern "C" __global__ void __launch_bounds__(tenpak::THREADS, BLOCKS)
     // This block's tiles, of those that any of its columns sees.
     const int oldest = before + first_column / group + 1, newest = before + (first_column + columns - 1) / group + 1;
     const int first_tile = window ? max(0, oldest - window) / TILE : 0;
-    const int last_tile = min((newest + TILE - 1) / TILE, capacity);
+    const int last_tile = min((min(newest, total) + TILE - 1) / TILE, capacity);
     const int codes = BITS == 16 ? last_tile : min(quantised(total) / TILE, last_tile);
-    const int count = last_tile - first_tile;
+    const int count = max(0, last_tile - first_tile);
     const int splits = min((int)gridDim.x, max(1, (count + WARPS - 1) / WARPS));
-    const int each = (count + splits - 1) / splits, used = max(1, (count + each - 1) / each);
+    const int each = max(1, (count + splits - 1) / splits), used = max(1, (count + each - 1) / each);
     const int split = blockIdx.x;
     if (split >= used) return;
     const int begin = first_tile + split * each + warp, end = min(first_tile + (split + 1) * each, last_tile);
@@ -313,7 +315,9 @@ extern "C" __global__ void __launch_bounds__(tenpak::THREADS, BLOCKS)
             const u64 line = ((u64)sequence * tokens + at / group) * heads + kv_head * group + at % group;
             float top, total;
             const float2 x = mix(c, i % DIM, top, total);
-            *(u32*)(out + line * DIM + i % DIM) = pack<BF16>(x.x / total, x.y / total);
+            // A token that is not real may have seen nothing.
+            const float factor = total > 0.0f ? 1.0f / total : 0.0f;
+            *(u32*)(out + line * DIM + i % DIM) = pack<BF16>(x.x * factor, x.y * factor);
         }
     };
     if (used == 1) {

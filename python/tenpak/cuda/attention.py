@@ -75,6 +75,7 @@ def attend(
     *,
     scale: float | None = None,
     window: int | None = None,
+    counts: Any = None,
     out: Any = None,
     workspace: Workspace | None = None,
     stream: Any = None,
@@ -90,6 +91,7 @@ def attend(
         layer: Which layer's.
         scale: What scores are multiplied with; None for 1 / √head_dim.
         window: The last tokens that each one sees, itself included; None for all.
+        counts: What `append` was given; the output of tokens that are not real means nothing.
         out: A contiguous array like q, to be filled.
         workspace: Memory for partial sums; None for the stream's own.
         stream: A CuPy stream; None for the current one.
@@ -121,6 +123,7 @@ def attend(
             at.pointer,
             out.data.ptr,
             *addresses,
+            cache.counts_address(counts),
             workspace.partial.data.ptr,
             workspace.counters.data.ptr,
             np.int64(at.sequence),

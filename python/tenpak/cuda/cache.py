@@ -220,7 +220,7 @@ class KVCache:
             keys.pointer,
             values.pointer,
             *self.addresses(layer),
-            self._counts(counts),
+            self.counts_address(counts),
             0 if rotary is None else rotary.table.data.ptr,
             0 if q_norm is None else q_norm.data.ptr,
             0 if k_norm is None else k_norm.data.ptr,
@@ -250,7 +250,7 @@ class KVCache:
         int32 = np.int32
         arguments = (
             self.lengths.data.ptr,
-            self._counts(counts),
+            self.counts_address(counts),
             int32(number),
             int32(self.batch),
             int32(self.max_tokens),
@@ -295,7 +295,8 @@ class KVCache:
         if not 0 <= layer < self.layers:
             raise UsageError(f"there is no layer {layer}; the cache has {self.layers}")
 
-    def _counts(self, counts: Any) -> int:
+    def counts_address(self, counts: Any) -> int:
+        """The device address of int32 [batch], or 0 for None."""
         if counts is None:
             return 0
         if counts.shape != (self.batch,) or counts.dtype != np.int32 or not counts.flags.c_contiguous:
