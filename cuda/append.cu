@@ -1,9 +1,9 @@
 // Puts new tokens into the cache: per-head norm and rotation of queries and keys in place, keys and values as FP16 into
 // the ring, and tiles that are no longer among the newest into codes.
 //
-// Grid: x tiles of new tokens, y kv heads and then query heads, z sequences; WARPS warps. Of a kv head, block 0 quantises the
-// tiles that are in the ring and then writes the newest there, since both may take the same places; the other blocks quantise
-// tiles that are all new. -DBITS (of codes: 4, 8; or 16), -DBF16, -DDIM, -DRECENT.
+// Grid: x tiles of new tokens, y kv heads and then query heads, z sequences; WARPS warps. Of a kv head, block 0 quantises
+// the tiles that are in the ring and then writes the newest there, since both may take the same places; the other blocks
+// quantise tiles that are all new. -DBITS (of codes: 4, 8; or 16), -DBF16, -DDIM, -DRECENT.
 #include "cache.cuh"
 
 namespace tenpak {
@@ -122,7 +122,8 @@ __device__ __forceinline__ u32 packed(const u8* codes, int w, bool value) {
 
 }  // namespace tenpak
 
-// q, k, v: new tokens, FP16 or BF16, element (sequence, token, head, channel) at sequence · *_sequence + token · *_token + head · DIM + channel.
+// q, k, v: new tokens, FP16 or BF16, element (sequence, token, head, channel) at sequence · *_sequence + token · *_token +
+// head · DIM + channel.
 // counts: how many of the new tokens of a sequence are real, or null for all. rotary: cosines and sines, FP32
 // [2, positions, half], or null. norms: weights [DIM] of the activations' type, or null. lengths: tokens before these.
 extern "C" __global__ void __launch_bounds__(tenpak::THREADS)
@@ -230,7 +231,8 @@ extern "C" __global__ void __launch_bounds__(1024) advance(int* lengths, const i
 }
 
 #if BITS != 16
-// Brings tokens back from codes to FP16 that are among the newest after sequences became shorter: lengths `before` and `after`.
+// Brings tokens back from codes to FP16 that are among the newest after sequences became shorter: lengths `before` and
+// `after`.
 // Grid: x kv heads, y sequences.
 extern "C" __global__ void __launch_bounds__(tenpak::THREADS)
     restore(const u8* store, u8* ring, const int* before, const int* after, int kv_heads, int capacity, int ring_tiles) {

@@ -7,7 +7,8 @@
 // passes it by 2^RISE, which is rare. The sequence is cut into splits; the last block to arrive at a group adds
 // them (always in the same order, so results repeat) and leaves the counter at zero for the next launch.
 //
-// Grid: x splits, y (kv head, eight columns), z sequences. -DBITS (of codes: 4, 8; or 16), -DBF16, -DWARPS, -DSTAGES, -DBLOCKS.
+// Grid: x splits, y (kv head, eight columns), z sequences. -DBITS (of codes: 4, 8;
+// or 16), -DBF16, -DWARPS, -DSTAGES, -DBLOCKS (of a multiprocessor, for the register budget).
 #include "cache.cuh"
 
 namespace tenpak {

@@ -28,8 +28,8 @@ __device__ __forceinline__ void stage(u16* to, const u16* from, long long step, 
 
 }  // namespace tenpak
 
-// q, k, v: element (sequence, token, head, channel) at sequence · *_sequence + token · *_token + head · DIM + channel; all 16-byte
-// aligned. out: [sequences, tokens, heads, DIM]. window: the last tokens that each sees, or 0 for all. scale: of
+// q, k, v: element (sequence, token, head, channel) at sequence · *_sequence + token · *_token + head · DIM + channel; all
+// 16-byte aligned. out: [sequences, tokens, heads, DIM]. window: the last tokens that each sees, or 0 for all. scale: of
 // scores, times log2(e).
 extern "C" __global__ void __launch_bounds__(tenpak::THREADS)
     attention_prefill(const u16* q, const u16* k, const u16* v, u16* out, long long q_sequence, long long q_token,
