@@ -26,7 +26,8 @@ import numpy as np
 from support import ROOT
 from tenpak.cuda import compile as kernels
 
-COMPILER = shutil.which("c++") or shutil.which("g++")
+#: Fibers and the linker's options are Linux's.
+COMPILER = (shutil.which("c++") or shutil.which("g++")) if sys.platform == "linux" else None
 
 #: Stands in for cuda/warp.cuh.
 WARP = """
