@@ -159,9 +159,11 @@ def test_from_the_first_token_on(gpu, kv):
         session.step(1, attend=len(session.k[0]) in (0, 1, 15, 16, 63, 64, 79, 80, 81, 95, 96, 99))
 
 
-@pytest.mark.parametrize("kv", ["int8", "int4", "fp16"])
-def test_sequences_of_unlike_lengths(gpu, kv):
-    session = Session(gpu, kv, 64, 4, 2, 3, 320, "bfloat16")
+@pytest.mark.parametrize(
+    ("kv", "dtype"), [("int8", "float16"), ("int8", "bfloat16"), ("int4", "float16"), ("fp16", "bfloat16")]
+)
+def test_sequences_of_unlike_lengths(gpu, kv, dtype):
+    session = Session(gpu, kv, 64, 4, 2, 3, 320, dtype)
     session.step(200, attend=False, counts=[200, 3, 97])
     session.step(1)
     session.step(40, attend=False, counts=[0, 40, 17])
