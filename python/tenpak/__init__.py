@@ -10,6 +10,9 @@
     encoded = tenpak.encode(array, "int4_opt_v1")
     rebuilt = tenpak.decode(encoded)
 
+    model = tenpak.Model.open("model.tenpak")
+    print(model.generate("It was a dark and stormy").text)
+
 Importing this package loads neither CuPy nor torch.
 """
 
@@ -28,6 +31,7 @@ from tenpak.errors import (
     UsageError,
 )
 from tenpak.evaluate import EvalReport, evaluate
+from tenpak.model import Generation, Model
 from tenpak.models import (
     CompressReport,
     DecompressReport,
@@ -47,9 +51,11 @@ __all__ = [
     "DecompressReport",
     "Encoded",
     "EvalReport",
+    "Generation",
     "Group",
     "InputError",
     "InterruptedByUser",
+    "Model",
     "Part",
     "PartInfo",
     "StorageError",

@@ -36,6 +36,9 @@ class Source(Protocol):
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Every name that can be read, aliases too, with its shape as it is stored."""
 
+    def file(self, name: str) -> bytes | None:
+        """A small file that belongs to the model, such as `tokenizer_config.json`, if there is one of that name."""
+
     def read(self, name: str) -> NDArray[np.float32]:
         """One tensor in the shape in which it is stored; each call reads it again."""
 
@@ -62,7 +65,7 @@ class ArtifactSource:
     def __init__(self, path: str) -> None:
         self.path = path
         self.artifact = _artifact.open(path)
-        text = self._file("config.json")
+        text = self.file("config.json")
         if text is None:
             if "gguf_metadata.json" in self.artifact.files:
                 raise UnsupportedError(f"{path}: it comes from a GGUF file of a kind that cannot be run")
@@ -72,7 +75,7 @@ class ArtifactSource:
 
     @property
     def tokenizer_json(self) -> bytes | None:
-        return self._file("tokenizer.json")
+        return self.file("tokenizer.json")
 
     def read(self, name: str) -> NDArray[np.float32]:
         return self.artifact.read(name, np.float32)
@@ -80,7 +83,7 @@ class ArtifactSource:
     def digest(self) -> str:
         return self.artifact.root
 
-    def _file(self, name: str) -> bytes | None:
+    def file(self, name: str) -> bytes | None:
         return self.artifact.file(name) if name in self.artifact.files else None
 
 
@@ -92,7 +95,7 @@ class ModelSource:
         self._core = _core.Model(path)
         holds_all = os.path.isdir(path) or self._core.format() == "GGUF"
         self._beside = None if holds_all else Path(path).parent
-        text = self._file("config.json")
+        text = self.file("config.json")
         if text is None and self._core.format() == "GGUF":
             # The first note says why.
             raise UnsupportedError(next(iter(self._core.notes()), f"{path}: the model cannot be run"))
@@ -104,7 +107,7 @@ class ModelSource:
 
     @property
     def tokenizer_json(self) -> bytes | None:
-        return self._file("tokenizer.json")
+        return self.file("tokenizer.json")
 
     def read(self, name: str) -> NDArray[np.float32]:
         out = np.empty(self.shapes[name], np.float32)
@@ -114,7 +117,7 @@ class ModelSource:
     def digest(self) -> str:
         return self._core.digest()
 
-    def _file(self, name: str) -> bytes | None:
+    def file(self, name: str) -> bytes | None:
         if self._beside is None:
             return self._core.sidecar(name)
         beside = self._beside / name

@@ -1,0 +1,89 @@
+"""Chats as models were taught them: the template that comes with a tokenizer, rendered in a sandbox."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from tenpak.decoder.source import Source
+from tenpak.errors import InputError, UsageError
+
+#: A message: its `role` ("system", "user" or "assistant") and `content`.
+Message = Mapping[str, str]
+
+
+def template(source: Source) -> str | None:
+    """The model's chat template, or None.
+
+    Raises:
+        InputError: `tokenizer_config.json` makes no sense.
+    """
+    text = source.file("chat_template.jinja")
+    if text is not None:
+        return text.decode(errors="replace")
+    found = _config(source).get("chat_template")
+    if isinstance(found, list):
+        # Several by name; the default one is for chats.
+        named = {t.get("name"): t.get("template") for t in found if isinstance(t, dict)}
+        found = named.get("default")
+    return found if isinstance(found, str) else None
+
+
+def render(source: Source, messages: Sequence[Message]) -> str:
+    """The prompt for the assistant's next message, special tokens written out.
+
+    Raises:
+        UsageError: The model has no chat template, the package `jinja2` is not installed, or the template refuses the
+            messages.
+        InputError: The template is broken.
+    """
+    text = template(source)
+    if text is None:
+        raise UsageError(f"{source.path}: the model has no chat template; give the prompt as it is, without chat")
+    try:
+        from jinja2 import TemplateError
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
+    except ImportError:
+        raise UsageError("chat templates need the package jinja2; pip install 'tenpak[text]'") from None
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+    )
+    environment.filters["tojson"] = lambda value, **options: json.dumps(value, ensure_ascii=False, **options)
+
+    def refuse(message: str) -> None:
+        raise _Refused(message)
+
+    config = _config(source)
+    try:
+        return environment.from_string(text).render(
+            messages=[dict(message) for message in messages],
+            add_generation_prompt=True,
+            raise_exception=refuse,
+            **{name: _token(config.get(name)) for name in ("bos_token", "eos_token", "unk_token", "pad_token")},
+        )
+    except _Refused as error:
+        raise UsageError(f"{source.path}: its chat template refuses: {error}") from None
+    except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError) as error:
+        raise InputError(f"{source.path}: its chat template is broken: {error}") from error
+
+
+class _Refused(Exception):
+    """What a template raises by `raise_exception`."""
+
+
+def _token(value: Any) -> str:
+    """A special token, which may be an object with its text in it."""
+    text = value.get("content") if isinstance(value, dict) else value
+    return text if isinstance(text, str) else ""
+
+
+def _config(source: Source) -> dict[str, Any]:
+    text = source.file("tokenizer_config.json")
+    if text is None:
+        return {}
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise InputError(f"{source.path}: tokenizer_config.json is no JSON: {error}") from error
+    return value if isinstance(value, dict) else {}
