@@ -7,9 +7,9 @@ examples:
   tenpak generate model.tenpak --prompt "Once upon a time" --seed 7 --json
 
 The model is a .tenpak file, a Hugging Face folder, a GGUF file, or a .safetensors file with config.json beside it, of
-the GPT-2, Llama, Mistral, Qwen2 or Qwen3 kind. Where it comes with a chat template, the prompt is a user's message to be
-answered; --no-chat continues it instead. The text goes to standard output as it is written, how fast it was to standard
-error. The same --seed writes the same text. Texts need the package tokenizers, chats also jinja2: pip install
+the GPT-2, Llama, Mistral, Qwen2 or Qwen3 kind. Where it comes with a chat template, the prompt is a user's message to
+be answered; --no-chat continues it instead. The text goes to standard output as it is written, how fast it was to
+standard error. The same --seed writes the same text. Texts need the package tokenizers, chats also jinja2: pip install
 'tenpak[text]'.
 
 exit codes: 0 done; 2 a wrong request, a prompt that is too long, a package that is missing; 3 a model that cannot be
