@@ -10,6 +10,9 @@
     encoded = tenpak.encode(array, "int4_opt_v1")
     rebuilt = tenpak.decode(encoded)
 
+    model = tenpak.Model.open("model.tenpak")
+    print(model.generate("It was a dark and stormy").text)
+
 Importing this package loads neither CuPy nor torch.
 """
 

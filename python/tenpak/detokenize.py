@@ -1,4 +1,4 @@
-"""Tokens to text as they come: no piece splits a character, none holds what may be the start of a stop text."""
+"""Turns tokens into text as they come, without splitting a character and up to a stop string."""
 
 from __future__ import annotations
 
@@ -8,58 +8,69 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-#: What decoders write for bytes that are no character, or not yet one.
-_INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
-#: A character's bytes at most: more tokens than that and the bytes are none.
-_PATIENCE = 8
+#: What a tokenizer shows for bytes that are no character, or not yet.
+_UNFINISHED = "\ufffd"
+
+#: A character of UTF-8 has four bytes, so that more unfinished tokens are not waited for.
+_MOST_UNFINISHED = 4
 
 
-class Detokenizer:
-    """Text of a growing sequence of tokens."""
+class TextStream:
+    """Text from tokens, piece by piece; all pieces together are what the tokenizer makes of all tokens at once.
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
-        self._tokenizer, self._stop = tokenizer, tuple(stop)
-        self._tokens: list[int] = []
-        # Text up to `_read` has been taken; it is decoded again from `_start`, for what a token says depends on those
-        # before it.
-        self._start = self._read = 0
+    A piece is held back while its last character may be unfinished, or while it may be the start of a stop string.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int] = (), stop: Sequence[str] = ()) -> None:
+        """Begins after the prompt's tokens, whose last ones decide whether the first word begins with a space."""
+        self._tokenizer = tokenizer
+        self._tokens = list(prompt)[-_MOST_UNFINISHED:]
+        #: Where the tokens begin that are decoded together, and where those that were not returned yet.
+        self._begin, self._done = 0, len(self._tokens)
+        self._stop = [s for s in stop if s]
         self._held = ""
-        #: The stop text that was met.
-        self.stopped: str | None = None
+        #: Whether a stop string has come; what follows is dropped.
+        self.stopped = False
 
     def push(self, token: int) -> str:
-        """The text that is certain now, which may be empty; a stop text and what follows it are left out."""
+        """The text that is certain now; often none."""
         self._tokens.append(token)
-        return self._sift(self._fresh(last=False), last=False)
+        return self._release(self._new_text(final=False), final=False)
 
     def finish(self) -> str:
         """What was held back."""
-        return self._sift(self._fresh(last=True), last=True)
+        return self._release(self._new_text(final=True), final=True)
 
-    def _fresh(self, last: bool) -> str:
-        before = self._tokenizer.decode(self._tokens[self._start : self._read])
-        now = self._tokenizer.decode(self._tokens[self._start :])
-        waiting = now.endswith(_INCOMPLETE) and len(self._tokens) - self._read < _PATIENCE
-        if waiting and not last:
+    def _new_text(self, final: bool) -> str:
+        before = self._decode(self._begin, self._done)
+        text = self._decode(self._begin, len(self._tokens))
+        waiting = len(self._tokens) - self._done
+        if not final and text.endswith(_UNFINISHED) and waiting < _MOST_UNFINISHED:
             return ""
-        self._start, self._read = self._read, len(self._tokens)
-        text: str = now[len(before) :]
+        if not text.startswith(before):
+            # Joining changed what was returned already: only what is new by itself can be.
+            before, text = "", self._decode(self._done, len(self._tokens))
+        self._begin, self._done = self._done, len(self._tokens)
+        return text[len(before) :]
+
+    def _decode(self, begin: int, end: int) -> str:
+        text: str = self._tokenizer.decode(self._tokens[begin:end], skip_special_tokens=True)
         return text
 
-    def _sift(self, fresh: str, last: bool) -> str:
-        if self.stopped is not None:
+    def _release(self, text: str, final: bool) -> str:
+        if self.stopped:
             return ""
-        text = self._held + fresh
-        found = [(text.find(stop), stop) for stop in self._stop if stop in text]
+        self._held += text
+        found = [at for at in (self._held.find(s) for s in self._stop) if at >= 0]
         if found:
-            at, self.stopped = min(found)
-            self._held = ""
-            return text[:at]
-        keep = 0 if last else max((_overlap(text, stop) for stop in self._stop), default=0)
-        self._held = text[len(text) - keep :]
-        return text[: len(text) - keep]
+            self.stopped = True
+            out, self._held = self._held[: min(found)], ""
+            return out
+        hold = 0 if final else max((_overlap(self._held, s) for s in self._stop), default=0)
+        out, self._held = self._held[: len(self._held) - hold], self._held[len(self._held) - hold :]
+        return out
 
 
 def _overlap(text: str, stop: str) -> int:
-    """How much of the text's end is a start of `stop`."""
-    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
+    """How many of the text's last characters are the start of `stop`."""
+    return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)

@@ -1,8 +1,8 @@
-"""A model that writes: text in, text out, on a CPU or a GPU.
+"""A model that writes text: opened once, then asked as often as one likes.
 
 model = tenpak.Model.open("model.tenpak")
-print(model.generate("The lighthouse keeper", max_tokens=40))
-for piece in model.stream("The lighthouse keeper", temperature=0.8, seed=7):
+print(model.generate("It was a dark and stormy", max_tokens=40).text)
+for piece in model.stream("Why is the sky blue?"):
     print(piece, end="", flush=True)
 """
 
@@ -18,155 +18,141 @@ from typing import Any, Literal
 
 import numpy as np
 
-from tenpak.chat import ChatTemplate, Message, token_text, tokenizer_config
+from tenpak import chat as _chat
+from tenpak.chat import Message
 from tenpak.decoder import Decoder
 from tenpak.decoder.kv import KVType, checked_kv
-from tenpak.detokenize import Detokenizer
+from tenpak.detokenize import TextStream
 from tenpak.errors import InputError, UsageError
 from tenpak.evaluate import array_module
 from tenpak.sampling import Sampling, choose
 
-#: Tokens of a prompt that are computed at once.
-CHUNK = 256
+#: Text, messages of a chat, or tokens.
+Prompt = str | Sequence[Message] | Sequence[int]
 
-#: Why text ended: the model's end token, a stop text, or no more tokens were allowed or possible.
-StopReason = Literal["end", "stop", "length"]
+#: Why a text ended: the model said so, a stop string came, or as many tokens as were asked for.
+Finish = Literal["end", "stop", "length"]
+
+#: Tokens of a prompt that are computed at once.
+PROMPT_AT_ONCE = 512
+
+#: Tokens to write where nobody says how many.
+MAX_TOKENS = 256
 
 
 @dataclass(frozen=True)
 class Generation:
-    """A text that a model has written."""
+    """What was written, and how fast."""
 
     text: str
-    #: Its tokens, the one that ended it included.
+    #: What was written, without a token that ended it.
     tokens: tuple[int, ...]
+    finish: Finish
     prompt_tokens: int
-    stop_reason: StopReason
-    #: Time until the first token.
+    #: Time for the prompt, up to the first token; and for all further ones.
     prompt_seconds: float
-    #: Time for the others.
-    decode_seconds: float
+    seconds: float
 
     @property
     def prompt_tokens_per_second(self) -> float:
-        """How fast the prompt was read."""
         return self.prompt_tokens / self.prompt_seconds if self.prompt_seconds else 0.0
 
     @property
     def tokens_per_second(self) -> float:
-        """How fast text was written, the first token left out, which the prompt's time has."""
-        return (len(self.tokens) - 1) / self.decode_seconds if self.decode_seconds else 0.0
+        """Of the tokens after the first."""
+        return max(len(self.tokens) - 1, 0) / self.seconds if self.seconds else 0.0
 
     def to_dict(self) -> dict[str, Any]:
-        """As a plain dictionary, for JSON."""
+        """As plain dictionaries and lists, for JSON."""
         return {
             **asdict(self),
-            "tokens": list(self.tokens),
             "prompt_tokens_per_second": self.prompt_tokens_per_second,
             "tokens_per_second": self.tokens_per_second,
         }
 
-    def __str__(self) -> str:
-        return self.text
-
-
-class Stream(Iterator[str]):
-    """Pieces of text as they are written; afterwards `result` has the whole."""
-
-    def __init__(self, pieces: Iterator[str | Generation]) -> None:
-        self._pieces = pieces
-        self._result: Generation | None = None
-
-    def __next__(self) -> str:
-        if self._result is not None:
-            raise StopIteration
-        piece = next(self._pieces)
-        if isinstance(piece, Generation):
-            self._result = piece
-            raise StopIteration
-        return piece
-
-    @property
-    def result(self) -> Generation:
-        """The whole text, with counts and times; what has not been written yet is written first."""
-        for _ in self:
-            pass
-        if self._result is None:
-            raise UsageError("the text was not finished: an error ended it")
-        return self._result
-
 
 class Model:
-    """A decoder with its tokenizer, its chat template and its end tokens."""
+    """A decoder with its tokenizer."""
 
-    def __init__(self, decoder: Decoder, kv: KVType = "fp16") -> None:
+    def __init__(self, decoder: Decoder, *, kv: KVType | None = None) -> None:
         self.decoder = decoder
-        #: What keys and values are kept in.
-        self.kv = checked_kv(kv)
+        #: What keys and values are kept as; None for FP32.
+        self.kv = kv
 
     @classmethod
     def open(
         cls,
         path: str | os.PathLike[str],
+        *,
         device: Literal["auto", "cpu", "cuda"] = "auto",
-        kv: KVType = "fp16",
+        kv: KVType | None = None,
     ) -> Model:
         """Opens a `.tenpak`, a Hugging Face folder, a GGUF file, or a weight file with `config.json` beside it.
 
-        Weights are computed in FP32, and take four bytes each in memory once text is written.
-
         Args:
             path: The model.
-            device: Where to compute; `auto` takes a GPU where there is one that CuPy can use.
-            kv: What keys and values are kept in: "fp16", "int8" or "int4".
+            device: `cpu` computes in FP32 with NumPy; `cuda` keeps a `.tenpak`'s weights quantised in the memory of
+                an NVIDIA GPU, and needs CuPy; `auto` takes the GPU where there is one.
+            kv: Read keys and values from a cache of that kind; None for exact ones.
 
         Raises:
-            UsageError: There is no such device or kind of cache.
-            StorageError, InputError, ArtifactError, UnsupportedError: As for `tenpak.decoder.Decoder.open`.
+            UsageError: A wrong option, or a package that is missing.
+            StorageError, InputError, ArtifactError, UnsupportedError: As for `Decoder.open`.
         """
-        return cls(Decoder.open(path, xp=_module(device)), checked_kv(kv))
+        if device not in ("auto", "cpu", "cuda"):
+            raise UsageError(f"unknown device {device!r}; choose auto, cpu or cuda")
+        if kv is not None:
+            kv = checked_kv(kv)
+        if device == "auto":
+            device = "cuda" if _has_gpu() else "cpu"
+        decoder = Decoder.open(path, xp=array_module(device))
+        if device == "cuda":
+            from tenpak.cuda.place import place
+
+            place(decoder)
+        return cls(decoder, kv=kv)
 
     @property
     def device(self) -> str:
-        """`cpu` or `cuda`."""
         return "cpu" if self.decoder.xp is np else "cuda"
 
     @cached_property
-    def chat_template(self) -> ChatTemplate | None:
-        """How the model expects a conversation, or None where it was made for plain text."""
-        return ChatTemplate.of(self.decoder.source)
-
-    @cached_property
-    def end_tokens(self) -> frozenset[int]:
-        """Tokens that end a text, by the model's config, its generation config and its tokenizer's config."""
-        source = self.decoder.source
-        found = set(self.decoder.config.eos)
-        text = source.file("generation_config.json")
-        try:
-            given = {} if text is None else json.loads(text)
-        except ValueError as error:
-            raise InputError(f"{source.path}: generation_config.json is no JSON: {error}") from None
-        eos = given.get("eos_token_id") if isinstance(given, dict) else None
-        found.update(one for one in (eos if isinstance(eos, list) else [eos]) if isinstance(one, int))
-        name = token_text(tokenizer_config(source).get("eos_token"))
-        token = None if name is None else self.decoder.tokenizer.token_to_id(name)
-        return frozenset(found if token is None else found | {token})
+    def has_chat(self) -> bool:
+        """Whether the model was taught to chat: it has a template for it."""
+        return _chat.template(self.decoder.source) is not None
 
     def generate(
         self,
-        prompt: str | Sequence[Message] | Sequence[int],
+        prompt: Prompt,
         *,
-        max_tokens: int = 256,
-        temperature: float = 0.0,
+        max_tokens: int = MAX_TOKENS,
+        temperature: float = 0.8,
         top_k: int = 0,
-        top_p: float = 1.0,
+        top_p: float = 0.95,
         seed: int = 0,
-        stop: Sequence[str] = (),
+        stop: str | Sequence[str] = (),
         chat: bool | None = None,
         system: str | None = None,
     ) -> Generation:
-        """Writes what follows a prompt; `str()` of what it returns is the text. Arguments are those of `stream`."""
-        return self.stream(
+        """Writes what follows a prompt.
+
+        Args:
+            prompt: Text, messages of a chat (dictionaries with `role` and `content`), or tokens, taken as they are.
+            max_tokens: The most tokens to write.
+            temperature: Scores are divided by this; 0 always takes the likeliest token.
+            top_k: Only so many of the likeliest tokens are considered; 0 for all.
+            top_p: Only the likeliest tokens that together hold this part of the probability are considered.
+            seed: The same seed writes the same text.
+            stop: Strings that end the text, which does not hold them.
+            chat: Whether a text is a user's message, to be answered, or a beginning, to be continued; None for a
+                message where the model has a chat template.
+            system: What a chat begins with.
+
+        Raises:
+            UsageError: A wrong option, an empty prompt or one that is too long, or a package that is missing.
+            InputError: The model has no tokenizer, a broken template, or scores that are no numbers.
+        """
+        stream = self.stream(
             prompt,
             max_tokens=max_tokens,
             temperature=temperature,
@@ -176,143 +162,157 @@ class Model:
             stop=stop,
             chat=chat,
             system=system,
-        ).result
+        )
+        for _ in stream:
+            pass
+        return stream.result
 
     def stream(
         self,
-        prompt: str | Sequence[Message] | Sequence[int],
+        prompt: Prompt,
         *,
-        max_tokens: int = 256,
-        temperature: float = 0.0,
+        max_tokens: int = MAX_TOKENS,
+        temperature: float = 0.8,
         top_k: int = 0,
-        top_p: float = 1.0,
+        top_p: float = 0.95,
         seed: int = 0,
-        stop: Sequence[str] = (),
+        stop: str | Sequence[str] = (),
         chat: bool | None = None,
         system: str | None = None,
     ) -> Stream:
-        """Writes what follows a prompt, piece by piece; a piece never splits a character.
-
-        Args:
-            prompt: A text, a conversation (`{"role": …, "content": …}`), or tokens.
-            max_tokens: The most tokens to write; fewer where the model has no more positions.
-            temperature: 0 takes the most likely token, always; 1 draws as likely as the model thinks.
-            top_k: Draw from as many of the most likely tokens; 0 for all.
-            top_p: Draw from the most likely tokens that together have this probability.
-            seed: The same seed gives the same text.
-            stop: Texts that end what is written, and are left out of it.
-            chat: Whether a text is put into the chat template; None: if the model has one.
-            system: What a conversation is told first.
-
-        Raises:
-            UsageError: An option makes no sense, the prompt has no tokens or more than the model has positions, chat
-                is asked of a model without a template, or a package is missing.
-            InputError: The model computes NaN or infinity, or one of its small files is damaged.
-        """
+        """As `generate`, but returns an iterator of pieces of text as they come; its `result` is there at the end."""
+        sampling = Sampling(temperature, top_k, top_p, seed)
         if max_tokens < 1:
             raise UsageError(f"max_tokens {max_tokens} is too small; give at least 1")
-        stop = (stop,) if isinstance(stop, str) else tuple(stop)
-        if "" in stop:
-            raise UsageError("an empty stop text would end every text; leave it out")
-        sampling = Sampling(temperature, top_k, top_p, seed)
-        tokens = self.prompt_tokens(prompt, chat, system)
-        most = min(max_tokens, self.decoder.config.max_positions - len(tokens))
-        if most < 1:
+        tokens = self.prompt_tokens(prompt, chat=chat, system=system)
+        limit = self.decoder.config.max_positions
+        if len(tokens) >= limit:
             raise UsageError(
-                f"the prompt has {len(tokens)} tokens, which leaves none of the {self.decoder.config.max_positions} "
-                f"positions of {self.decoder.source.path}; shorten it"
+                f"the prompt has {len(tokens)} tokens, which leaves none of the {limit} positions that "
+                f"{self.decoder.source.path} was made for; give a shorter one"
             )
-        return Stream(self._pieces(tokens, most, sampling, stop))
+        stops = [stop] if isinstance(stop, str) else list(stop)
+        return Stream(self, tokens, min(max_tokens, limit - len(tokens)), sampling, stops)
 
-    def prompt_tokens(
-        self, prompt: str | Sequence[Message] | Sequence[int], chat: bool | None = None, system: str | None = None
-    ) -> list[int]:
-        """The tokens that the model is given for a prompt; arguments are those of `stream`."""
-        tokens = self._prompt_tokens(prompt, chat, system)
-        if not tokens:
-            raise UsageError("the prompt has no tokens; give at least one")
-        return tokens
-
-    def _prompt_tokens(
-        self, prompt: str | Sequence[Message] | Sequence[int], chat: bool | None, system: str | None
-    ) -> list[int]:
-        said = [] if isinstance(prompt, str) else list(prompt)
-        messages = [dict(one) for one in said if isinstance(one, Mapping)]
-        numbers = [int(one) for one in said if isinstance(one, int | np.integer)]
-        if len(said) not in (len(messages), len(numbers)):
-            raise UsageError("a prompt is a text, a list of messages or a list of tokens")
-        template = self.chat_template
-        if chat is None:
-            chat = bool(messages) or (isinstance(prompt, str) and template is not None)
-        if not chat:
-            if system is not None or messages:
-                raise UsageError("a conversation or a system text needs chat, which is off or not known to this model")
-            # Special tokens here are those that the model's texts began with.
-            ids: list[int] = self.decoder.tokenizer.encode(prompt).ids if isinstance(prompt, str) else numbers
-            return ids
-        if template is None:
-            raise UsageError(f"{self.decoder.source.path}: there is no chat template; leave chat out")
-        if numbers:
-            raise UsageError("tokens cannot be put into a chat template; give a text, or leave chat out")
+    def prompt_tokens(self, prompt: Prompt, *, chat: bool | None = None, system: str | None = None) -> list[int]:
+        """The tokens that a prompt becomes; arguments and errors as for `generate`."""
+        if not isinstance(prompt, str) and len(prompt) and not isinstance(prompt[0], Mapping):
+            tokens = np.asarray(prompt, np.int64).reshape(-1).tolist()
+            if system is not None or chat:
+                raise UsageError("tokens are taken as they are; a chat needs text or messages")
+            return tokens
         if isinstance(prompt, str):
-            messages = [{"role": "user", "content": prompt}]
+            chat = (self.has_chat if chat is None else chat) or system is not None
+            if not chat:
+                tokens = self._with_bos(prompt)
+                if not tokens:
+                    raise UsageError("the prompt is empty; give at least one word")
+                return tokens
+            messages: list[Message] = [{"role": "user", "content": prompt}]
+        else:
+            messages = list(prompt)  # type: ignore[arg-type]
+            if not messages:
+                raise UsageError("the prompt is empty; give at least one message")
         if system is not None:
             messages.insert(0, {"role": "system", "content": system})
-        return self.decoder.encode_text(template.render(messages))
+        return self.decoder.encode_text(_chat.render(self.decoder.source, messages))
 
-    def _pieces(
-        self, prompt: list[int], most: int, sampling: Sampling, stop: tuple[str, ...]
-    ) -> Iterator[str | Generation]:
-        detokenizer = Detokenizer(self.decoder.tokenizer, stop)
+    def _with_bos(self, text: str) -> list[int]:
+        """A text's tokens after those that the model's tokenizer begins a text with."""
+        ids: list[int] = list(self.decoder.tokenizer.encode(text, add_special_tokens=True).ids)
+        bos, eos = self.decoder.config.bos, self.ends
+        # Some tokenizers end a text too; here it shall go on.
+        while len(ids) > 1 and ids[-1] in eos and ids[-1] != bos:
+            ids.pop()
+        return ids
+
+    @cached_property
+    def ends(self) -> frozenset[int]:
+        """Tokens that end a text: those of config.json, generation_config.json and tokenizer_config.json."""
+        found = set(self.decoder.config.eos)
+        text = self.decoder.source.file("generation_config.json")
+        if text is not None:
+            try:
+                given = json.loads(text)
+            except ValueError as error:
+                path = self.decoder.source.path
+                raise InputError(f"{path}: generation_config.json is no JSON: {error}") from error
+            more = given.get("eos_token_id") if isinstance(given, dict) else None
+            found.update(t for t in (more if isinstance(more, list) else [more]) if isinstance(t, int))
+        name = _chat.end_token(self.decoder.source)
+        token = None if name is None else self.decoder.tokenizer.token_to_id(name)
+        return frozenset(found if token is None else found | {token})
+
+
+class Stream:
+    """Pieces of text as they come, and at the end `result`."""
+
+    def __init__(
+        self, model: Model, prompt: list[int], max_tokens: int, sampling: Sampling, stop: Sequence[str]
+    ) -> None:
+        self._pieces = self._run(model, prompt, max_tokens, sampling, stop)
+        self._result: Generation | None = None
+
+    def __iter__(self) -> Iterator[str]:
+        return self
+
+    def __next__(self) -> str:
+        return next(self._pieces)
+
+    @property
+    def result(self) -> Generation:
+        """What was written; only after the last piece."""
+        if self._result is None:
+            raise UsageError("the text has not ended yet; take all pieces first")
+        return self._result
+
+    def _run(
+        self, model: Model, prompt: list[int], max_tokens: int, sampling: Sampling, stop: Sequence[str]
+    ) -> Iterator[str]:
+        decoder, start = model.decoder, time.perf_counter()
+        ends, text = model.ends, TextStream(decoder.tokenizer, prompt, stop)
+        cache = decoder.cache(model.kv)
+        # Only the last position's scores are asked for.
+        for first in range(0, len(prompt), PROMPT_AT_ONCE):
+            hidden = decoder.hidden([prompt[first : first + PROMPT_AT_ONCE]], cache)
         written: list[int] = []
         pieces: list[str] = []
-        reason: StopReason = "length"
-        ends = self.end_tokens
-        # Loading is no part of the times.
-        _ = self.decoder.blocks, self.decoder.head
-        start = first = time.perf_counter()
-        for token in self._tokens(prompt, most, sampling):
-            first = time.perf_counter() if not written else first
-            written.append(token)
+        finish: Finish = "length"
+        prompt_seconds = 0.0
+        while True:
+            logits = decoder.head(hidden[:, -1])[0]
+            token = choose(logits if decoder.xp is np else logits.get(), sampling, len(prompt) + len(written))
+            if not prompt_seconds:
+                prompt_seconds = time.perf_counter() - start
+                start = time.perf_counter()
             if token in ends:
-                reason = "end"
+                finish = "end"
                 break
-            if piece := detokenizer.push(token):
+            written.append(token)
+            piece = text.push(token)
+            if piece:
                 pieces.append(piece)
                 yield piece
-            if detokenizer.stopped is not None:
-                reason = "stop"
+            if text.stopped:
+                finish = "stop"
                 break
-        end = time.perf_counter()
-        if piece := detokenizer.finish():
-            pieces.append(piece)
-            yield piece
-        if detokenizer.stopped is not None and reason == "length":
-            reason = "stop"
-        yield Generation("".join(pieces), tuple(written), len(prompt), reason, first - start, end - first)
-
-    def _tokens(self, prompt: list[int], most: int, sampling: Sampling) -> Iterator[int]:
-        """Tokens that follow a prompt, `most` of them."""
-        decoder = self.decoder
-        cache = decoder.cache(self.kv)
-        h: Any = None
-        for at in range(0, len(prompt), CHUNK):
-            h = decoder.hidden([prompt[at : at + CHUNK]], cache)
-        for position in range(len(prompt), len(prompt) + most):
-            # Only the last position's logits: those of a long prompt would be gigabytes.
-            logits = decoder.head(h[:, -1:])[0, -1]
-            token = choose(logits if decoder.xp is np else decoder.xp.asnumpy(logits), sampling, position)
-            yield token
-            if position + 1 < len(prompt) + most:
-                h = decoder.hidden([[token]], cache)
+            if len(written) == max_tokens:
+                break
+            hidden = decoder.hidden([[token]], cache)
+        rest = text.finish()
+        if rest:
+            pieces.append(rest)
+        seconds = time.perf_counter() - start
+        self._result = Generation("".join(pieces), tuple(written), finish, len(prompt), prompt_seconds, seconds)
+        if rest:
+            yield rest
 
 
-def _module(device: str) -> Any:
-    if device not in ("auto", "cpu", "cuda"):
-        raise UsageError(f"unknown device {device!r}; choose auto, cpu or cuda")
-    if device != "auto":
-        return array_module(device)
+def _has_gpu() -> bool:
+    """Whether CuPy is installed and sees a GPU."""
     try:
-        return array_module("cuda")
-    except UsageError:
-        return np
+        import cupy
+
+        return bool(cupy.cuda.runtime.getDeviceCount())
+    except Exception:  # No driver, or one that does not fit, has many ways to say so.
+        return False

@@ -1,9 +1,7 @@
-"""How the next token is drawn from logits: temperature, then top-k, then top-p, then one draw.
+"""Chooses the next token: temperature, the k likeliest, of these the likeliest that hold the part p, then chance.
 
-What is kept is everything at least as likely as a threshold, so ties are kept together. The draw is Gumbel's: the
-kept token with the largest `logit / temperature - log(-log u)`, where u depends on seed, position and token alone
-(Philox 4x32-10; Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"). So it needs no order among tokens,
-and one definition serves every device. This is the reference, in NumPy.
+Chance comes from a counter-based generator (Philox 4x64, Salmon et al. 2011), so that the token at a position depends
+on the seed and the position alone, not on what was asked before or where it is computed.
 """
 
 from __future__ import annotations
@@ -17,96 +15,64 @@ from numpy.typing import NDArray
 
 from tenpak.errors import InputError, UsageError
 
-_ROUNDS = 10
-_MULTIPLIERS = (np.uint64(0xD2511F53), np.uint64(0xCD9E8D57))
-_WEYL = (0x9E3779B9, 0xBB67AE85)
-_LOW, _HALF = np.uint64(0xFFFFFFFF), np.uint64(32)
-
 
 @dataclass(frozen=True)
 class Sampling:
-    """What is drawn from. The default is greedy: the most likely token, always.
+    """How tokens are chosen.
 
     Raises:
-        UsageError: A value that makes no sense.
+        UsageError: A number outside its range.
     """
 
-    #: What logits are divided by; 0 takes the most likely token.
-    temperature: float = 0.0
-    #: Only as many of the most likely tokens; 0 for all.
+    #: Scores are divided by this; 0 always takes the likeliest token.
+    temperature: float = 0.8
+    #: Only so many of the likeliest tokens are considered; 0 for all.
     top_k: int = 0
-    #: Only the most likely tokens that together have this probability; 1 for all.
-    top_p: float = 1.0
-    #: The same seed gives the same tokens.
+    #: Only the likeliest tokens that together hold this part of the probability are considered (Holtzman et al. 2020).
+    top_p: float = 0.95
     seed: int = 0
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
-            raise UsageError(f"temperature {self.temperature} makes no sense; give 0 (greedy) or more")
+            raise UsageError(f"temperature {self.temperature} is no number from 0 on")
         if self.top_k < 0:
-            raise UsageError(f"top_k {self.top_k} makes no sense; give 0 (all) or more")
+            raise UsageError(f"top_k {self.top_k} is negative; 0 considers all tokens")
         if not 0 < self.top_p <= 1:
-            raise UsageError(f"top_p {self.top_p} makes no sense; give more than 0 and at most 1 (all)")
+            raise UsageError(f"top_p {self.top_p} is not above 0 and at most 1")
         if not 0 <= self.seed < 2**64:
-            raise UsageError(f"seed {self.seed} is out of range; give 0 to 2**64 - 1")
+            raise UsageError(f"seed {self.seed} is not from 0 to 2^64 - 1")
+
+
+def uniform(seed: int, position: int) -> float:
+    """The number from 0 to below 1 that decides the token at a position."""
+    bits = int(np.random.Philox(key=[seed, 0], counter=[position, 0, 0, 0]).random_raw())
+    return (bits >> 11) * 2.0**-53
 
 
 def choose(logits: NDArray[Any], sampling: Sampling, position: int) -> int:
-    """The token that follows, from the logits [vocab] of position `position` of the sequence.
+    """The token at a position.
+
+    Args:
+        logits: Scores of all tokens, [vocab].
+        sampling: How it is chosen.
+        position: Counted from the start of the sequence, prompt included.
 
     Raises:
-        InputError: Logits are NaN or infinite.
+        InputError: A score is NaN or +infinity.
     """
-    x = np.asarray(logits, np.float32)
-    if not np.isfinite(x).all():
-        raise InputError(f"the model computes NaN or infinity at position {position}")
+    scores = np.asarray(logits, np.float64)
+    if np.isnan(scores).any() or scores.max() == np.inf:
+        raise InputError(f"the model's scores at position {position} are not finite; its weights may be damaged")
     if sampling.temperature == 0:
-        return int(x.argmax())
-    # The largest becomes 0 first, so that no temperature, however low, overflows upwards.
-    with np.errstate(over="ignore"):
-        x = (x - x.max()) / np.float32(sampling.temperature)
-    kept = _kept(x, sampling)
-    if len(kept) == 1:
-        return int(kept[0])
-    return int(kept[(x[kept] + gumbel(kept, position, sampling.seed)).argmax()])
-
-
-def gumbel(tokens: NDArray[Any], position: int, seed: int) -> NDArray[np.float32]:
-    """Gumbel noise for tokens at a position, FP32 of the tokens' shape."""
-    words = philox(tokens, position, seed)
-    # 24 bits and a half: never 0, never 1.
-    uniform = ((words >> np.uint32(8)).astype(np.float64) + 0.5) * 2.0**-24
-    return (-np.log(-np.log(uniform))).astype(np.float32)
-
-
-def philox(tokens: NDArray[Any], position: int, seed: int) -> NDArray[np.uint32]:
-    """The first word of Philox 4x32-10 with counter (token, position, position's high word, 0) and the seed as key."""
-    a = np.asarray(tokens).astype(np.uint64)
-    b = np.full_like(a, position & 0xFFFFFFFF)
-    c = np.full_like(a, position >> 32)
-    d = np.zeros_like(a)
-    low, high = seed & 0xFFFFFFFF, seed >> 32
-    for _ in range(_ROUNDS):
-        first, second = a * _MULTIPLIERS[0], c * _MULTIPLIERS[1]
-        a, b, c, d = (
-            (second >> _HALF) ^ b ^ np.uint64(low),
-            second & _LOW,
-            (first >> _HALF) ^ d ^ np.uint64(high),
-            (first & _LOW),
-        )
-        low, high = (low + _WEYL[0]) & 0xFFFFFFFF, (high + _WEYL[1]) & 0xFFFFFFFF
-    return a.astype(np.uint32)
-
-
-def _kept(x: NDArray[np.float32], sampling: Sampling) -> NDArray[np.intp]:
-    """Which tokens top-k and top-p leave, in ascending order; `x` are logits over temperature, the largest 0."""
-    threshold = np.float32(-np.inf)
-    if 0 < sampling.top_k < len(x):
-        threshold = np.partition(x, len(x) - sampling.top_k)[len(x) - sampling.top_k]
-    if sampling.top_p < 1:
-        left = np.sort(x[x >= threshold])[::-1]
-        mass = np.cumsum(np.exp(left, dtype=np.float64))
-        # The first at which the most likely ones together have enough.
-        enough = int(np.searchsorted(mass, sampling.top_p * mass[-1]))
-        threshold = left[min(enough, len(left) - 1)]
-    return np.flatnonzero(x >= threshold)
+        return int(scores.argmax())
+    # Descending; of equal ones the lower token first.
+    order = np.argsort(-scores, kind="stable")
+    if sampling.top_k:
+        order = order[: sampling.top_k]
+    weights = np.exp((scores[order] - scores[order[0]]) / sampling.temperature)
+    sums = np.cumsum(weights)
+    # The token that reaches the part p is still considered.
+    kept = int(np.searchsorted(sums, sampling.top_p * sums[-1])) + 1
+    sums = sums[:kept]
+    drawn = int(np.searchsorted(sums, uniform(sampling.seed, position) * sums[-1], side="right"))
+    return int(order[min(drawn, len(sums) - 1)])

@@ -1,290 +1,250 @@
-"""Writing text: sampling, pieces of text, chat templates, the model's loop, the command."""
+"""Writing text: tokens are chosen as sampling says, text comes whole, and it is what the decoder's scores lead to."""
 
 from __future__ import annotations
 
 import json
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 import tenpak
 from support import DATA, require, tenpak_command
-from tenpak.chat import ChatTemplate
-from tenpak.detokenize import Detokenizer
-from tenpak.sampling import Sampling, choose, gumbel, philox
+from tenpak.chat import render
+from tenpak.decoder import Decoder, open_source
+from tenpak.detokenize import TextStream
+from tenpak.errors import InputError, UsageError
+from tenpak.sampling import Sampling, choose, uniform
 
-LLAMA, GPT2 = DATA / "tiny-llama", DATA / "tiny-gpt2"
-both = pytest.mark.parametrize("path", [LLAMA, GPT2], ids=["llama", "gpt2"])
-MASK = 0xFFFFFFFF
-
-
-def plain_philox(counter, key):
-    """Philox 4x32-10 in plain integers, as the paper writes it."""
-    c, k = list(counter), list(key)
-    for _ in range(10):
-        first, second = c[0] * 0xD2511F53, c[2] * 0xCD9E8D57
-        c = [(second >> 32) ^ c[1] ^ k[0], second & MASK, (first >> 32) ^ c[3] ^ k[1], first & MASK]
-        k = [(k[0] + 0x9E3779B9) & MASK, (k[1] + 0xBB67AE85) & MASK]
-    return c
+TEXT = "It was a dark and stormy"
 
 
-def test_philox_is_philox():
-    # Known answers of the authors' Random123.
-    assert plain_philox([0] * 4, [0] * 2)[0] == 0x6627E8D5
-    assert plain_philox([MASK] * 4, [MASK] * 2)[0] == 0x408F276D
-    for token, position, seed in ((0, 0, 0), (7, 3, 2**40 + 5), (151935, 2**33 + 1, 2**64 - 1)):
-        expected = plain_philox([token, position & MASK, position >> 32, 0], [seed & MASK, seed >> 32])[0]
-        assert philox(np.array([token]), position, seed)[0] == expected
+@pytest.fixture(params=["tiny-gpt2", "tiny-llama"])
+def model(request: pytest.FixtureRequest) -> Path:
+    require("text")
+    return DATA / request.param
 
 
-def test_greedy_takes_the_largest():
-    logits = np.random.default_rng(0).standard_normal(1000)
-    assert choose(logits, Sampling(), 0) == logits.argmax()
-    assert choose(logits, Sampling(temperature=1e-38), 0) == logits.argmax()
-    assert choose(logits, Sampling(temperature=5, top_k=1), 0) == logits.argmax()
-    assert choose(logits, Sampling(temperature=5, top_p=1e-9), 0) == logits.argmax()
-
-
-def drawn(logits, sampling, count=20000):
-    picked = [choose(logits, sampling, position) for position in range(count)]
-    return np.bincount(picked, minlength=len(logits)) / count
-
-
-@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
-def test_draws_follow_the_distribution(temperature):
-    logits = np.log([0.5, 0.25, 0.15, 0.1])
-    expected = np.exp(logits / temperature)
-    assert np.abs(drawn(logits, Sampling(temperature)) - expected / expected.sum()).max() < 0.015
-
-
-def test_top_k_and_top_p_leave_the_most_likely():
-    logits = np.log([0.1, 0.4, 0.2, 0.3])
-    assert np.abs(drawn(logits, Sampling(1, top_k=2), 4000) - [0, 4 / 7, 0, 3 / 7]).max() < 0.03
-    assert set(np.flatnonzero(drawn(logits, Sampling(1, top_p=0.65), 500))) == {1, 3}
-    assert set(np.flatnonzero(drawn(logits, Sampling(1, top_p=0.75), 500))) == {1, 2, 3}
-    # top-p counts what top-k has left.
-    assert set(np.flatnonzero(drawn(logits, Sampling(1, top_k=2, top_p=0.5), 500))) == {1}
-
-
-def test_the_same_seed_draws_the_same():
-    logits = np.random.default_rng(1).standard_normal(500)
-    first = [choose(logits, Sampling(1, seed=3), position) for position in range(50)]
-    assert first == [choose(logits, Sampling(1, seed=3), position) for position in range(50)]
-    assert first != [choose(logits, Sampling(1, seed=4), position) for position in range(50)]
-    assert len(set(first)) > 10
-
-
-def test_gumbel_is_finite_and_gumbels():
-    noise = gumbel(np.arange(200_000), 5, 9)
-    assert np.isfinite(noise).all()
-    assert abs(noise.mean() - 0.5772) < 0.01
-    assert abs(noise.var() - np.pi**2 / 6) < 0.02
+def probabilities(logits: np.ndarray, temperature: float, top_k: int, top_p: float) -> np.ndarray:
+    """By the definition, token by token from the likeliest on."""
+    p = np.exp((logits - logits.max()) / temperature)
+    order = sorted(range(len(p)), key=lambda token: (-logits[token], token))[: top_k or len(p)]
+    total, held, kept = sum(p[token] for token in order), 0.0, []
+    for token in order:
+        kept.append(token)
+        held += p[token]
+        if held >= top_p * total:
+            break
+    out = np.zeros(len(p))
+    out[kept] = p[kept]
+    return out / out.sum()
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"temperature": -1}, {"temperature": float("nan")}, {"top_k": -1}, {"top_p": 0}, {"seed": -1}]
+    ("temperature", "top_k", "top_p"), [(1.0, 0, 1.0), (0.7, 0, 0.9), (1.3, 5, 1.0), (1.0, 7, 0.6), (1.0, 1, 1.0)]
 )
-def test_senseless_sampling_is_refused(wrong):
-    with pytest.raises(tenpak.UsageError, match=next(iter(wrong))):
+def test_tokens_are_as_frequent_as_they_are_likely(temperature, top_k, top_p):
+    logits = np.random.default_rng(3).standard_normal(40) * 2
+    wanted = probabilities(logits, temperature, top_k, top_p)
+    count = 6000
+    sampling = Sampling(temperature, top_k, top_p, seed=11)
+    drawn = np.bincount([choose(logits, sampling, i) for i in range(count)], minlength=40)
+    assert not drawn[wanted == 0].any()
+    # Five standard deviations.
+    assert (np.abs(drawn - count * wanted) <= 5 * np.sqrt(count * wanted * (1 - wanted)) + 1e-9).all()
+
+
+def test_temperature_zero_takes_the_likeliest_and_the_first_of_equals():
+    logits = np.array([0.5, 2.0, 2.0, -1.0], np.float32)
+    assert {choose(logits, Sampling(temperature=0, seed=s), s) for s in range(20)} == {1}
+
+
+def test_chance_depends_on_seed_and_position_alone():
+    numbers = {(s, p): uniform(s, p) for s in range(20) for p in range(20)}
+    assert len(set(numbers.values())) == len(numbers)
+    assert all(0 <= u < 1 for u in numbers.values())
+    assert uniform(7, 3) == numbers[7, 3]
+    assert abs(np.mean(list(numbers.values())) - 0.5) < 0.06
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"temperature": -1}, {"temperature": float("nan")}, {"top_k": -1}, {"top_p": 0}, {"top_p": 1.1}, {"seed": -1}],
+)
+def test_options_out_of_range_are_refused(wrong):
+    with pytest.raises(UsageError, match=next(iter(wrong))):
         Sampling(**wrong)
 
 
-def test_logits_that_are_no_numbers_are_refused():
-    with pytest.raises(tenpak.InputError, match="position 3"):
-        choose(np.array([0, np.nan]), Sampling(), 3)
+def test_scores_that_are_no_numbers_are_refused():
+    for bad in (np.nan, np.inf):
+        with pytest.raises(InputError, match="not finite"):
+            choose(np.array([0.0, bad]), Sampling(), 5)
+    assert choose(np.array([-np.inf, 0.0]), Sampling(), 5) == 1
 
 
-class Bytes:
-    """A tokenizer whose tokens are bytes."""
-
-    @staticmethod
-    def decode(ids):
-        return bytes(ids).decode(errors="replace")
-
-
-@pytest.mark.parametrize("text", ["plain", "naïve – 'twas", "鯨と🐋 and 👩‍👩‍👧", ""])
-def test_pieces_never_split_a_character(text):
-    detokenizer = Detokenizer(Bytes())
-    pieces = [detokenizer.push(byte) for byte in text.encode()]
-    assert "".join([*pieces, detokenizer.finish()]) == text
-    assert all("\N{REPLACEMENT CHARACTER}" not in piece for piece in pieces)
-
-
-def test_bytes_that_are_no_text_do_not_wait_for_ever():
-    detokenizer = Detokenizer(Bytes())
-    pieces = [detokenizer.push(byte) for byte in b"\xff" * 40 + b"end"]
-    assert "".join(pieces[:40])
-    assert ("".join(pieces) + detokenizer.finish()).endswith("end")
+@pytest.mark.parametrize("seed", range(6))
+def test_pieces_are_the_whole_text_and_never_half_a_character(model, seed):
+    tokenizer = Decoder.open(model).tokenizer
+    text = "naïve café — “quoted” 雪が降る 🎉🎊 e\u0301 done"
+    tokens = tokenizer.encode(text, add_special_tokens=False).ids
+    if seed:
+        # Any tokens, also bytes that are no characters.
+        tokens = np.random.default_rng(seed).integers(1, tokenizer.get_vocab_size(), 200).tolist()
+    stream = TextStream(tokenizer)
+    pieces = [stream.push(token) for token in tokens]
+    whole = tokenizer.decode(tokens)
+    assert "".join(pieces) + stream.finish() == whole
+    if not seed:
+        assert not any("\ufffd" in piece for piece in pieces)
+        assert len([piece for piece in pieces if piece]) > 5
 
 
-def test_a_stop_text_is_never_shown_even_in_parts():
-    for text, stops, expected in (
-        ("one two three", ["two"], "one "),
-        ("aab", ["ab"], "a"),
-        ("abcabd", ["abd"], "abc"),
-        ("xyz", ["zz", "y"], "x"),
-        ("half sto", ["stop"], "half sto"),
-    ):
-        detokenizer = Detokenizer(Bytes(), stops)
-        pieces = [detokenizer.push(byte) for byte in text.encode()]
-        assert "".join(pieces).startswith(expected[:1])
-        assert "".join([*pieces, detokenizer.finish()]) == expected, (text, stops)
+def test_a_stop_text_ends_it_wherever_tokens_cut_it(model):
+    tokenizer = Decoder.open(model).tokenizer
+    tokens = tokenizer.encode("one two three four", add_special_tokens=False).ids
+    for stop, wanted in [(["thr"], "one two "), (["wo t", "four"], "one t"), (["five"], "one two three four")]:
+        stream = TextStream(tokenizer, stop=stop)
+        pieces = []
+        for token in tokens:
+            pieces.append(stream.push(token))
+            if stream.stopped:
+                break
+        assert "".join(pieces) + stream.finish() == wanted
+        assert stream.stopped == (wanted != "one two three four")
 
 
-class Files:
-    """A source that has small files alone."""
+def test_greedy_text_is_that_of_the_decoders_scores(model):
+    decoder = Decoder.open(model)
+    prompt = decoder.tokenizer.encode(TEXT).ids
+    tokens = list(prompt)
+    for _ in range(12):
+        tokens.append(int(decoder.logits([tokens])[0, -1].argmax()))
+    opened = tenpak.Model.open(model, device="cpu")
+    done = opened.generate(TEXT, max_tokens=12, temperature=0)
+    assert list(done.tokens) == tokens[len(prompt) :]
+    assert done.finish == "length"
+    assert done.prompt_tokens == len(prompt)
+    whole, begun = decoder.tokenizer.decode(tokens), decoder.tokenizer.decode(prompt)
+    assert begun + done.text == whole
+    assert opened.generate(prompt, max_tokens=12, temperature=0).tokens == done.tokens
 
-    path = "here"
 
-    def __init__(self, **files):
-        self.files = {name.replace("__", "."): text for name, text in files.items()}
+def test_the_seed_decides_and_pieces_are_the_text(model):
+    opened = tenpak.Model.open(model, device="cpu")
+    texts = [opened.generate(TEXT, max_tokens=20, temperature=1.0, seed=seed).text for seed in (1, 1, 2)]
+    assert texts[0] == texts[1] != texts[2]
+    stream = opened.stream(TEXT, max_tokens=20, temperature=1.0, seed=1)
+    with pytest.raises(UsageError, match="not ended"):
+        _ = stream.result
+    assert "".join(stream) == texts[0] == stream.result.text
 
-    def file(self, name):
-        text = self.files.get(name)
-        return None if text is None else text.encode()
+
+def test_a_long_prompt_goes_through_in_parts(model, monkeypatch):
+    tokens = np.random.default_rng(0).integers(1, 2048, 50).tolist()
+    opened = tenpak.Model.open(model, device="cpu")
+    whole = opened.generate(tokens, max_tokens=5, temperature=0).tokens
+    monkeypatch.setattr("tenpak.model.PROMPT_AT_ONCE", 7)
+    assert opened.generate(tokens, max_tokens=5, temperature=0).tokens == whole
 
 
-TEMPLATE = (
-    "{{ bos_token }}{% for m in messages %}<{{ m.role }}>{{ m.content }}</{{ m.role }}>{% endfor %}"
-    "{% if add_generation_prompt %}<assistant>{% endif %}"
+def test_it_ends_where_the_model_says_so_and_where_its_positions_end(model, tmp_path):
+    opened = tenpak.Model.open(model, device="cpu")
+    free = opened.generate(TEXT, max_tokens=8, temperature=0).tokens
+    folder = tmp_path / "m"
+    shutil.copytree(model, folder)
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [free[3]]}))
+    ended = tenpak.Model.open(folder, device="cpu").generate(TEXT, max_tokens=8, temperature=0)
+    first = free.index(free[3])
+    assert (ended.tokens, ended.finish) == (free[:first], "end")
+    limit = opened.decoder.config.max_positions
+    full = opened.generate([5] * (limit - 2), max_tokens=9, temperature=0)
+    assert full.finish == "end" or len(full.tokens) == 2
+    with pytest.raises(UsageError, match=f"none of the {limit} positions"):
+        opened.generate([5] * limit)
+    for empty in ("", [], ()):
+        with pytest.raises(UsageError, match="empty"):
+            opened.generate(empty)
+    with pytest.raises(UsageError, match="max_tokens 0"):
+        opened.generate(TEXT, max_tokens=0)
+
+
+@pytest.mark.parametrize("kv", ["fp16", "int8"])
+def test_a_quantised_cache_writes_much_the_same(model, kv):
+    exact = tenpak.Model.open(model, device="cpu").generate(TEXT, max_tokens=6, temperature=0)
+    assert tenpak.Model.open(model, device="cpu", kv=kv).generate(TEXT, max_tokens=6, temperature=0).text == exact.text
+
+
+CHAT = (
+    "{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools') }}{% endif %}"
+    "<{{ m.role }}>{{ m.content | trim }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{{ bos_token }}{% endif %}"
 )
 
 
-@pytest.mark.parametrize("form", ["string", "list", "file"])
-def test_chat_templates_of_every_form(form):
+@pytest.fixture
+def chatty(tmp_path: Path) -> Path:
+    require("text")
     pytest.importorskip("jinja2")
-    config = {"bos_token": {"content": "<s>"}, "chat_template": TEMPLATE}
-    if form == "list":
-        config["chat_template"] = [{"name": "tool", "template": "x"}, {"name": "default", "template": TEMPLATE}]
-    files = {"tokenizer_config__json": json.dumps(config)}
-    if form == "file":
-        files = {
-            "tokenizer_config__json": json.dumps({"bos_token": "<s>", "chat_template": "old"}),
-            "chat_template__jinja": TEMPLATE,
-        }
-    template = ChatTemplate.of(Files(**files))
-    assert template.render([{"role": "user", "content": "hi"}]) == "<s><user>hi</user><assistant>"
+    folder = tmp_path / "chatty"
+    shutil.copytree(DATA / "tiny-llama", folder)
+    config = {"chat_template": CHAT, "bos_token": {"content": "[B]"}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder
 
 
-def test_a_chat_template_cannot_leave_its_sandbox():
-    pytest.importorskip("jinja2")
-    escape = "{{ messages.__class__.__base__.__subclasses__() }}"
-    template = ChatTemplate.of(Files(tokenizer_config__json=json.dumps({"chat_template": escape})))
-    with pytest.raises(tenpak.InputError, match="unsafe"):
-        template.render([])
+def test_a_chat_is_written_as_its_template_says(chatty, tmp_path):
+    path = tmp_path / "chatty.tenpak"
+    tenpak.compress(chatty, path, "int8_sym_v1")
+    for where in (chatty, path):
+        source = open_source(where)
+        messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": " Hi "}]
+        assert render(source, messages) == "<system>Be brief.\n<user>Hi\n<assistant>[B]"
+    opened = tenpak.Model.open(path, device="cpu")
+    assert opened.has_chat
+    chat = opened.prompt_tokens("Hi", system="Be brief.")
+    assert chat == opened.decoder.encode_text("<system>Be brief.\n<user>Hi\n<assistant>[B]")
+    assert chat == opened.prompt_tokens(messages)
+    assert opened.prompt_tokens("Hi", chat=False) == opened.decoder.tokenizer.encode("Hi").ids
+    with pytest.raises(UsageError, match="no tools"):
+        opened.generate([{"role": "tool", "content": "x"}])
 
 
-@pytest.mark.parametrize(
-    ("text", "error", "words"),
-    [
-        ("{% if %}", tenpak.InputError, "line 1"),
-        ("{{ raise_exception('roles must alternate') }}", tenpak.UsageError, "roles must alternate"),
-        ("{{ 1 / 0 }}", tenpak.InputError, "fails"),
-    ],
-)
-def test_chat_templates_that_fail_say_how(text, error, words):
-    pytest.importorskip("jinja2")
-    with pytest.raises(error, match=words):
-        ChatTemplate("here", text, {}).render([])
+def test_a_template_is_looked_for_in_every_place_and_stays_in_its_sandbox(chatty):
+    (chatty / "chat_template.jinja").write_text("{{ ''.__class__.__mro__ }}")
+    with pytest.raises(InputError, match="broken"):
+        render(open_source(chatty), [{"role": "user", "content": "x"}])
+    (chatty / "chat_template.jinja").write_text("{% for %}")
+    with pytest.raises(InputError, match="broken"):
+        render(open_source(chatty), [{"role": "user", "content": "x"}])
+    (chatty / "chat_template.jinja").unlink()
+    named = [{"name": "tools", "template": "T"}, {"name": "default", "template": "D"}]
+    (chatty / "tokenizer_config.json").write_text(json.dumps({"chat_template": named}))
+    assert render(open_source(chatty), []) == "D"
+    (chatty / "tokenizer_config.json").write_text("{")
+    with pytest.raises(InputError, match=r"tokenizer_config\.json"):
+        render(open_source(chatty), [])
 
 
-@both
-def test_greedy_text_is_what_the_decoder_thinks_most_likely(path):
-    require("text")
-    model = tenpak.Model.open(path, device="cpu")
-    written = model.generate([5, 9, 3], max_tokens=12)
-    tokens = [5, 9, 3]
-    cache = model.decoder.cache("fp16")
-    logits = model.decoder.logits([tokens], cache)[0, -1]
-    for token in written.tokens:
-        assert token == logits.argmax()
-        logits = model.decoder.logits([[token]], cache)[0, -1]
-    assert written.prompt_tokens == 3
-    assert written.text == model.decoder.tokenizer.decode(list(written.tokens))
+def test_a_model_without_a_template_does_not_chat(model):
+    with pytest.raises(UsageError, match="no chat template"):
+        tenpak.Model.open(model, device="cpu").generate("Hi", chat=True)
 
 
-@both
-def test_a_stream_is_its_text_in_pieces(path):
-    require("text")
-    model = tenpak.Model.open(path, device="cpu", kv="int8")
-    options = {"max_tokens": 40, "temperature": 1.0, "top_k": 50, "top_p": 0.9, "seed": 11}
-    stream = model.stream("It was a dark", **options)
-    pieces = list(stream)
-    assert len(pieces) > 5
-    assert "".join(pieces) == stream.result.text == model.generate("It was a dark", **options).text
-    assert stream.result.text != model.generate("It was a dark", **{**options, "seed": 12}).text
-    assert stream.result.stop_reason in ("length", "end")
-    assert stream.result.tokens_per_second > 0
+def test_the_console_script_writes_the_same_text(model):
+    options = ["--prompt", TEXT, "--max-tokens", 15, "--seed", 4, "--device", "cpu"]
+    plain = tenpak_command("generate", model, *options)
+    found = tenpak_command("generate", model, *options, "--json").json
+    assert plain.out == found["text"] + "\n"
+    assert "tokens in" in plain.err
+    assert len(found["tokens"]) == 15
+    echoed = tenpak_command("generate", model, *options[2:], "--prompt", "-", "--echo", "--quiet", input=TEXT)
+    assert (echoed.out, echoed.err) == (TEXT + plain.out, "")
+    stopped = tenpak_command("generate", model, *options, "--stop", found["text"][3:6])
+    assert stopped.out == found["text"][: found["text"].index(found["text"][3:6])] + "\n"
 
 
-def test_a_stop_text_ends_the_loop():
-    require("text")
-    model = tenpak.Model.open(LLAMA, device="cpu")
-    whole = model.generate("The old", max_tokens=40)
-    stop = whole.text[8:12]
-    ended = model.generate("The old", max_tokens=40, stop=[stop])
-    assert ended.stop_reason == "stop"
-    assert ended.text == whole.text[: whole.text.index(stop)]
-    assert len(ended.tokens) < len(whole.tokens)
-
-
-def test_an_end_token_ends_the_loop():
-    require("text")
-    model = tenpak.Model.open(LLAMA, device="cpu")
-    whole = model.generate("The old", max_tokens=10)
-    model.__dict__["end_tokens"] = frozenset({whole.tokens[4]})
-    ended = model.generate("The old", max_tokens=10)
-    assert ended.stop_reason == "end"
-    assert ended.tokens == whole.tokens[: whole.tokens.index(whole.tokens[4]) + 1]
-
-
-def test_positions_are_not_passed():
-    require("text")
-    model = tenpak.Model.open(GPT2, device="cpu")
-    most = model.decoder.config.max_positions
-    result = model.generate([1] * (most - 3), max_tokens=100)
-    assert len(result.tokens) <= 3
-    with pytest.raises(tenpak.UsageError, match=f"{most} tokens"):
-        model.generate([1] * most)
-
-
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        ({"prompt": ""}, "no tokens"),
-        ({"prompt": "a", "max_tokens": 0}, "max_tokens 0"),
-        ({"prompt": "a", "stop": [""]}, "empty stop"),
-        ({"prompt": "a", "chat": True}, "no chat template"),
-        ({"prompt": "a", "system": "b"}, "chat"),
-        ({"prompt": [1, {"role": "user"}]}, "a prompt is"),
-        ({"prompt": [1 << 40]}, "outside the vocabulary"),
-    ],
-)
-def test_wrong_requests_are_refused(options, words):
-    require("text")
-    model = tenpak.Model.open(GPT2, device="cpu")
-    with pytest.raises(tenpak.UsageError, match=words):
-        model.generate(**options)
-
-
-def test_an_artifact_is_enough(tmp_path):
-    require("text")
-    tenpak.compress(LLAMA, tmp_path / "m.tenpak", codec="int8_sym_v1")
-    ran = tenpak_command(
-        "generate", tmp_path / "m.tenpak", "--prompt", "-", "--device", "cpu", "-n", 8, "--echo", input="The old"
-    )
-    assert ran.out.startswith("The old")
-    assert ran.err.count("slow path") == 1
-    assert "tokens/s" in ran.err
-    found = tenpak_command(
-        "generate", tmp_path / "m.tenpak", "--prompt", "The old", "--device", "cpu", "-n", 8, "--json"
-    ).json
-    assert ran.out == "The old" + found["text"] + "\n"
-    assert found["device"] == "cpu"
-    assert len(found["tokens"]) == 8
-
-
-def test_the_command_refuses_what_makes_no_sense():
-    require("text")
-    ran = tenpak_command("generate", LLAMA, "--prompt", "a", "--top-p", "2", "--device", "cpu", code=2)
-    assert "top_p 2" in ran.err
-    tenpak_command("generate", "nowhere", "--prompt", "a", code=6)
+def test_wrong_requests_end_with_one_sentence(model, tmp_path):
+    for wrong in (["--temperature", -1], ["--top-p", 2], ["--max-tokens", 0], ["--chat"]):
+        tenpak_command("generate", model, "--prompt", "x", "--device", "cpu", *wrong, code=2)
+    tenpak_command("generate", tmp_path / "none", "--prompt", "x", code=6)

@@ -19,7 +19,8 @@ from tenpak.cli.table import pairs, print_json, table
 #: Packages, what they are for, and the extra that brings them.
 _OPTIONAL = (
     (("cupy-cuda13x", "cupy-cuda12x", "cupy"), "NVIDIA GPUs: tenpak.cuda, --device cuda", "tenpak[cuda13]"),
-    (("tokenizers",), "text, as in `tenpak eval`", "tenpak[text]"),
+    (("tokenizers",), "text, as in `tenpak eval` and `generate`", "tenpak[text]"),
+    (("jinja2",), "chat templates in `tenpak generate`", "tenpak[text]"),
     (("torch",), "tenpak.torch, load_state_dict(framework='torch')", "tenpak[torch]"),
     (("transformers",), "running restored folders", "tenpak[hf]"),
     (("safetensors",), "reading restored files elsewhere", "tenpak[hf]"),

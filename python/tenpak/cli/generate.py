@@ -1,16 +1,18 @@
-"""tenpak generate: write what follows a prompt.
+"""tenpak generate: let a model write text.
 
 examples:
-  tenpak generate model.tenpak --prompt "Why is the sky blue?"
-  tenpak generate model.tenpak --prompt "Once upon a time" --no-chat --temperature 0.8 --top-p 0.95 --seed 7
-  tenpak generate model.tenpak --prompt - --kv int8 --max-tokens 500
+  tenpak generate model.tenpak --prompt "It was a dark and stormy"
+  tenpak generate chat-model.tenpak --prompt "Why is the sky blue?" --system "Answer in one sentence."
+  cat question.txt | tenpak generate model.tenpak --prompt - --temperature 0 --max-tokens 100
+  tenpak generate model.tenpak --prompt "Once upon a time" --seed 7 --json
 
-The model is a .tenpak or .gguf file, a Hugging Face folder, or a .safetensors file with config.json beside it, of the
-GPT-2, Llama, Mistral, Qwen2 or Qwen3 kind. Text goes to standard output as it is written, speed to standard error. A
-model with a chat template is asked the prompt as a question; --no-chat continues it as a text. Without --temperature
-the most likely token is taken, always.
+The model is a .tenpak file, a Hugging Face folder, a GGUF file, or a .safetensors file with config.json beside it, of
+the GPT-2, Llama, Mistral, Qwen2 or Qwen3 kind. Where it comes with a chat template, the prompt is a user's message to
+be answered; --no-chat continues it instead. The text goes to standard output as it is written, how fast it was to
+standard error. The same --seed writes the same text. Texts need the package tokenizers, chats also jinja2: pip install
+'tenpak[text]'.
 
-exit codes: 0 done; 2 a wrong request, a prompt too long, a package that is missing; 3 a model or prompt that cannot be
+exit codes: 0 done; 2 a wrong request, a prompt that is too long, a package that is missing; 3 a model that cannot be
 read; 4 a damaged artifact; 5 a kind of model that cannot be run; 6 the file system refused; 130 interrupted
 """
 
@@ -23,36 +25,45 @@ import tenpak
 from tenpak.cli.table import count, duration, print_json
 from tenpak.decoder.kv import KV_TYPES
 from tenpak.errors import InputError
+from tenpak.model import MAX_TOKENS, Generation
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="what writes")
-    parser.add_argument("--prompt", "-p", required=True, metavar="TEXT", help="what it is given; - reads it from stdin")
-    parser.add_argument("--system", metavar="TEXT", help="what a chat is told first")
+    parser.add_argument("--prompt", "-p", required=True, metavar="TEXT", help="what to answer or continue; - reads it")
+    parser.add_argument("--max-tokens", "-n", type=int, default=MAX_TOKENS, metavar="N", help="at most (%(default)s)")
     parser.add_argument(
-        "--chat",
-        action=argparse.BooleanOptionalAction,
-        help="put the prompt into the model's chat template (if it has one)",
+        "--temperature", "-t", type=float, default=0.8, metavar="X", help="0 takes the likeliest (%(default)s)"
     )
-    parser.add_argument("--max-tokens", "-n", type=int, default=256, metavar="N", help="at most as many (%(default)s)")
-    parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (%(default)s)")
-    parser.add_argument("--top-k", type=int, default=0, metavar="K", help="draw from the K most likely; 0 for all")
-    parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="draw from the likeliest that make up P")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="the same seed, the same text (%(default)s)")
+    parser.add_argument("--top-k", type=int, default=0, metavar="K", help="consider only the K likeliest tokens (all)")
     parser.add_argument(
-        "--stop", action="append", default=[], metavar="TEXT", help="end where this would be written (may be repeated)"
+        "--top-p",
+        type=float,
+        default=0.95,
+        metavar="P",
+        help="consider only the likeliest tokens that hold this part of the probability (%(default)s)",
     )
-    parser.add_argument("--kv", choices=KV_TYPES, default="fp16", help="what keys and values are kept in (%(default)s)")
     parser.add_argument(
-        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute (a GPU if there is one)"
+        "--seed", type=int, default=0, metavar="N", help="another one writes another text (%(default)s)"
     )
+    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text; repeatable")
+    chat = parser.add_mutually_exclusive_group()
+    chat.add_argument("--chat", action="store_true", default=None, help="the prompt is a message to answer")
+    chat.add_argument("--no-chat", dest="chat", action="store_false", help="the prompt is a text to continue")
+    parser.add_argument("--system", metavar="TEXT", help="what a chat begins with")
     parser.add_argument("--echo", action="store_true", help="print the prompt before the text")
-    parser.add_argument("--quiet", "-q", action="store_true", help="no speed on standard error")
+    parser.add_argument("--kv", choices=KV_TYPES, help="keep keys and values in so many bits (exact)")
+    parser.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute (%(default)s)"
+    )
+    parser.add_argument("--quiet", "-q", action="store_true", help="no notes on standard error")
 
 
 def run(arguments: argparse.Namespace) -> None:
-    prompt = _stdin() if arguments.prompt == "-" else arguments.prompt
+    prompt = _read() if arguments.prompt == "-" else arguments.prompt
     model = tenpak.Model.open(arguments.model, device=arguments.device, kv=arguments.kv)
+    if model.device == "cpu" and not arguments.quiet:
+        print("computing on the CPU with weights in FP32, the slow path; an NVIDIA GPU is faster", file=sys.stderr)
     stream = model.stream(
         prompt,
         max_tokens=arguments.max_tokens,
@@ -64,32 +75,42 @@ def run(arguments: argparse.Namespace) -> None:
         chat=arguments.chat,
         system=arguments.system,
     )
-    if model.device == "cpu" and not arguments.quiet:
-        print("tenpak: on the CPU, in FP32: the slow path; --device cuda uses a GPU", file=sys.stderr)
     if arguments.json:
-        report = {"model": arguments.model, "device": model.device, "kv": model.kv, "prompt": prompt}
-        print_json({**report, **stream.result.to_dict()})
+        for _ in stream:
+            pass
+        print_json({"model": arguments.model, "device": model.device, "prompt": prompt, **stream.result.to_dict()})
         return
-    if arguments.echo:
-        print(prompt, end="", flush=True)
-    for piece in stream:
-        print(piece, end="", flush=True)
-    print(flush=True)
-    if not arguments.quiet:
-        print(_speed(stream.result), file=sys.stderr)
-
-
-def _speed(result: tenpak.Generation) -> str:
-    prompt = f"{count(result.prompt_tokens)} tokens in {duration(result.prompt_seconds)}"
-    text = f"{count(len(result.tokens))} tokens in {duration(result.prompt_seconds + result.decode_seconds)}"
-    return (
-        f"prompt {prompt}, {result.prompt_tokens_per_second:.1f} tokens/s; "
-        f"text {text}, {result.tokens_per_second:.1f} tokens/s"
-    )
-
-
-def _stdin() -> str:
+    begun = False
     try:
-        return sys.stdin.buffer.read().decode()
+        for piece in stream:
+            if arguments.echo and not begun:
+                piece = prompt + piece
+            begun = True
+            sys.stdout.write(piece)
+            sys.stdout.flush()
+        if not begun:
+            sys.stdout.write(prompt if arguments.echo else "")
+        begun = True
+    finally:
+        # Also when interrupted: what follows begins on a line of its own.
+        if begun:
+            sys.stdout.write("\n")
+            sys.stdout.flush()
+    if not arguments.quiet:
+        print(_summary(stream.result), file=sys.stderr)
+
+
+def _read() -> str:
+    try:
+        return sys.stdin.read()
     except UnicodeDecodeError as error:
-        raise InputError(f"standard input: byte {error.start} is no UTF-8; give text") from None
+        raise InputError(f"the prompt on standard input is no UTF-8: {error}") from None
+
+
+def _summary(done: Generation) -> str:
+    ended = {"end": "the model ended it", "stop": "a stop text came", "length": "as long as was asked for"}
+    return (
+        f"prompt: {count(done.prompt_tokens)} tokens in {duration(done.prompt_seconds)} "
+        f"({done.prompt_tokens_per_second:.1f}/s); text: {count(len(done.tokens))} tokens in {duration(done.seconds)} "
+        f"({done.tokens_per_second:.1f}/s); {ended[done.finish]}"
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -133,6 +134,25 @@ class Decoder:
     def blocks(self) -> list[Block]:
         """All layers, loaded once and kept."""
         return [self.block(index) for index in range(self.config.layers)]
+
+    def replace_linears(self, make: Callable[[Linear], Any]) -> int:
+        """Puts what `make` returns in the place of every linear layer, the head's too; it may return what it got.
+
+        Layer by layer, so that only one layer's weights need to be in memory as they were. Returns how many were
+        replaced.
+        """
+        loaded: list[Block] | None = self.__dict__.get("blocks")
+        blocks, count = [], 0
+        for index in range(self.config.layers):
+            block = self.block(index) if loaded is None else loaded[index]
+            for name, linear in block.linears.items():
+                block.linears[name] = make(linear)
+                count += block.linears[name] is not linear
+            blocks.append(block)
+        self.blocks = blocks
+        before = self.head.linear
+        self.head.linear = make(before)
+        return count + (self.head.linear is not before)
 
     def cache(self, kv: str | None = None) -> Cache:
         """An empty cache for `hidden` and `logits`.

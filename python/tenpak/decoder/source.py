@@ -36,11 +36,11 @@ class Source(Protocol):
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Every name that can be read, aliases too, with its shape as it is stored."""
 
+    def file(self, name: str) -> bytes | None:
+        """A small file that belongs to the model, such as `tokenizer_config.json`, if there is one of that name."""
+
     def read(self, name: str) -> NDArray[np.float32]:
         """One tensor in the shape in which it is stored; each call reads it again."""
-
-    def file(self, name: str) -> bytes | None:
-        """One of the small files, if there is one of that name."""
 
     def digest(self) -> str:
         """What the weights are, in hexadecimal: an artifact's root, or BLAKE3 of all tensors."""
