@@ -18,6 +18,7 @@ from tenpak.arrays import Encoded, decode, encode
 from tenpak.artifact import ArtifactFile, Part, TensorInfo, open
 from tenpak.calibrate import CalibrationReport, calibrate
 from tenpak.codecs import CodecInfo, PartInfo, codecs
+from tenpak.delta import DeltaFile, DeltaReport, MaterializeReport, delta, materialize
 from tenpak.errors import (
     ArtifactError,
     InputError,
@@ -44,12 +45,15 @@ __all__ = [
     "CalibrationReport",
     "CodecInfo",
     "CompressReport",
+    "DeltaFile",
+    "DeltaReport",
     "DecompressReport",
     "Encoded",
     "EvalReport",
     "Group",
     "InputError",
     "InterruptedByUser",
+    "MaterializeReport",
     "Part",
     "PartInfo",
     "StorageError",
@@ -64,8 +68,10 @@ __all__ = [
     "compress",
     "decode",
     "decompress",
+    "delta",
     "encode",
     "evaluate",
     "load_state_dict",
+    "materialize",
     "open",
 ]
