@@ -19,7 +19,7 @@ mod search;
 pub mod simd;
 
 pub use factor::{Cholesky, Factor};
-pub use feedback::{OutputError, ROWS as FEEDBACK_ROWS};
+pub use feedback::{OutputError, ROWS as FEEDBACK_ROWS, store_bits};
 pub use half_floats::{narrow_f16, widen_f16};
 pub use lut16::TABLES as LUT16_TABLES;
 pub use range::{EXPONENTS, Range};

@@ -10,12 +10,14 @@
 mod apply;
 pub mod bit1;
 mod chain;
+pub mod codes;
 mod entry;
 pub mod exact;
 mod make;
 mod make_codes;
 mod materialize;
 mod plane;
+mod rans;
 mod recoded;
 mod report;
 mod stored;

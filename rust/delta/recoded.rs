@@ -1,19 +1,256 @@
-//! stub
-use super::stored::Stored;
-use crate::artifact::{ArtifactFile, Entry};
+//! A quantised base with a delta of codes on it: parts are put together when they are read.
+//!
+//! A tensor of method `codes` has the base's layout, and for each part the difference of its bytes from the base's,
+//! modulo 256; codes, whichever parts hold their bits, are one part named `codes`, modulo 2^bits, an element each. All
+//! are coded by [`super::rans`]. Rows that the base lacks are differences from zeros.
+
+use super::codes::{codes_of, store_all_codes};
+use super::entry::{self, Method};
+use super::stored::{Stored, codec};
+use super::{apply, exact, rans};
+use crate::artifact::{ArtifactFile, Entry, KEEP, PartRef};
+use crate::codec::{Codec, Per};
 use crate::error::{Error, Result};
 use crate::input::Sidecar;
+use crate::pipeline::{hex, named};
+use crate::runner;
+use crate::tensor::{Encoding, Rows, Tensor};
+use rayon::prelude::*;
+use serde_json::Value;
 use std::borrow::Cow;
-pub struct Recoded;
-impl Recoded {
-    pub fn new(_: ArtifactFile, _: Box<dyn Stored>) -> Result<Recoded> { Err(Error::unsupported("codes")) }
+use std::collections::{BTreeMap, HashMap};
+use std::path::PathBuf;
+
+/// The part that holds codes.
+pub const CODES: &str = "codes";
+
+/// See the file's head.
+pub struct Recoded {
+    delta: ArtifactFile,
+    base: Box<dyn Stored>,
+    places: HashMap<String, usize>,
+    entries: Vec<Entry>,
+    root: [u8; 32],
 }
+
+impl Recoded {
+    /// Puts a delta on its base, which the caller has identified.
+    ///
+    /// # Errors
+    /// An artifact error for a delta that contradicts itself or its base; an unsupported error for one from a newer
+    /// version.
+    pub fn new(delta: ArtifactFile, base: Box<dyn Stored>) -> Result<Recoded> {
+        let places = places(&*base);
+        let root = delta.delta().map(|d| d.result).unwrap_or_default();
+        let entries = delta
+            .tensors()
+            .iter()
+            .map(|entry| {
+                result(entry, &*base, &places).map_err(|e| named(e, &entry.name).at(delta.path().display()))
+            })
+            .collect::<Result<_>>()?;
+        Ok(Recoded { delta, base, places, entries, root })
+    }
+
+    fn part(&self, entry: &Entry, name: &str) -> Result<&[u8]> {
+        let part = entry.parts.get(name).ok_or_else(|| Error::artifact(format!("the part {name} is missing")))?;
+        self.delta.checked_part(part, &format!("tensor {:?}, {name}", entry.name))
+    }
+
+    fn put_together(&self, entry: &Entry, result: &Entry) -> Result<Vec<Cow<'_, [u8]>>> {
+        let Some(method) = Method::of(entry)? else {
+            return Ok(self.delta.entry_parts(entry)?.into_iter().map(Cow::Borrowed).collect());
+        };
+        let base = match entry::text(entry, "base").map(|name| self.places[name]) {
+            Some(index) => Some((&self.base.entries()[index], self.base.parts(index)?)),
+            None => None,
+        };
+        let missing = || Error::artifact("it names no tensor of the base");
+        let parts = match method {
+            Method::Same => base.ok_or_else(missing)?.1,
+            Method::Exact => {
+                let old = match base {
+                    None => Cow::Borrowed(&[][..]),
+                    Some((from, mut parts)) => {
+                        let (encoding, bytes) = (Encoding::Plain(from.dtype), parts.swap_remove(0));
+                        apply::reference(Tensor { shape: from.extents()?, encoding, bytes }, entry.dtype)?
+                    }
+                };
+                let data = self.part(entry, "data")?;
+                exact::chunks(data, entry.elements())?;
+                let mut new = runner::zeroed(entry.elements() as usize * entry.dtype.size());
+                exact::decode(data, &old, entry.dtype, &mut new)?;
+                vec![Cow::Owned(new)]
+            }
+            Method::Codes => {
+                let (from, parts) = base.ok_or_else(missing)?;
+                let rows = Rows::new(&result.extents()?, result.axis as usize)?;
+                if Rows::new(&from.extents()?, from.axis as usize)?.cols != rows.cols {
+                    return Err(Error::artifact("its rows have another length than its base's"));
+                }
+                self.add(entry, codec(result)?, rows, &parts)?.into_iter().map(Cow::Owned).collect()
+            }
+            Method::Bit1 => return Err(Error::artifact("a delta of floats holds it")),
+        };
+        let (found, wanted) = (digest(&parts), entry::b3(entry)?);
+        if found != wanted {
+            return Err(Error::artifact(format!(
+                "what comes out is {}, and should be {}",
+                hex(&found),
+                hex(&wanted)
+            )));
+        }
+        Ok(parts)
+    }
+
+    /// The base's parts with the differences on them.
+    fn add(&self, entry: &Entry, codec: &Codec, rows: Rows, base: &[Cow<'_, [u8]>]) -> Result<Vec<Vec<u8>>> {
+        let layout = codec.layout;
+        let old: Vec<&[u8]> = base.iter().map(|p| &**p).collect();
+        let mut out: Vec<Vec<u8>> = Vec::new();
+        for (part, old) in layout.parts.iter().zip(&old) {
+            let mut bytes = runner::zeroed(rows.count() * part.row_bytes(rows.cols));
+            if !matches!(part.per, Per::Weight(_)) {
+                rans::decode(self.part(entry, part.name)?, &mut bytes)?;
+                bytes.iter_mut().zip(*old).for_each(|(d, old)| *d = d.wrapping_add(*old));
+            }
+            out.push(bytes);
+        }
+        let mut codes = runner::zeroed(rows.len());
+        rans::decode(self.part(entry, CODES)?, &mut codes)?;
+        let mask = u8::MAX >> (8 - layout.code_bits);
+        let old = codes_of(layout, &old, rows.cols);
+        codes.par_iter_mut().zip(&old).with_min_len(1 << 16).for_each(|(d, old)| *d = d.wrapping_add(*old) & mask);
+        store_all_codes(layout, &codes, rows.cols, &mut out);
+        Ok(out)
+    }
+}
+
+/// The differences of a tensor's parts from its base's, coded.
+pub fn difference(codec: &Codec, cols: usize, old: &[Cow<'_, [u8]>], new: &[Vec<u8>]) -> Vec<(&'static str, Vec<u8>)> {
+    let layout = codec.layout;
+    let subtract = |new: &mut [u8], old: &[u8], mask: u8| {
+        new.iter_mut().zip(old).for_each(|(new, old)| *new = new.wrapping_sub(*old) & mask);
+    };
+    let old: Vec<&[u8]> = old.iter().map(|p| &**p).collect();
+    let slices: Vec<&[u8]> = new.iter().map(Vec::as_slice).collect();
+    let mut codes = codes_of(layout, &slices, cols);
+    subtract(&mut codes, &codes_of(layout, &old, cols), u8::MAX >> (8 - layout.code_bits));
+    let mut out = vec![(CODES, rans::encode(&codes))];
+    for ((part, old), new) in layout.parts.iter().zip(&old).zip(new) {
+        if !matches!(part.per, Per::Weight(_)) {
+            let mut bytes = new.clone();
+            subtract(&mut bytes, old, u8::MAX);
+            out.push((part.name, rans::encode(&bytes)));
+        }
+    }
+    out
+}
+
+/// BLAKE3 of parts, one after another.
+pub fn digest(parts: &[impl AsRef<[u8]>]) -> [u8; 32] {
+    let mut hasher = blake3::Hasher::new();
+    parts.iter().for_each(|part| {
+        hasher.update_rayon(part.as_ref());
+    });
+    *hasher.finalize().as_bytes()
+}
+
+/// Places of tensors by their names and aliases.
+pub fn places(stored: &dyn Stored) -> HashMap<String, usize> {
+    let mut places: HashMap<String, usize> =
+        stored.entries().iter().enumerate().map(|(i, e)| (e.name.clone(), i)).collect();
+    for (alias, of) in stored.aliases() {
+        if let Some(&i) = places.get(of) {
+            places.insert(alias.clone(), i);
+        }
+    }
+    places
+}
+
+/// The result's entry for an entry of a delta.
+fn result(entry: &Entry, base: &dyn Stored, places: &HashMap<String, usize>) -> Result<Entry> {
+    let Some(method) = Method::of(entry)? else { return Ok(entry.clone()) };
+    let from = match entry::text(entry, "base") {
+        None => None,
+        Some(name) => {
+            let missing = || Error::artifact(format!("the base has no tensor {name:?}"));
+            Some(&base.entries()[*places.get(name).ok_or_else(missing)?])
+        }
+    };
+    let missing = || Error::artifact("it names no tensor of the base");
+    let of = |codec: &str, version: u32, axis, params, parts: &[&str]| Entry {
+        axis,
+        codec: codec.to_owned(),
+        codec_version: version,
+        params,
+        // Only the names matter: what is stored is another artifact's affair.
+        parts: parts
+            .iter()
+            .map(|name| ((*name).to_owned(), PartRef { b3: [0; 32], len: 0, off: 0, xxh3: 0 }))
+            .collect(),
+        ..entry.clone()
+    };
+    match method {
+        Method::Same => {
+            let from = from.ok_or_else(missing)?;
+            if from.shape != entry.shape || from.dtype != entry.dtype {
+                return Err(Error::artifact("it is said to be as in the base, and has another shape or dtype"));
+            }
+            Ok(Entry { name: entry.name.clone(), ..from.clone() })
+        }
+        Method::Exact => {
+            if from.is_some_and(|from| !from.is_kept()) {
+                return Err(Error::artifact("its base is quantised"));
+            }
+            Ok(of(KEEP, 1, 0, BTreeMap::new(), &["data"]))
+        }
+        Method::Codes => {
+            let from = from.ok_or_else(missing)?;
+            let codec = codec(from)?;
+            let names: Vec<&str> = codec.layout.parts.iter().map(|p| p.name).collect();
+            let exponent = from.params.get("exponent").cloned();
+            let params: BTreeMap<String, Value> =
+                exponent.map(|e| ("exponent".to_owned(), e)).into_iter().collect();
+            if entry.axis as usize >= entry.shape.len().max(1) {
+                return Err(Error::artifact(format!("axis {} does not exist", entry.axis)));
+            }
+            Ok(of(codec.name, codec.version, entry.axis, params, &names))
+        }
+        Method::Bit1 => Err(Error::artifact("a delta of floats holds it")),
+    }
+}
+
 impl Stored for Recoded {
-    fn root(&self) -> [u8; 32] { todo!() }
-    fn about(&self) -> (&str, &str) { todo!() }
-    fn entries(&self) -> &[Entry] { todo!() }
-    fn parts(&self, _: usize) -> Result<Vec<Cow<'_, [u8]>>> { todo!() }
-    fn aliases(&self) -> &std::collections::BTreeMap<String, String> { todo!() }
-    fn files(&self) -> Result<Vec<Sidecar>> { todo!() }
-    fn paths(&self) -> Vec<std::path::PathBuf> { todo!() }
+    fn root(&self) -> [u8; 32] {
+        self.root
+    }
+
+    fn about(&self) -> (&str, &str) {
+        (self.delta.codec(), self.delta.writer())
+    }
+
+    fn entries(&self) -> &[Entry] {
+        &self.entries
+    }
+
+    fn parts(&self, index: usize) -> Result<Vec<Cow<'_, [u8]>>> {
+        let entry = &self.delta.tensors()[index];
+        self.put_together(entry, &self.entries[index])
+            .map_err(|e| named(e, &entry.name).at(self.delta.path().display()))
+    }
+
+    fn aliases(&self) -> &BTreeMap<String, String> {
+        self.delta.aliases()
+    }
+
+    fn files(&self) -> Result<Vec<Sidecar>> {
+        apply::files(&self.delta, &|| self.base.files())
+    }
+
+    fn paths(&self) -> Vec<PathBuf> {
+        let mut paths = self.base.paths();
+        paths.push(self.delta.path().to_owned());
+        paths
+    }
 }
