@@ -103,6 +103,10 @@ pub struct Layout {
     pub normal_from: f32,
     /// Decodes whole rows: `parts[i]` holds rows of part i, `out` is `[rows, cols]`.
     pub decode: fn(level: Level, parts: &[&[u8]], cols: usize, out: &mut [f32]),
+    /// As [`Codec::encode`], for rows whose own numbers (the parts that are [`Per::Row`]) are given: what is stored
+    /// for single groups follows small changes of the weights in small steps. `None` where groups do not depend on
+    /// such numbers.
+    pub under_rows: Option<fn(level: Level, strip: Strip<'_>, parts: &mut [&mut [u8]]) -> Range>,
     /// How codes are chosen with statistics of the layer's input; `None` where they gain nothing.
     pub calibrated: Option<Calibrated>,
 }

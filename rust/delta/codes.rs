@@ -1,28 +1,26 @@
-//! Weights on the grid of a quantised base: its scales, offsets and tables, wherever they serve as well as new ones.
+//! Weights in the layout of a quantised base, as near to its scales, offsets, tables and codes as they can be without
+//! losing what has changed.
 //!
-//! Nothing here knows a layout: which weights a code can stand for is asked of the layout's own decoder, one code
-//! after another. A unit is the weights that share the parameters of the longest run (a whole row where there is no
-//! run); a unit that would lose more than [`TOLERANCE`] against encoding it afresh gets new parameters. Where these
-//! are bytes that a row's own numbers map to values, the bytes near the base's are tried, for a row is kept.
+//! Nothing here knows a layout. Groups are encoded by the base's own encoder, under the numbers that the base has for
+//! the row ([`Layout::under_rows`]): where a group's weights have moved little, the same parameters come out. To keep
+//! the base's parameters on purpose, where that costs up to 5 % of squared error, would be wrong: having been fitted to
+//! the base's weights, they keep these away from the middle between two codes, so that hardly any code would move, and
+//! most of what a fine-tune has learned would be lost though no group's error says so (docs/delta.md has figures). Where
+//! a row is the group, nothing is fitted that closely: it keeps its parameters if that costs 5 % or less, and which
+//! codes are nearest is asked of the layout's decoder, one code after another.
 
 use crate::codec::simd::Level;
-use crate::codec::{Codec, Layout, Per, Strip};
+use crate::codec::{Codec, Layout, Part, Per, Strip};
 use crate::error::Result;
 use crate::runner;
-use crate::tensor::{Dtype, Rows, Tensor};
+use crate::tensor::{Rows, Tensor};
 use rayon::prelude::*;
 
-/// How much more squared error than afresh a unit may have: 5 %.
+/// How much more squared error than afresh a row may have under the base's numbers: 5 %.
 const TOLERANCE: f64 = 1.05;
 
 /// Weights that are looked at together: they fit a core's cache with all their parts.
 const STRIP: usize = 1 << 15;
-
-/// How far from the base's bytes parameters are looked for.
-const REACH: i32 = 2;
-
-/// Rounds of that, each around the best of the one before.
-const ROUNDS: usize = 2;
 
 /// A tensor on its base's grid.
 pub struct Recoded {
@@ -40,7 +38,7 @@ pub struct Recoded {
     pub norm: f64,
 }
 
-/// Codes `tensor` with the parameters of `base`, which holds parts of rows that are as long; rows beyond its last
+/// Codes `tensor` near the parts `base`, which holds parts of rows that are as long; rows beyond its last
 /// are encoded afresh. `importance` weighs columns, as in [`runner::Options`].
 ///
 /// # Errors
@@ -74,7 +72,7 @@ pub fn recode(
             strip.push(bytes);
         }
     }
-    let job = Job { codec, layout, cols, importance, level: Level::detect(), shape: Shape::of(layout) };
+    let job = Job { codec, layout, cols, importance, level: Level::detect(), unit: unit(layout) };
     let scale = 2f64.powi(-exponent) as f32;
     let done: Vec<Option<Sums>> = strips
         .par_iter_mut()
@@ -114,24 +112,11 @@ pub fn recode(
     Ok(out)
 }
 
-/// What a layout's parts say of its parameters.
-#[derive(Clone, Copy)]
-struct Shape {
-    /// Weights of a unit; `None` for a whole row.
-    unit: Option<usize>,
-    /// Whether a unit's parameters mean something only with those of its row.
-    nested: bool,
-}
-
-impl Shape {
-    fn of(layout: &Layout) -> Shape {
-        let mut runs = layout.parts.iter().filter(|p| matches!(p.per, Per::Run(_)));
-        let unit = runs.clone().filter_map(|p| if let Per::Run(n) = p.per { Some(n) } else { None }).max();
-        // What is neither the row's nor a byte of each unit can only be chosen with the whole row.
-        let bytes = runs.all(|p| Some(p.per) == unit.map(Per::Run) && p.dtype == Dtype::U8);
-        let unit = unit.filter(|_| bytes || !layout.has_row_parameters());
-        Shape { unit, nested: unit.is_some() && layout.has_row_parameters() }
-    }
+/// Weights of a unit; `None` for a whole row.
+fn unit(layout: &Layout) -> Option<usize> {
+    let runs = layout.parts.iter().filter_map(|p| if let Per::Run(n) = p.per { Some(n) } else { None });
+    // Numbers of a row that groups depend on can only be kept where the layout can encode under them.
+    runs.max().filter(|_| layout.under_rows.is_some() || !layout.has_row_parameters())
 }
 
 #[derive(Default)]
@@ -149,198 +134,136 @@ struct Job<'a> {
     cols: usize,
     importance: Option<&'a [f32]>,
     level: Level,
-    shape: Shape,
+    /// See [`unit`].
+    unit: Option<usize>,
 }
 
 impl Job<'_> {
-    /// Codes rows: those that the base has on its grid. `None` where a weight is not finite.
+    /// Codes rows: those that the base has, with its parameters. `None` where a weight is not finite.
     fn strip(&self, weights: &[f32], base: &[&[u8]], out: &mut [&mut [u8]]) -> Option<Sums> {
         let cols = self.cols;
+        let parts = self.layout.parts;
         let strip = Strip { data: weights, cols, importance: self.importance };
         let encode = match self.layout.calibrated {
             Some(calibrated) if self.importance.is_some() => calibrated.search,
             _ => self.codec.encode,
         };
-        // Afresh first: these are the parts of rows that the base lacks, and the measure for those it has.
+        // Afresh first: these are the parts of rows that the base lacks, and the measure for those that it has.
         if !encode(self.level, strip, out).is_finite() {
             return None;
         }
-        let common = self.layout.parts.iter().zip(base).map(|(part, bytes)| bytes.len() / part.row_bytes(cols).max(1));
+        let afresh = self.decode(out, weights.len());
+        let common = parts.iter().zip(base).map(|(part, bytes)| bytes.len() / part.row_bytes(cols).max(1));
         let common = common.min().unwrap_or(0);
-        let mut sums = Sums::default();
-        let mut afresh = vec![0f32; weights.len()];
-        {
-            let parts: Vec<&[u8]> = out.iter().map(|p| &**p).collect();
-            (self.layout.decode)(self.level, &parts, cols, &mut afresh);
+        let mut under: Vec<Vec<u8>> = out.iter().map(|part| part.to_vec()).collect();
+        if let Some(encode) = self.layout.under_rows {
+            for ((part, under), base) in parts.iter().zip(&mut under).zip(base) {
+                if matches!(part.per, Per::Row(_)) {
+                    under[..base.len()].copy_from_slice(base);
+                }
+            }
+            let mut slices: Vec<&mut [u8]> = under.iter_mut().map(Vec::as_mut_slice).collect();
+            encode(self.level, strip, &mut slices);
         }
-        for (row, (w, afresh)) in weights.chunks_exact(cols).zip(afresh.chunks_exact(cols)).enumerate() {
-            let row_of = |i: usize, bytes: usize| i * bytes..(i + 1) * bytes;
-            let mut new: Vec<&mut [u8]> = self
-                .layout
-                .parts
-                .iter()
-                .zip(out.iter_mut())
-                .map(|(part, bytes)| &mut bytes[row_of(row, part.row_bytes(cols))])
-                .collect();
+        let rebuilt = self.decode(&under, weights.len());
+        let mut sums = Sums::default();
+        for (row, w) in weights.chunks_exact(cols).enumerate() {
+            let at = row * cols..(row + 1) * cols;
+            let bytes = |part: &Part| row * part.row_bytes(cols)..(row + 1) * part.row_bytes(cols);
+            let mut new: Vec<&mut [u8]> =
+                parts.iter().zip(out.iter_mut()).map(|(part, out)| &mut out[bytes(part)]).collect();
+            let units = self.unit.map_or(1, |unit| cols.div_ceil(unit)) as u64;
+            sums.units += units;
+            sums.norm += squared(w, &vec![0.0; cols], None);
             if row >= common {
-                let units = self.shape.unit.map_or(1, |unit| cols.div_ceil(unit)) as u64;
-                sums.units += units;
                 sums.fresh += units;
                 sums.changed += cols as u64;
-                sums.error += squared(w, afresh, None);
-            } else {
-                let old: Vec<&[u8]> = self
-                    .layout
-                    .parts
-                    .iter()
-                    .zip(base)
-                    .map(|(part, bytes)| &bytes[row_of(row, part.row_bytes(cols))])
-                    .collect();
-                self.row(w, afresh, &old, &mut new, &mut sums);
+                sums.error += squared(w, &afresh[at], None);
+                continue;
             }
-            sums.norm += w.iter().map(|w| f64::from(*w).powi(2)).sum::<f64>();
+            let old: Vec<&[u8]> = parts.iter().zip(base).map(|(part, base)| &base[bytes(part)]).collect();
+            let under: Vec<&[u8]> = parts.iter().zip(&under).map(|(part, under)| &under[bytes(part)]).collect();
+            let before = codes_of(self.layout, &old, cols);
+            let (row, fresh) = self.row(w, &afresh[at.clone()], &rebuilt[at], &old, &under, &mut new);
+            sums.fresh += fresh;
+            sums.changed += row.codes.iter().zip(&before).filter(|(a, b)| a != b).count() as u64;
+            sums.error += squared(w, &row.rebuilt, None);
         }
         Some(sums)
     }
 
-    /// Codes one row of the base's; `new` holds it as encoded afresh.
-    fn row(&self, w: &[f32], afresh: &[f32], old: &[&[u8]], new: &mut [&mut [u8]], sums: &mut Sums) {
-        let unit = self.shape.unit.unwrap_or(self.cols);
-        let codes = codes_of(self.layout, old, self.cols);
-        let mut kept = Row::on_grid(self, w, old, codes.clone());
-        let ranges = || (0..self.cols).step_by(unit).map(|at| at..(at + unit).min(self.cols));
-        let over = |error: f64, range: &std::ops::Range<usize>| {
-            error > TOLERANCE * squared(&w[range.clone()], &afresh[range.clone()], self.weights(range))
-        };
-        let failing: Vec<_> =
-            ranges().filter(|range| over(kept.error(w, range, self.weights(range)), range)).collect();
-        sums.units += ranges().count() as u64;
-        sums.fresh += failing.len() as u64;
-        if self.shape.unit.is_none() && !failing.is_empty() {
-            // The row's parameters are new, and its codes with them: it is as encoded afresh.
-            let fresh: Vec<&[u8]> = new.iter().map(|p| &**p).collect();
-            kept.codes = codes_of(self.layout, &fresh, self.cols);
-            kept.rebuilt.copy_from_slice(afresh);
-        } else if self.shape.nested && !failing.is_empty() {
-            self.search(w, &failing, &over, &mut kept);
-            kept.store_parameters(self, new);
-        } else {
-            let fresh: Vec<&[u8]> = new.iter().map(|p| &**p).collect();
-            let codes = codes_of(self.layout, &fresh, self.cols);
-            for range in &failing {
-                kept.codes[range.clone()].copy_from_slice(&codes[range.clone()]);
-                kept.rebuilt[range.clone()].copy_from_slice(&afresh[range.clone()]);
-                for ((part, fresh), kept) in self.layout.parts.iter().zip(&fresh).zip(&mut kept.parameters) {
-                    if let Per::Run(n) = part.per {
-                        let size = part.dtype.size();
-                        let bytes = range.start / n * size..range.end.div_ceil(n) * size;
-                        kept[bytes.clone()].copy_from_slice(&fresh[bytes]);
-                    }
-                }
-            }
-            kept.store_parameters(self, new);
-        }
-        store_codes(self.layout, &kept.codes, new);
-        sums.changed += kept.codes.iter().zip(&codes).filter(|(a, b)| a != b).count() as u64;
-        sums.error += squared(w, &kept.rebuilt, None);
-    }
-
-    fn weights(&self, range: &std::ops::Range<usize>) -> Option<&[f32]> {
-        self.importance.map(|i| &i[range.clone()])
-    }
-
-    /// New parameters for failing units: the bytes near the base's, under the row's own numbers.
-    fn search(
+    /// Codes one row that the base has as `old`. `new` holds it as encoded afresh, which stands for `afresh`, and
+    /// `under` as encoded under its old numbers, which stands for `rebuilt`. Returns it with its new units.
+    fn row(
         &self,
         w: &[f32],
-        failing: &[std::ops::Range<usize>],
-        over: &dyn Fn(f64, &std::ops::Range<usize>) -> bool,
-        kept: &mut Row,
-    ) {
-        let unit = self.shape.unit.expect("nested layouts have runs");
-        let movable: Vec<usize> =
-            (0..self.layout.parts.len()).filter(|&i| matches!(self.layout.parts[i].per, Per::Run(_))).collect();
-        let mut failing = failing.to_vec();
-        for _ in 0..ROUNDS {
-            if failing.is_empty() {
-                return;
-            }
-            // Units of one row, side by side, are a shorter row of the same numbers.
-            let gather = |from: &[f32]| -> Vec<f32> {
-                failing.iter().flat_map(|range| from[range.clone()].iter().copied()).collect()
-            };
-            let packed = gather(w);
-            let importance = self.importance.map(gather);
-            let centre: Vec<Vec<u8>> = self
-                .layout
-                .parts
-                .iter()
-                .zip(&kept.parameters)
-                .map(|(part, bytes)| match part.per {
-                    Per::Run(_) => failing.iter().map(|range| bytes[range.start / unit]).collect(),
-                    _ => bytes.clone(),
-                })
-                .collect();
-            let job = Job { cols: packed.len(), importance: importance.as_deref(), ..*self };
-            let steps = (2 * REACH + 1) as usize;
-            for place in 0..steps.pow(movable.len() as u32) {
-                let mut moved = centre.clone();
-                let mut left = place;
-                for &part in &movable {
-                    let step = (left % steps) as i32 - REACH;
-                    left /= steps;
-                    moved[part].iter_mut().for_each(|b| *b = (i32::from(*b) + step).clamp(0, 255) as u8);
-                }
-                let slices: Vec<&[u8]> = moved.iter().map(Vec::as_slice).collect();
-                let tried = Row::on_grid(&job, &packed, &slices, Vec::new());
-                let mut start = 0;
-                for (i, range) in failing.iter().enumerate() {
-                    let here = start..start + range.len();
-                    start = here.end;
-                    let before = kept.error(w, range, self.weights(range));
-                    if tried.error(&packed, &here, job.weights(&here)) < before {
-                        kept.codes[range.clone()].copy_from_slice(&tried.codes[here.clone()]);
-                        kept.rebuilt[range.clone()].copy_from_slice(&tried.rebuilt[here]);
-                        for &part in &movable {
-                            kept.parameters[part][range.start / unit] = moved[part][i];
-                        }
-                    }
-                }
-            }
-            failing.retain(|range| over(kept.error(w, range, self.weights(range)), range));
+        afresh: &[f32],
+        rebuilt: &[f32],
+        old: &[&[u8]],
+        under: &[&[u8]],
+        new: &mut [&mut [u8]],
+    ) -> (Row, u64) {
+        let (cols, importance) = (self.cols, self.importance);
+        let unit = self.unit.unwrap_or(cols);
+        if squared(w, rebuilt, importance) > TOLERANCE * squared(w, afresh, importance) {
+            // The row's old numbers no longer suit it: it stays as encoded afresh.
+            let fresh: Vec<&[u8]> = new.iter().map(|p| &**p).collect();
+            return (Row::of(self, &fresh, afresh), cols.div_ceil(unit) as u64);
         }
+        if self.unit.is_none() {
+            let row = Row::on_grid(self, w, old);
+            let kept = squared(w, &row.rebuilt, importance) <= TOLERANCE * squared(w, afresh, importance);
+            return if kept { (self.store(row, old, new), 0) } else { (self.store(Row::of(self, under, rebuilt), under, new), 1) };
+        }
+        let moved = (0..cols).step_by(unit).filter(|start| {
+            self.layout.parts.iter().zip(old).zip(under).any(|((part, old), under)| {
+                let Per::Run(n) = part.per else { return false };
+                let size = part.dtype.size();
+                let bytes = start / n * size..((start + unit).min(cols)).div_ceil(n) * size;
+                old[bytes.clone()] != under[bytes]
+            })
+        });
+        let moved = moved.count() as u64;
+        (self.store(Row::of(self, under, rebuilt), under, new), moved)
+    }
+
+    /// Writes a row with the parameters of `from`.
+    fn store(&self, row: Row, from: &[&[u8]], out: &mut [&mut [u8]]) -> Row {
+        for ((part, from), to) in self.layout.parts.iter().zip(from).zip(out.iter_mut()) {
+            if !matches!(part.per, Per::Weight(_)) {
+                to.copy_from_slice(from);
+            }
+        }
+        store_codes(self.layout, &row.codes, out);
+        row
+    }
+
+    fn decode(&self, parts: &[impl AsRef<[u8]>], len: usize) -> Vec<f32> {
+        let mut out = vec![0f32; len];
+        let parts: Vec<&[u8]> = parts.iter().map(AsRef::as_ref).collect();
+        (self.layout.decode)(self.level, &parts, self.cols, &mut out);
+        out
     }
 }
 
-/// One row under some parameters: the nearest codes, and what they stand for.
+/// One row: its codes, and what they stand for.
 struct Row {
-    /// The parts; codes among them mean nothing.
-    parameters: Vec<Vec<u8>>,
     codes: Vec<u8>,
     rebuilt: Vec<f32>,
 }
 
 impl Row {
-    /// The nearest codes; where two are as near, the one in `codes`, if there are any.
-    fn on_grid(job: &Job<'_>, w: &[f32], parts: &[&[u8]], codes: Vec<u8>) -> Row {
+    /// A row that is coded already.
+    fn of(job: &Job<'_>, parts: &[&[u8]], rebuilt: &[f32]) -> Row {
+        Row { codes: codes_of(job.layout, parts, job.cols), rebuilt: rebuilt.to_vec() }
+    }
+
+    /// The nearest codes under the parameters of `parts`, whose own codes win where two are as near.
+    fn on_grid(job: &Job<'_>, w: &[f32], parts: &[&[u8]]) -> Row {
         let cols = job.cols;
-        let mut parameters: Vec<Vec<u8>> = job
-            .layout
-            .parts
-            .iter()
-            .zip(parts)
-            .map(|(part, bytes)| match part.per {
-                Per::Weight(_) => vec![0; part.row_bytes(cols)],
-                _ => bytes.to_vec(),
-            })
-            .collect();
+        let mut parameters: Vec<Vec<u8>> = parts.iter().map(|part| part.to_vec()).collect();
         let mut value = vec![0f32; cols];
-        let mut row = Row { parameters: Vec::new(), codes, rebuilt: vec![f32::INFINITY; cols] };
-        if row.codes.is_empty() {
-            row.codes.resize(cols, 0);
-        } else {
-            (job.layout.decode)(job.level, parts, cols, &mut row.rebuilt);
-        }
+        let mut row = Row::of(job, parts, &job.decode(parts, cols));
         for code in 0..1usize << job.layout.code_bits {
             let mut shift = 0;
             for (part, bytes) in job.layout.parts.iter().zip(&mut parameters) {
@@ -357,20 +280,7 @@ impl Row {
                 *chosen = if nearer { code as u8 } else { *chosen };
             }
         }
-        row.parameters = parameters;
         row
-    }
-
-    fn error(&self, w: &[f32], range: &std::ops::Range<usize>, importance: Option<&[f32]>) -> f64 {
-        squared(&w[range.clone()], &self.rebuilt[range.clone()], importance)
-    }
-
-    fn store_parameters(&self, job: &Job<'_>, out: &mut [&mut [u8]]) {
-        for ((part, from), to) in job.layout.parts.iter().zip(&self.parameters).zip(out) {
-            if !matches!(part.per, Per::Weight(_)) {
-                to.copy_from_slice(from);
-            }
-        }
     }
 }
 

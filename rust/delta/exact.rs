@@ -188,14 +188,17 @@ impl<W: Word> Scratch<W> {
         if old == new {
             return (Kind::Same, Vec::new(), 0);
         }
-        let (kind, changed) = if old.is_empty() {
-            (Kind::Alone, count)
-        } else {
-            let pairs = old.chunks_exact(W::BYTES).zip(new.chunks_exact(W::BYTES));
-            (best(sample::<W>(old, new, float)), pairs.filter(|(a, b)| a != b).count())
-        };
+        let kind = if old.is_empty() { Kind::Alone } else { best(sample::<W>(old, new, float)) };
         let mut out = Vec::new();
         self.differences(kind, old, new, float);
+        let changed = match kind {
+            Kind::Alone if old.is_empty() => count,
+            Kind::Alone => {
+                let pairs = words::<W>(old).zip(words::<W>(new));
+                pairs.map(|(old, new)| usize::from(old != new)).sum()
+            }
+            _ => self.words.iter().map(|d| usize::from(*d != W::default())).sum(),
+        };
         self.put_planes(&mut out);
         let mut chosen = (kind, out);
         // Gaps cost a few bits each, and zeros next to nothing: with more changes, planes are smaller.
@@ -232,8 +235,11 @@ impl<W: Word> Scratch<W> {
                 let words = new.chunks_exact_mut(W::BYTES).zip(&self.words);
                 match kind {
                     Kind::Alone => words.for_each(|(new, word)| word.write(new)),
+                    Kind::Distance if float => words.zip(old.chunks_exact(W::BYTES)).for_each(|((new, d), old)| {
+                        W::restore(*d, W::read(old), Against::Distance, true).write(new);
+                    }),
                     Kind::Distance => words.zip(old.chunks_exact(W::BYTES)).for_each(|((new, d), old)| {
-                        W::restore(*d, W::read(old), Against::Distance, float).write(new);
+                        W::restore(*d, W::read(old), Against::Distance, false).write(new);
                     }),
                     _ => words.zip(old.chunks_exact(W::BYTES)).for_each(|((new, d), old)| {
                         W::restore(*d, W::read(old), Against::Bits, float).write(new);
@@ -247,12 +253,15 @@ impl<W: Word> Scratch<W> {
     /// Fills the words with differences of that kind.
     fn differences(&mut self, kind: Kind, old: &[u8], new: &[u8], float: bool) {
         self.words.clear();
-        let new = new.chunks_exact(W::BYTES).map(W::read);
-        let old = old.chunks_exact(W::BYTES).map(W::read);
-        let pairs = new.clone().zip(old);
+        let new = words::<W>(new);
+        let pairs = new.clone().zip(words::<W>(old));
         match kind {
+            // Two loops, so that neither asks in each round which it is.
+            Kind::Distance if float => {
+                self.words.extend(pairs.map(|(n, o)| W::difference(n, o, Against::Distance, true)));
+            }
             Kind::Distance => {
-                self.words.extend(pairs.map(|(n, o)| W::difference(n, o, Against::Distance, float)));
+                self.words.extend(pairs.map(|(n, o)| W::difference(n, o, Against::Distance, false)));
             }
             Kind::Bits => self.words.extend(pairs.map(|(n, o)| W::difference(n, o, Against::Bits, float))),
             _ => self.words.extend(new),
@@ -337,6 +346,11 @@ impl<W: Word> Scratch<W> {
         }
         if gaps.next().is_none() { Ok(()) } else { Err(malformed()) }
     }
+}
+
+/// A tensor's bytes as words.
+fn words<W: Word>(bytes: &[u8]) -> impl ExactSizeIterator<Item = W> + Clone {
+    bytes.chunks_exact(W::BYTES).map(W::read)
 }
 
 /// Bits per element of distances, differing bits, and elements alone, each byte coded by itself, from a sample.

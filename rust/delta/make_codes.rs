@@ -182,10 +182,10 @@ impl Job<'_> {
     fn recode(&self, info: &TensorInfo, tensor: Tensor<'_>, index: usize, entry: &Entry) -> Result<Coded> {
         let codec = entry.known_codec().expect("on_grid has seen it");
         let axis = entry.axis as usize;
-        let cols = Rows::new(&info.shape, axis)?.cols;
+        let rows = Rows::new(&info.shape, axis)?;
         let base = self.base.parts(index)?;
         let slices: Vec<&[u8]> = base.iter().map(|p| &**p).collect();
-        let importance = self.help(info, codec, cols);
+        let importance = self.help(info, codec, rows.cols);
         let recoded = recode(&tensor, axis, entry.exponent(), codec, importance, &slices)?;
         let b3 = digest(&recoded.parts);
         let same = recoded.changed == 0
@@ -195,7 +195,7 @@ impl Job<'_> {
         let (method, parts) = if same {
             (Method::Same, Vec::new())
         } else {
-            (Method::Codes, difference(codec, cols, &base, &recoded.parts))
+            (Method::Codes, difference(codec, rows, &base, &recoded.parts))
         };
         let about = [
             ("changed", recoded.changed.into()),

@@ -3,9 +3,19 @@
 use crate::error::{Error, Result};
 use std::io;
 use zstd::bulk::{Compressor, Decompressor};
+use zstd::zstd_safe::{CParameter, ParamSwitch};
 
-/// Level 1 finds no fewer bytes than slower levels do where, as here, next to nothing repeats.
+/// Slower levels find no more where, as here, next to nothing repeats but zeros.
 const LEVEL: i32 = 1;
+
+/// A level that looks for hardly any repetition: bytes are coded by how frequent they are.
+const NO_SEARCH: i32 = -(1 << 17);
+
+/// Bits per byte above which there is nothing to find: zeros in a row are what repeats.
+const DENSE: f64 = 2.5;
+
+/// Bits per byte above which coding gains nothing.
+const RANDOM: f64 = 7.97;
 
 /// How a plane is stored: the first of its five bytes of head; the other four are its stored length.
 const ZEROS: u8 = 0;
@@ -14,7 +24,8 @@ const ZSTD: u8 = 2;
 
 /// What coding planes needs and is dear to make.
 pub struct Coder {
-    compressor: Compressor<'static>,
+    /// For planes that are dense, and for others.
+    compressors: [Compressor<'static>; 2],
     decompressor: Decompressor<'static>,
     room: Vec<u8>,
 }
@@ -23,8 +34,10 @@ impl Coder {
     /// With zstd's own state.
     pub fn new() -> Result<Coder> {
         let failed = |e: io::Error| Error::new(crate::Kind::Io, format!("cannot start zstd: {e}"));
+        let mut dense = Compressor::new(NO_SEARCH).map_err(failed)?;
+        dense.set_parameter(CParameter::LiteralCompressionMode(ParamSwitch::Enable)).map_err(failed)?;
         Ok(Coder {
-            compressor: Compressor::new(LEVEL).map_err(failed)?,
+            compressors: [dense, Compressor::new(LEVEL).map_err(failed)?],
             decompressor: Decompressor::new().map_err(failed)?,
             room: Vec::new(),
         })
@@ -40,10 +53,12 @@ impl Coder {
         if plane.iter().all(|&b| b == 0) {
             return head(ZEROS, &[]);
         }
-        if entropy(plane) < 7.97 {
+        let entropy = entropy(plane);
+        if entropy < RANDOM {
+            let compressor = &mut self.compressors[usize::from(entropy < DENSE)];
             self.room.clear();
             self.room.reserve(zstd::zstd_safe::compress_bound(plane.len()));
-            if self.compressor.compress_to_buffer(plane, &mut self.room).is_ok() && self.room.len() < plane.len() {
+            if compressor.compress_to_buffer(plane, &mut self.room).is_ok() && self.room.len() < plane.len() {
                 return head(ZSTD, &self.room);
             }
         }

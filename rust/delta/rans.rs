@@ -1,8 +1,8 @@
-//! Symbols that are mostly zero, at their entropy: a range coder of the ANS kind (J. Duda, arXiv:1311.2540), four
-//! states in turn, with one table of frequencies for each chunk.
+//! Symbols that are mostly zero, at their entropy given a context that both sides know: a range coder of the ANS kind
+//! (J. Duda, arXiv:1311.2540), four states in turn, with one table of frequencies for each context of a chunk.
 //!
-//! A chunk is its number of distinct symbols less one (u8), for each the symbol (u8) and its frequency in 1/2^14
-//! (u16), the four states (u32), then 16-bit words. One symbol alone takes nothing behind the table.
+//! A chunk is a table for each context that occurs in it, in their order, the four states (u32), then 16-bit words. A
+//! table is its last symbol (u8) and the frequencies in 1/2^14 of all symbols up to that one, as LEB128.
 
 use crate::error::{Error, Result};
 use rayon::prelude::*;
@@ -19,9 +19,14 @@ const LOW: u32 = 1 << 16;
 /// States that take turns: each waits for its own division alone.
 const LANES: usize = 4;
 
-/// Codes symbols: the bytes of each chunk as u32, then the chunks.
-pub fn encode(symbols: &[u8]) -> Vec<u8> {
-    let chunks: Vec<Vec<u8>> = symbols.par_chunks(CHUNK).map(encode_chunk).collect();
+/// Contexts that there can be.
+pub const CONTEXTS: usize = 16;
+
+/// Codes symbols, each with the context at the same place (below [`CONTEXTS`]; none given: all 0): the bytes of each
+/// chunk as u32, then the chunks.
+pub fn encode(symbols: &[u8], contexts: Option<&[u8]>) -> Vec<u8> {
+    let chunks: Vec<Vec<u8>> =
+        symbols.par_chunks(CHUNK).enumerate().map(|(i, s)| encode_chunk(s, part(contexts, i, s.len()))).collect();
     let mut out: Vec<u8> = chunks.iter().flat_map(|c| (c.len() as u32).to_le_bytes()).collect();
     chunks.iter().for_each(|c| out.extend_from_slice(c));
     out
@@ -31,7 +36,7 @@ pub fn encode(symbols: &[u8]) -> Vec<u8> {
 ///
 /// # Errors
 /// An artifact error for anything that [`encode`] does not write.
-pub fn decode(coded: &[u8], symbols: &mut [u8]) -> Result<()> {
+pub fn decode(coded: &[u8], contexts: Option<&[u8]>, symbols: &mut [u8]) -> Result<()> {
     let count = symbols.len().div_ceil(CHUNK);
     let (lens, mut rest) = coded.split_at_checked(4 * count).ok_or_else(malformed)?;
     let mut chunks = Vec::with_capacity(count);
@@ -46,9 +51,17 @@ pub fn decode(coded: &[u8], symbols: &mut [u8]) -> Result<()> {
     let done: Vec<Result<()>> = symbols
         .par_chunks_mut(CHUNK)
         .zip(chunks)
-        .map(|(symbols, chunk)| decode_chunk(chunk, symbols).ok_or_else(malformed))
+        .enumerate()
+        .map(|(i, (symbols, chunk))| {
+            decode_chunk(chunk, part(contexts, i, symbols.len()), symbols).ok_or_else(malformed)
+        })
         .collect();
     done.into_iter().collect()
+}
+
+/// The contexts of chunk `i`, which has `len` symbols.
+fn part(contexts: Option<&[u8]>, i: usize, len: usize) -> &[u8] {
+    contexts.map_or(&[0; CHUNK][..len], |contexts| &contexts[i * CHUNK..][..len])
 }
 
 fn malformed() -> Error {
@@ -56,11 +69,10 @@ fn malformed() -> Error {
 }
 
 /// Frequencies that add up to 2^BITS, at least 1 for each symbol that occurs.
-fn frequencies(symbols: &[u8]) -> [u32; 256] {
-    let mut counts = [0u64; 256];
-    symbols.iter().for_each(|&s| counts[s as usize] += 1);
-    let total = symbols.len() as u64;
-    let mut scaled = counts.map(|n| if n == 0 { 0 } else { ((n << BITS) / total).max(1) as u32 });
+fn frequencies(counts: &[u32; 256]) -> [u32; 256] {
+    let total: u64 = counts.iter().map(|&n| u64::from(n)).sum();
+    let scale = |&n: &u32| if n == 0 { 0 } else { ((u64::from(n) << BITS) / total).max(1) as u32 };
+    let mut scaled: [u32; 256] = std::array::from_fn(|s| scale(&counts[s]));
     // What rounding has left, or taken, is the most frequent symbols' affair: they feel it least.
     let mut sum: u32 = scaled.iter().sum();
     while sum != 1 << BITS {
@@ -76,71 +88,102 @@ fn frequencies(symbols: &[u8]) -> [u32; 256] {
     scaled
 }
 
-fn starts(frequencies: &[u32; 256]) -> [u32; 256] {
-    let mut next = 0;
-    frequencies.map(|f| {
-        next += f;
-        next - f
-    })
+/// Frequencies of symbols in one context, and where each symbol's slots start.
+#[derive(Clone)]
+struct Table {
+    frequencies: [u32; 256],
+    starts: [u32; 256],
 }
 
-fn encode_chunk(symbols: &[u8]) -> Vec<u8> {
-    let frequencies = frequencies(symbols);
-    let starts = starts(&frequencies);
-    let distinct = frequencies.iter().filter(|&&f| f > 0).count();
-    let mut out = vec![(distinct - 1) as u8];
-    for (symbol, &f) in frequencies.iter().enumerate().filter(|(_, f)| **f > 0) {
-        out.push(symbol as u8);
-        out.extend_from_slice(&(f as u16).to_le_bytes());
+impl Table {
+    fn new(frequencies: [u32; 256]) -> Table {
+        let mut next = 0;
+        let starts = frequencies.map(|f| {
+            next += f;
+            next - f
+        });
+        Table { frequencies, starts }
     }
-    if distinct == 1 {
-        return out;
+
+    fn put(&self, out: &mut Vec<u8>) {
+        let last = self.frequencies.iter().rposition(|&f| f > 0).unwrap_or(0);
+        out.push(last as u8);
+        for &f in &self.frequencies[..=last] {
+            let mut rest = f;
+            while rest >= 128 {
+                out.push(rest as u8 | 128);
+                rest >>= 7;
+            }
+            out.push(rest as u8);
+        }
     }
+
+    fn take(stored: &mut &[u8]) -> Option<Table> {
+        let mut byte = || {
+            let (&byte, rest) = stored.split_first()?;
+            *stored = rest;
+            Some(byte)
+        };
+        let last = byte()?;
+        let mut frequencies = [0u32; 256];
+        for f in &mut frequencies[..=usize::from(last)] {
+            let mut shift = 0;
+            loop {
+                let more = byte()?;
+                *f |= u32::from(more & 127) << shift;
+                shift += 7;
+                if more < 128 {
+                    break;
+                }
+                if shift > BITS {
+                    return None;
+                }
+            }
+        }
+        (frequencies.iter().map(|&f| u64::from(f)).sum::<u64>() == 1 << BITS).then(|| Table::new(frequencies))
+    }
+}
+
+fn encode_chunk(symbols: &[u8], contexts: &[u8]) -> Vec<u8> {
+    let mut counts = vec![[0u32; 256]; CONTEXTS];
+    symbols.iter().zip(contexts).for_each(|(&s, &c)| counts[c as usize][s as usize] += 1);
+    let mut out = Vec::new();
+    let tables: Vec<Option<Table>> = counts
+        .iter()
+        .map(|counts| counts.iter().any(|&n| n > 0).then(|| Table::new(frequencies(counts))))
+        .inspect(|table| table.iter().for_each(|table| table.put(&mut out)))
+        .collect();
     let mut states = [LOW; LANES];
     let mut words: Vec<u16> = Vec::with_capacity(symbols.len() / 8);
-    for (i, &symbol) in symbols.iter().enumerate().rev() {
+    for (i, (&symbol, &context)) in symbols.iter().zip(contexts).enumerate().rev() {
+        let table = tables[context as usize].as_ref().expect("it was counted");
         let state = &mut states[i % LANES];
-        let f = frequencies[symbol as usize];
+        let f = table.frequencies[symbol as usize];
         if u64::from(*state) >= u64::from(f) << (32 - BITS) {
             words.push(*state as u16);
             *state >>= 16;
         }
-        *state = (*state / f << BITS) + *state % f + starts[symbol as usize];
+        *state = (*state / f << BITS) + *state % f + table.starts[symbol as usize];
     }
     states.iter().for_each(|s| out.extend_from_slice(&s.to_le_bytes()));
     words.iter().rev().for_each(|w| out.extend_from_slice(&w.to_le_bytes()));
     out
 }
 
-fn decode_chunk(chunk: &[u8], symbols: &mut [u8]) -> Option<()> {
-    let (&last, mut rest) = chunk.split_first()?;
-    let distinct = usize::from(last) + 1;
-    let mut frequencies = [0u32; 256];
-    let mut before = None;
-    for _ in 0..distinct {
-        let (&[symbol, low, high], after) = rest.split_first_chunk()?;
-        rest = after;
-        // In order, so that there is one spelling.
-        if before.is_some_and(|before| before >= symbol) {
-            return None;
+fn decode_chunk(chunk: &[u8], contexts: &[u8], symbols: &mut [u8]) -> Option<()> {
+    let mut rest = chunk;
+    let mut occurs = [false; CONTEXTS];
+    contexts.iter().for_each(|&c| occurs[c as usize] = true);
+    let mut tables: Vec<(Table, Vec<u8>)> = Vec::with_capacity(CONTEXTS);
+    let mut places = [0; CONTEXTS];
+    for (place, _) in places.iter_mut().zip(occurs).filter(|(_, occurs)| *occurs) {
+        let table = Table::take(&mut rest)?;
+        let mut slots = vec![0u8; 1 << BITS];
+        for (symbol, (&start, &f)) in table.starts.iter().zip(&table.frequencies).enumerate() {
+            slots[start as usize..(start + f) as usize].fill(symbol as u8);
         }
-        before = Some(symbol);
-        frequencies[symbol as usize] = u32::from(u16::from_le_bytes([low, high]));
-        if frequencies[symbol as usize] == 0 {
-            return None;
-        }
-    }
-    if frequencies.iter().sum::<u32>() != 1 << BITS {
-        return None;
-    }
-    if distinct == 1 {
-        symbols.fill(before?);
-        return rest.is_empty().then_some(());
-    }
-    let starts = starts(&frequencies);
-    let mut table = vec![0u8; 1 << BITS];
-    for (symbol, (&start, &f)) in starts.iter().zip(&frequencies).enumerate() {
-        table[start as usize..(start + f) as usize].fill(symbol as u8);
+        *place = tables.len();
+        tables.push((table, slots));
     }
     let mut states = [0u32; LANES];
     for state in &mut states {
@@ -150,12 +193,13 @@ fn decode_chunk(chunk: &[u8], symbols: &mut [u8]) -> Option<()> {
     }
     let (words, odd) = rest.as_chunks::<2>();
     let mut words = words.iter();
-    for (i, out) in symbols.iter_mut().enumerate() {
+    for (i, (out, &context)) in symbols.iter_mut().zip(contexts).enumerate() {
+        let (table, slots) = &tables[places[context as usize]];
         let state = &mut states[i % LANES];
         let slot = *state & ((1 << BITS) - 1);
-        let symbol = table[slot as usize];
+        let symbol = slots[slot as usize];
         // Below 2^32: the frequency is at most 2^BITS, and the slot lies within its symbol's.
-        *state = frequencies[symbol as usize] * (*state >> BITS) + slot - starts[symbol as usize];
+        *state = table.frequencies[symbol as usize] * (*state >> BITS) + slot - table.starts[symbol as usize];
         if *state < LOW {
             *state = *state << 16 | u32::from(u16::from_le_bytes(*words.next()?));
         }
@@ -185,9 +229,12 @@ mod tests {
                 .collect();
             let dense: Vec<u8> = (0..len).map(|_| random() as u8).collect();
             for symbols in [sparse, dense, vec![0; len], vec![7; len]] {
-                let coded = encode(&symbols);
+                let contexts: Vec<u8> = (0..len).map(|i| (i / 16 % 3) as u8).collect();
                 let mut back = vec![9; len];
-                decode(&coded, &mut back).unwrap();
+                decode(&encode(&symbols, Some(&contexts)), Some(&contexts), &mut back).unwrap();
+                assert_eq!(back, symbols);
+                let coded = encode(&symbols, None);
+                decode(&coded, None, &mut back).unwrap();
                 assert_eq!(back, symbols);
                 if len > CHUNK {
                     let mut counts = [0; 256];
@@ -197,7 +244,7 @@ mod tests {
                     assert!(got < bits * 1.002 + 0.03, "{got} bits for {bits}");
                 }
                 for cut in 0..coded.len().min(50) {
-                    assert!(len == 0 || decode(&coded[..cut], &mut back).is_err());
+                    assert!(len == 0 || decode(&coded[..cut], None, &mut back).is_err());
                 }
             }
         }

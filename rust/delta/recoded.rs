@@ -2,14 +2,15 @@
 //!
 //! A tensor of method `codes` has the base's layout, and for each part the difference of its bytes from the base's,
 //! modulo 256; codes, whichever parts hold their bits, are one part named `codes`, modulo 2^bits, an element each. All
-//! are coded by [`super::rans`]. Rows that the base lacks are differences from zeros.
+//! are coded by [`super::rans`]: parameters of runs with the class of the run before them in the layout's order as the
+//! context, codes with those of the first two. Rows that the base lacks are differences from zeros.
 
 use super::codes::{codes_of, store_all_codes};
 use super::entry::{self, Method};
 use super::stored::{Stored, codec};
 use super::{apply, exact, rans};
 use crate::artifact::{ArtifactFile, Entry, KEEP, PartRef};
-use crate::codec::{Codec, Per};
+use crate::codec::{Codec, Part, Per};
 use crate::error::{Error, Result};
 use crate::input::Sidecar;
 use crate::pipeline::{hex, named};
@@ -107,44 +108,102 @@ impl Recoded {
     fn add(&self, entry: &Entry, codec: &Codec, rows: Rows, base: &[Cow<'_, [u8]>]) -> Result<Vec<Vec<u8>>> {
         let layout = codec.layout;
         let old: Vec<&[u8]> = base.iter().map(|p| &**p).collect();
+        let mut known = Classes::default();
         let mut out: Vec<Vec<u8>> = Vec::new();
         for (part, old) in layout.parts.iter().zip(&old) {
             let mut bytes = runner::zeroed(rows.count() * part.row_bytes(rows.cols));
             if !matches!(part.per, Per::Weight(_)) {
-                rans::decode(self.part(entry, part.name)?, &mut bytes)?;
+                rans::decode(self.part(entry, part.name)?, known.of_part(part, &bytes).as_deref(), &mut bytes)?;
+                known.learn(part, rows.cols, &bytes);
                 bytes.iter_mut().zip(*old).for_each(|(d, old)| *d = d.wrapping_add(*old));
             }
             out.push(bytes);
         }
         let mut codes = runner::zeroed(rows.len());
-        rans::decode(self.part(entry, CODES)?, &mut codes)?;
+        rans::decode(self.part(entry, CODES)?, known.of_codes(rows).as_deref(), &mut codes)?;
         let mask = u8::MAX >> (8 - layout.code_bits);
         let old = codes_of(layout, &old, rows.cols);
-        codes.par_iter_mut().zip(&old).with_min_len(1 << 16).for_each(|(d, old)| *d = d.wrapping_add(*old) & mask);
+        codes.par_iter_mut().with_min_len(1 << 16).enumerate().for_each(|(i, d)| {
+            *d = d.wrapping_add(old.get(i).copied().unwrap_or(0)) & mask;
+        });
         store_all_codes(layout, &codes, rows.cols, &mut out);
         Ok(out)
     }
 }
 
 /// The differences of a tensor's parts from its base's, coded.
-pub fn difference(codec: &Codec, cols: usize, old: &[Cow<'_, [u8]>], new: &[Vec<u8>]) -> Vec<(&'static str, Vec<u8>)> {
+pub fn difference(codec: &Codec, rows: Rows, old: &[Cow<'_, [u8]>], new: &[Vec<u8>]) -> Vec<(&'static str, Vec<u8>)> {
     let layout = codec.layout;
     let subtract = |new: &mut [u8], old: &[u8], mask: u8| {
         new.iter_mut().zip(old).for_each(|(new, old)| *new = new.wrapping_sub(*old) & mask);
     };
     let old: Vec<&[u8]> = old.iter().map(|p| &**p).collect();
-    let slices: Vec<&[u8]> = new.iter().map(Vec::as_slice).collect();
-    let mut codes = codes_of(layout, &slices, cols);
-    subtract(&mut codes, &codes_of(layout, &old, cols), u8::MAX >> (8 - layout.code_bits));
-    let mut out = vec![(CODES, rans::encode(&codes))];
+    let mut known = Classes::default();
+    let mut parameters = Vec::new();
     for ((part, old), new) in layout.parts.iter().zip(&old).zip(new) {
         if !matches!(part.per, Per::Weight(_)) {
             let mut bytes = new.clone();
             subtract(&mut bytes, old, u8::MAX);
-            out.push((part.name, rans::encode(&bytes)));
+            parameters.push((part.name, rans::encode(&bytes, known.of_part(part, &bytes).as_deref())));
+            known.learn(part, rows.cols, &bytes);
         }
     }
+    let slices: Vec<&[u8]> = new.iter().map(Vec::as_slice).collect();
+    let mut codes = codes_of(layout, &slices, rows.cols);
+    subtract(&mut codes, &codes_of(layout, &old, rows.cols), u8::MAX >> (8 - layout.code_bits));
+    let mut out = vec![(CODES, rans::encode(&codes, known.of_codes(rows).as_deref()))];
+    out.append(&mut parameters);
     out
+}
+
+/// How parameters of runs have moved, as far as is known: the same, one step up, one step down, otherwise.
+#[derive(Default)]
+struct Classes {
+    /// Weights of a run, runs in a row, and the class of each run, for the parts so far.
+    parts: Vec<(usize, usize, Vec<u8>)>,
+}
+
+impl Classes {
+    /// Takes note of a part's differences.
+    fn learn(&mut self, part: &Part, cols: usize, differences: &[u8]) {
+        let Per::Run(n) = part.per else { return };
+        let class = |bytes: &[u8]| match bytes {
+            [low, high @ ..] if high.iter().all(|&b| b == 0) && *low < 2 => *low,
+            [255, high @ ..] if high.iter().all(|&b| b == 255) => 2,
+            _ => 3,
+        };
+        let classes = differences.chunks_exact(part.dtype.size()).map(class).collect();
+        self.parts.push((n, cols.div_ceil(n), classes));
+    }
+
+    /// Contexts for the bytes of a part of runs as long as those of the last part that is known.
+    fn of_part(&self, part: &Part, bytes: &[u8]) -> Option<Vec<u8>> {
+        let (n, _, classes) = self.parts.last()?;
+        let size = part.dtype.size();
+        if part.per != Per::Run(*n) || classes.len() * size != bytes.len() {
+            return None;
+        }
+        // Each byte of an element has statistics of its own.
+        Some(classes.iter().flat_map(|class| (0..size).map(move |i| class * 4 + (i % 4) as u8)).collect())
+    }
+
+    /// Contexts for the codes.
+    fn of_codes(&self, rows: Rows) -> Option<Vec<u8>> {
+        let known = &self.parts[..self.parts.len().min(2)];
+        if known.is_empty() {
+            return None;
+        }
+        let mut contexts = runner::zeroed(rows.len());
+        contexts.par_chunks_mut(rows.cols.max(1)).enumerate().for_each(|(row, contexts)| {
+            for (n, per_row, classes) in known {
+                let classes = &classes[row * per_row..(row + 1) * per_row];
+                for (contexts, class) in contexts.chunks_mut(*n).zip(classes) {
+                    contexts.iter_mut().for_each(|c| *c = *c * 4 + class);
+                }
+            }
+        });
+        Some(contexts)
+    }
 }
 
 /// BLAKE3 of parts, one after another.
