@@ -12,7 +12,7 @@ use crate::artifact::{DeltaRef, Entry, Finished, NewEntry, WRITER, Writer};
 use crate::codec::{self, Codec, SEARCH};
 use crate::error::Result;
 use crate::input::{Model, TensorInfo, content_digest};
-use crate::mean_field;
+use crate::estimate;
 use crate::pipeline::{Progress, check_running, named, plain, supervised};
 use crate::plan::{self, Action, Choice};
 use crate::runner::{self, Meter};
@@ -67,7 +67,7 @@ pub(super) fn make(
     let weights = model.tensors().iter().map(elements).sum();
     let mut writer = Writer::create_delta(target, options.force, options.mode.name(), codec)?;
     supervised(options.threads, weights, progress, |meter| {
-        let importance = mean_field::importance(model)?;
+        let importance = estimate::importance(model)?;
         let job = Job { base, places: places(base), model, decisions, importance };
         let mut result = Writer::nowhere(codec, WRITER)?;
         let mut made = job.code_all(&mut writer, &mut result, meter)?;

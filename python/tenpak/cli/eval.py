@@ -5,9 +5,9 @@ examples:
   tenpak eval model.tenpak --text book.txt --against model-folder
   tenpak eval model-folder --text book.txt --context 512 --windows 16 --json
 
-The model is a .tenpak file, a Hugging Face folder, or a .safetensors file with config.json beside it, of the GPT-2,
-Llama, Mistral, Qwen2 or Qwen3 kind; it is computed in FP32. The text is cut into windows of --context tokens, each
-predicted without those before it. ± is the standard error over windows; that of the change in perplexity compares
+The model is a .tenpak or .gguf file, a Hugging Face folder, or a .safetensors file with config.json beside it, of the
+GPT-2, Llama, Mistral, Qwen2 or Qwen3 kind; it is computed in FP32. The text is cut into windows of --context tokens,
+each predicted without those before it. ± is the standard error over windows; that of the change in perplexity compares
 window with window. KL divergence is KL(original || model), in nats per position.
 
 exit codes: 0 done; 2 a wrong request, a text too short, a package that is missing; 3 a model or text that cannot be

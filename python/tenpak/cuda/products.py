@@ -41,6 +41,8 @@ STAGE_BYTES = {
     "int8_sym": 2048,
 }
 
+#: Layouts whose products with up to four tokens are in integers (cuda/integers.cuh).
+INTEGER = {"int4_lut16"}
 #: Tokens from which unpacking the weight for cuBLAS is faster: on Hopper, and where only `skinny` runs.
 DENSE_FROM = {True: 512, False: 64}
 #: Bytes of a weight's rows that are unpacked at a time.
@@ -123,12 +125,17 @@ def _skinny(device: Device, layout: str, n: int, k: int, m: int, batch: int, bf1
     strips, tiles, stage = _divide_up(n, TILE_ROWS), _divide_up(k, TILE_COLS), STAGE_BYTES[layout]
     average = _divide_up(m, batch) if grouped else m
     columns = next((c for c in (1, 2, 4) if average <= 8 * c), 8)
-    at_once = min(8 * columns, m)
+    # Tokens that are multiplied in integers; not experts', of which one may have many.
+    integer = next((c for c in (1, 2, 4) if m <= c), 0) if layout in INTEGER and not grouped else 0
+    chunk = integer or 8 * columns
+    at_once = min(chunk, m)
     depth = 4 if n * k >= LARGE and stage <= 1280 else 2
 
     def shared(warps: int, slice_tiles: int) -> int:
         buffers = 2 if columns <= 2 else 1
-        x = at_once * (slice_tiles * TILE_COLS * 2 + 64)
+        # A row of x, padded (row_bytes of cuda/halves.cuh and, with its scales, of cuda/integers.cuh).
+        row = slice_tiles * TILE_COLS * 2 + (2 * slice_tiles + 160 if integer else 64)
+        x = at_once * row
         return buffers * warps * columns * 512 + warps * depth * stage + x
 
     # K goes over several blocks where there are too few rows for all multiprocessors, or x is too large for one.
@@ -158,19 +165,20 @@ def _skinny(device: Device, layout: str, n: int, k: int, m: int, batch: int, bf1
         "DEPTH": depth,
         "COLUMNS": columns,
         "BLOCKS": blocks,
+        "INTEGER": integer,
     }
     # Slots of partial sums: one for each chunk of tokens of each matrix.
-    slots = (m // (8 * columns) + batch if grouped else batch * _divide_up(m, 8 * columns) + batch) if slices > 1 else 0
+    slots = (m // chunk + batch if grouped else batch * _divide_up(m, chunk) + batch) if slices > 1 else 0
     int32 = np.int32
     return Plan(
         function("skinny.cu", "skinny", defines, device.number),
         False,
         (min(strips, per_matrix), slices, batch),
-        (32 * warps,),
+        (32 * warps + 32,),
         bytes_,
         (int32(m), int32(n), int32(k), int32(tiles), int32(_divide_up(k, 256)), int32(slice_tiles)),
         slots * slices * strips * columns * 512,
-        slots * strips * columns,
+        slots * strips,
     )
 
 

@@ -56,7 +56,7 @@ class Decoder:
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], *, xp: Any = np) -> Decoder:
-        """Opens a `.tenpak`, a Hugging Face folder, or a weight file with `config.json` beside it.
+        """Opens a `.tenpak`, a Hugging Face folder, a GGUF file, or a weight file with `config.json` beside it.
 
         Raises:
             StorageError: It cannot be read.

@@ -44,7 +44,7 @@ class Source(Protocol):
 
 
 def open_source(path: str | os.PathLike[str]) -> Source:
-    """Opens a `.tenpak`, a Hugging Face folder, or a weight file with `config.json` beside it.
+    """Opens a `.tenpak`, a Hugging Face folder, a GGUF file, or a weight file with `config.json` beside it.
 
     Raises:
         StorageError: It cannot be read.
@@ -64,6 +64,8 @@ class ArtifactSource:
         self.artifact = _artifact.open(path)
         text = self._file("config.json")
         if text is None:
+            if "gguf_metadata.json" in self.artifact.files:
+                raise UnsupportedError(f"{path}: it comes from a GGUF file of a kind that cannot be run")
             raise InputError(f"{path}: no config.json is embedded; compress the model's folder, which has it")
         self.config: dict[str, Any] = _object(path, text)
         self.shapes = {name: self.artifact.info(name).shape for name in self.artifact}
@@ -88,10 +90,12 @@ class ModelSource:
     def __init__(self, path: str) -> None:
         self.path = path
         self._core = _core.Model(path)
-        if self._core.format() == "GGUF":
-            raise UnsupportedError(f"{path}: GGUF models cannot be run; give the Hugging Face folder they came from")
-        self._beside = None if os.path.isdir(path) else Path(path).parent
+        holds_all = os.path.isdir(path) or self._core.format() == "GGUF"
+        self._beside = None if holds_all else Path(path).parent
         text = self._file("config.json")
+        if text is None and self._core.format() == "GGUF":
+            # The first note says why.
+            raise UnsupportedError(next(iter(self._core.notes()), f"{path}: the model cannot be run"))
         if text is None:
             where = "in this folder" if self._beside is None else "beside this file"
             raise InputError(f"{path}: there is no config.json {where}, which says how to run the weights")
