@@ -10,9 +10,9 @@ mod decompress;
 mod report;
 
 pub(crate) use compress::plain;
-pub(crate) use report::hex;
 pub use compress::{CalibrationOptions, CompressOptions, compress, dry_run};
 pub use decompress::{DecompressOptions, decompress};
+pub(crate) use report::hex;
 pub use report::{CompressReport, DecompressReport, Group, TensorReport};
 
 use crate::error::{Error, Kind, Result};

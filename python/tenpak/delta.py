@@ -138,7 +138,7 @@ def delta(
     force: bool = False,
     progress: Progress | None = None,
 ) -> DeltaReport:
-    """Writes what makes `src` of `base` into one small `.tenpak` file. The bytes do not depend on the number of threads.
+    """Writes what makes `src` of `base` into one small `.tenpak` file; the same bytes for any number of threads.
 
     Args:
         base: The model that `src` was made from; for mode `codes` an artifact.

@@ -211,7 +211,9 @@ impl Writer {
     pub fn finish_if(mut self, agree: impl FnOnce([u8; 32]) -> Result<()>) -> Result<Finished> {
         let json = self.index.to_json();
         let index_off = self.pad()?;
-        self.index.check(index_off, self.index.incompat(), &self.limits).map_err(|e| Error::input(e.to_string()))?;
+        self.index
+            .check(index_off, self.index.incompat(), &self.limits)
+            .map_err(|e| Error::input(e.to_string()))?;
         if json.len() as u64 > self.limits.index_bytes {
             return Err(Error::input(format!(
                 "the index would have {} bytes; at most {} are allowed",

@@ -48,7 +48,11 @@ impl Applied {
             Method::of(entry).map_err(at)?;
             let from = entry::from(entry).map_err(at)?;
             if let Some(from) = from.filter(|from| !places.contains_key(&from.name)) {
-                return Err(at(Error::artifact(format!("the base has no tensor {:?}", from.name))));
+                let what = format!(
+                    "the base is not the one that the delta was made from: it has no tensor {:?}",
+                    from.name
+                );
+                return Err(at(Error::usage(what)));
             }
             let shape = entry.extents().map_err(at)?;
             infos.push(TensorInfo { name: name.clone(), shape, encoding: Encoding::Plain(entry.dtype) });
@@ -89,6 +93,7 @@ impl Applied {
                 let data = self.part(entry, "data")?;
                 // What a small file claims is not allocated before it can be true.
                 exact::chunks(data, entry.elements())?;
+                check_room(len)?;
                 let mut new = runner::zeroed(len);
                 exact::decode(data, &old, entry.dtype, &mut new)?;
                 Cow::Owned(new)
@@ -122,6 +127,13 @@ impl Applied {
             None => Err(Error::artifact(format!("the part {name} is missing"))),
         }
     }
+}
+
+/// Refuses what a file claims and no memory can hold, instead of ending the program.
+pub fn check_room(len: usize) -> Result<()> {
+    let mut room: Vec<u8> = Vec::new();
+    room.try_reserve_exact(len)
+        .map_err(|_| Error::new(crate::Kind::Io, format!("there is no memory for a tensor of {len} bytes")))
 }
 
 /// A tensor's bytes as a base for others of `dtype`: weights of another dtype are converted.

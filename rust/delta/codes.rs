@@ -182,7 +182,8 @@ impl Job<'_> {
                 continue;
             }
             let old: Vec<&[u8]> = parts.iter().zip(base).map(|(part, base)| &base[bytes(part)]).collect();
-            let under: Vec<&[u8]> = parts.iter().zip(&under).map(|(part, under)| &under[bytes(part)]).collect();
+            let under: Vec<&[u8]> =
+                parts.iter().zip(&under).map(|(part, under)| &under[bytes(part)]).collect();
             let before = codes_of(self.layout, &old, cols);
             let (row, fresh) = self.row(w, &afresh[at.clone()], &rebuilt[at], &old, &under, &mut new);
             sums.fresh += fresh;
@@ -213,7 +214,11 @@ impl Job<'_> {
         if self.unit.is_none() {
             let row = Row::on_grid(self, w, old);
             let kept = squared(w, &row.rebuilt, importance) <= TOLERANCE * squared(w, afresh, importance);
-            return if kept { (self.store(row, old, new), 0) } else { (self.store(Row::of(self, under, rebuilt), under, new), 1) };
+            return if kept {
+                (self.store(row, old, new), 0)
+            } else {
+                (self.store(Row::of(self, under, rebuilt), under, new), 1)
+            };
         }
         let moved = (0..cols).step_by(unit).filter(|start| {
             self.layout.parts.iter().zip(old).zip(under).any(|((part, old), under)| {

@@ -38,8 +38,7 @@ pub enum Kind {
 
 impl Kind {
     /// Every kind.
-    pub const ALL: [Kind; 6] =
-        [Kind::Same, Kind::Sparse, Kind::Distance, Kind::Bits, Kind::Alone, Kind::Raw];
+    pub const ALL: [Kind; 6] = [Kind::Same, Kind::Sparse, Kind::Distance, Kind::Bits, Kind::Alone, Kind::Raw];
 
     /// The name shown to people.
     pub const fn name(self) -> &'static str {
@@ -93,7 +92,8 @@ pub fn decode(data: &[u8], old: &[u8], dtype: Dtype, new: &mut [u8]) -> Result<(
 pub fn chunk_kinds(file: &ArtifactFile, entry: &Entry) -> Result<Vec<(&'static str, u64, u64)>> {
     let Some(Method::Exact) = Method::of(entry)? else { return Ok(Vec::new()) };
     let part = entry.parts.get("data").ok_or_else(|| Error::artifact("the part data is missing"))?;
-    let chunks = chunks(file.checked_part(part, &format!("tensor {:?}, data", entry.name))?, entry.elements())?;
+    let chunks =
+        chunks(file.checked_part(part, &format!("tensor {:?}, data", entry.name))?, entry.elements())?;
     let all = Kind::ALL.into_iter().map(|kind| {
         let of_kind = chunks.iter().filter(|(k, _)| *k == kind);
         (kind.name(), of_kind.clone().count() as u64, of_kind.map(|(_, c)| c.len() as u64).sum())
@@ -214,7 +214,14 @@ impl<W: Word> Scratch<W> {
         (chosen.0, chosen.1, changed as u64)
     }
 
-    fn decode(&mut self, kind: Kind, mut chunk: &[u8], old: &[u8], new: &mut [u8], float: bool) -> Result<()> {
+    fn decode(
+        &mut self,
+        kind: Kind,
+        mut chunk: &[u8],
+        old: &[u8],
+        new: &mut [u8],
+        float: bool,
+    ) -> Result<()> {
         let malformed = || Error::artifact(format!("a chunk of kind {} is malformed", kind.name()));
         if old.is_empty() && matches!(kind, Kind::Same | Kind::Sparse | Kind::Distance | Kind::Bits) {
             return Err(malformed());
@@ -235,9 +242,11 @@ impl<W: Word> Scratch<W> {
                 let words = new.chunks_exact_mut(W::BYTES).zip(&self.words);
                 match kind {
                     Kind::Alone => words.for_each(|(new, word)| word.write(new)),
-                    Kind::Distance if float => words.zip(old.chunks_exact(W::BYTES)).for_each(|((new, d), old)| {
-                        W::restore(*d, W::read(old), Against::Distance, true).write(new);
-                    }),
+                    Kind::Distance if float => {
+                        words.zip(old.chunks_exact(W::BYTES)).for_each(|((new, d), old)| {
+                            W::restore(*d, W::read(old), Against::Distance, true).write(new);
+                        })
+                    }
                     Kind::Distance => words.zip(old.chunks_exact(W::BYTES)).for_each(|((new, d), old)| {
                         W::restore(*d, W::read(old), Against::Distance, false).write(new);
                     }),

@@ -330,8 +330,7 @@ impl Job<'_> {
                 about.push(("relative_change", format!("{change:.2e}").into()));
             }
             let from = coded.from.as_ref();
-            let entry =
-                entry::entry(coded.method, &info.name, &info.shape, dtype, coded.b3, from, &about);
+            let entry = entry::entry(coded.method, &info.name, &info.shape, dtype, coded.b3, from, &about);
             Ok(Some(Ready { entry, parts: coded.parts }))
         })?;
         for (alias, of) in aliases {

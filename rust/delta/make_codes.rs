@@ -1,18 +1,18 @@
 //! From a quantised base and a fine-tune in floats to a delta of codes.
 
+use super::apply::reference;
 use super::codes::recode;
 use super::entry::{self, Method};
 use super::exact;
 use super::make::{ALIAS, Made, Options, Ready, elements, split_files, tensor_report, write_while_coding};
-use super::recoded::{difference, digest, places};
+use super::recoded::{DATA, difference, digest, places};
 use super::report::TensorReport;
 use super::stored::Stored;
-use super::apply::reference;
 use crate::artifact::{DeltaRef, Entry, Finished, NewEntry, WRITER, Writer};
 use crate::codec::{self, Codec, SEARCH};
 use crate::error::Result;
-use crate::input::{Model, TensorInfo, content_digest};
 use crate::estimate;
+use crate::input::{Model, TensorInfo, content_digest};
 use crate::pipeline::{Progress, check_running, named, plain, supervised};
 use crate::plan::{self, Action, Choice};
 use crate::runner::{self, Meter};
@@ -169,7 +169,8 @@ impl Job<'_> {
         let lies_alike = entry.shape.len() == info.shape.len()
             && Rows::new(&info.shape, axis).is_ok_and(|new| {
                 // With rows that are columns of a tensor, one row more moves all of them.
-                new.cols == old.cols && (new.inner == old.inner || new.inner > 1 && new.outer == 1 && old.outer == 1)
+                new.cols == old.cols
+                    && (new.inner == old.inner || new.inner > 1 && new.outer == 1 && old.outer == 1)
             });
         Ok(lies_alike && old.cols > 0)
     }
@@ -185,8 +186,15 @@ impl Job<'_> {
         let rows = Rows::new(&info.shape, axis)?;
         let base = self.base.parts(index)?;
         let slices: Vec<&[u8]> = base.iter().map(|p| &**p).collect();
-        let importance = self.help(info, codec, rows.cols);
-        let recoded = recode(&tensor, axis, entry.exponent(), codec, importance, &slices)?;
+        let code = |importance| recode(&tensor, axis, entry.exponent(), codec, importance, &slices);
+        let mut recoded = code(None)?;
+        if let Some(importance) = self.help(info, codec, rows.cols) {
+            // Whether the base's encoder heeded an estimate, its file does not say; the codes do.
+            let weighted = code(Some(importance))?;
+            if weighted.changed < recoded.changed {
+                recoded = weighted;
+            }
+        }
         let b3 = digest(&recoded.parts);
         let same = recoded.changed == 0
             && entry.dtype == info.encoding.dtype()
@@ -195,7 +203,7 @@ impl Job<'_> {
         let (method, parts) = if same {
             (Method::Same, Vec::new())
         } else {
-            (Method::Codes, difference(codec, rows, &base, &recoded.parts))
+            (Method::Codes, vec![(DATA, difference(codec, rows, &base, &recoded.parts))])
         };
         let about = [
             ("changed", recoded.changed.into()),
@@ -233,17 +241,18 @@ impl Job<'_> {
             Some((i, _)) => Some(self.base.parts(i)?.swap_remove(0)),
             None => None,
         };
-        let same = from.zip(base.as_ref()).is_some_and(|((_, e), base)| {
-            e.dtype == dtype && e.shape == shape && **base == bytes
-        });
+        let same = from
+            .zip(base.as_ref())
+            .is_some_and(|((_, e), base)| e.dtype == dtype && e.shape == shape && **base == bytes);
         let name = from.map(|(_, e)| e.name.as_str());
         let (method, parts, changed) = if same {
             (Method::Same, Vec::new(), 0)
         } else {
             let old = match from.zip(base) {
-                Some(((_, e), bytes)) => {
-                    reference(Tensor { shape: e.extents()?, encoding: Encoding::Plain(e.dtype), bytes }, dtype)?
-                }
+                Some(((_, e), bytes)) => reference(
+                    Tensor { shape: e.extents()?, encoding: Encoding::Plain(e.dtype), bytes },
+                    dtype,
+                )?,
                 None => Cow::Borrowed(&[][..]),
             };
             let coded = exact::encode(&old, &bytes, dtype)?;

@@ -72,8 +72,7 @@ impl Coder {
     pub fn take(&mut self, stored: &mut &[u8], plane: &mut [u8]) -> Result<()> {
         let (&kind, rest) = stored.split_first().ok_or_else(cut_short)?;
         let (len, rest) = rest.split_first_chunk::<4>().ok_or_else(cut_short)?;
-        let (bytes, rest) =
-            rest.split_at_checked(u32::from_le_bytes(*len) as usize).ok_or_else(cut_short)?;
+        let (bytes, rest) = rest.split_at_checked(u32::from_le_bytes(*len) as usize).ok_or_else(cut_short)?;
         *stored = rest;
         let complete = match kind {
             ZEROS => {

@@ -1,8 +1,9 @@
 //! Symbols that are mostly zero, at their entropy given a context that both sides know: a range coder of the ANS kind
-//! (J. Duda, arXiv:1311.2540), four states in turn, with one table of frequencies for each context of a chunk.
+//! (J. Duda, arXiv:1311.2540), four states in turn.
 //!
-//! A chunk is a table for each context that occurs in it, in their order, the four states (u32), then 16-bit words. A
-//! table is its last symbol (u8) and the frequencies in 1/2^14 of all symbols up to that one, as LEB128.
+//! A stream is a table for each context that occurs in it, in their order, the bytes of each chunk of 2^18 symbols as
+//! u32, then the chunks. A table is its last symbol (u8) and the frequencies in 1/2^14 of all symbols up to that one, as
+//! LEB128; a chunk is the four states (u32), then 16-bit words.
 
 use crate::error::{Error, Result};
 use rayon::prelude::*;
@@ -20,43 +21,84 @@ const LOW: u32 = 1 << 16;
 const LANES: usize = 4;
 
 /// Contexts that there can be.
-pub const CONTEXTS: usize = 16;
+pub const CONTEXTS: usize = 32;
 
-/// Codes symbols, each with the context at the same place (below [`CONTEXTS`]; none given: all 0): the bytes of each
-/// chunk as u32, then the chunks.
-pub fn encode(symbols: &[u8], contexts: Option<&[u8]>) -> Vec<u8> {
-    let chunks: Vec<Vec<u8>> =
-        symbols.par_chunks(CHUNK).enumerate().map(|(i, s)| encode_chunk(s, part(contexts, i, s.len()))).collect();
-    let mut out: Vec<u8> = chunks.iter().flat_map(|c| (c.len() as u32).to_le_bytes()).collect();
+/// Appends coded symbols, each with the context at the same place (below [`CONTEXTS`]; none given: all 0).
+pub fn encode(symbols: &[u8], contexts: Option<&[u8]>, out: &mut Vec<u8>) {
+    let counts = symbols
+        .par_chunks(CHUNK)
+        .enumerate()
+        .map(|(i, symbols)| {
+            let mut counts = vec![[0u64; 256]; CONTEXTS];
+            let pairs = symbols.iter().zip(part(contexts, i, symbols.len()));
+            pairs.for_each(|(&s, &c)| counts[c as usize][s as usize] += 1);
+            counts
+        })
+        .reduce(
+            || vec![[0u64; 256]; CONTEXTS],
+            |mut a, b| {
+                a.as_flattened_mut().iter_mut().zip(b.as_flattened()).for_each(|(a, b)| *a += b);
+                a
+            },
+        );
+    let tables: Vec<Option<Table>> = counts
+        .iter()
+        .map(|counts| counts.iter().any(|&n| n > 0).then(|| Table::new(frequencies(counts))))
+        .inspect(|table| table.iter().for_each(|table| table.put(out)))
+        .collect();
+    let chunks: Vec<Vec<u8>> = symbols
+        .par_chunks(CHUNK)
+        .enumerate()
+        .map(|(i, symbols)| encode_chunk(&tables, symbols, part(contexts, i, symbols.len())))
+        .collect();
+    chunks.iter().for_each(|c| out.extend_from_slice(&(c.len() as u32).to_le_bytes()));
     chunks.iter().for_each(|c| out.extend_from_slice(c));
-    out
 }
 
-/// Restores `symbols.len()` symbols.
+/// Takes `symbols.len()` symbols from the start of `coded`.
 ///
 /// # Errors
 /// An artifact error for anything that [`encode`] does not write.
-pub fn decode(coded: &[u8], contexts: Option<&[u8]>, symbols: &mut [u8]) -> Result<()> {
+pub fn decode(coded: &mut &[u8], contexts: Option<&[u8]>, symbols: &mut [u8]) -> Result<()> {
+    let mut occurs = [false; CONTEXTS];
+    match contexts {
+        Some(contexts) => contexts.iter().for_each(|&c| occurs[c as usize] = true),
+        None => occurs[0] = !symbols.is_empty(),
+    }
+    let mut rest = *coded;
+    let mut tables: Vec<(Table, Vec<u8>)> = Vec::with_capacity(CONTEXTS);
+    let mut places = [0; CONTEXTS];
+    for (place, _) in places.iter_mut().zip(occurs).filter(|(_, occurs)| *occurs) {
+        let table = Table::take(&mut rest).ok_or_else(malformed)?;
+        let slots = table.slots();
+        *place = tables.len();
+        tables.push((table, slots));
+    }
     let count = symbols.len().div_ceil(CHUNK);
-    let (lens, mut rest) = coded.split_at_checked(4 * count).ok_or_else(malformed)?;
+    let (lens, mut rest) = rest.split_at_checked(4 * count).ok_or_else(malformed)?;
     let mut chunks = Vec::with_capacity(count);
     for len in lens.as_chunks::<4>().0 {
-        let (chunk, after) = rest.split_at_checked(u32::from_le_bytes(*len) as usize).ok_or_else(malformed)?;
+        let (chunk, after) =
+            rest.split_at_checked(u32::from_le_bytes(*len) as usize).ok_or_else(malformed)?;
         chunks.push(chunk);
         rest = after;
     }
-    if !rest.is_empty() {
-        return Err(malformed());
-    }
+    *coded = rest;
     let done: Vec<Result<()>> = symbols
         .par_chunks_mut(CHUNK)
         .zip(chunks)
         .enumerate()
         .map(|(i, (symbols, chunk))| {
-            decode_chunk(chunk, part(contexts, i, symbols.len()), symbols).ok_or_else(malformed)
+            let contexts = part(contexts, i, symbols.len());
+            decode_chunk(&tables, &places, chunk, contexts, symbols).ok_or_else(malformed)
         })
         .collect();
     done.into_iter().collect()
+}
+
+/// The fewest bytes that so many symbols take.
+pub fn least_bytes(symbols: usize) -> usize {
+    symbols.div_ceil(CHUNK) * (4 + 4 * LANES)
 }
 
 /// The contexts of chunk `i`, which has `len` symbols.
@@ -69,9 +111,9 @@ fn malformed() -> Error {
 }
 
 /// Frequencies that add up to 2^BITS, at least 1 for each symbol that occurs.
-fn frequencies(counts: &[u32; 256]) -> [u32; 256] {
-    let total: u64 = counts.iter().map(|&n| u64::from(n)).sum();
-    let scale = |&n: &u32| if n == 0 { 0 } else { ((u64::from(n) << BITS) / total).max(1) as u32 };
+fn frequencies(counts: &[u64; 256]) -> [u32; 256] {
+    let total: u64 = counts.iter().sum();
+    let scale = |&n: &u64| if n == 0 { 0 } else { ((n << BITS) / total).max(1) as u32 };
     let mut scaled: [u32; 256] = std::array::from_fn(|s| scale(&counts[s]));
     // What rounding has left, or taken, is the most frequent symbols' affair: they feel it least.
     let mut sum: u32 = scaled.iter().sum();
@@ -103,6 +145,15 @@ impl Table {
             next - f
         });
         Table { frequencies, starts }
+    }
+
+    /// The symbol of each slot.
+    fn slots(&self) -> Vec<u8> {
+        let mut slots = vec![0u8; 1 << BITS];
+        for (symbol, (&start, &f)) in self.starts.iter().zip(&self.frequencies).enumerate() {
+            slots[start as usize..(start + f) as usize].fill(symbol as u8);
+        }
+        slots
     }
 
     fn put(&self, out: &mut Vec<u8>) {
@@ -144,15 +195,8 @@ impl Table {
     }
 }
 
-fn encode_chunk(symbols: &[u8], contexts: &[u8]) -> Vec<u8> {
-    let mut counts = vec![[0u32; 256]; CONTEXTS];
-    symbols.iter().zip(contexts).for_each(|(&s, &c)| counts[c as usize][s as usize] += 1);
+fn encode_chunk(tables: &[Option<Table>], symbols: &[u8], contexts: &[u8]) -> Vec<u8> {
     let mut out = Vec::new();
-    let tables: Vec<Option<Table>> = counts
-        .iter()
-        .map(|counts| counts.iter().any(|&n| n > 0).then(|| Table::new(frequencies(counts))))
-        .inspect(|table| table.iter().for_each(|table| table.put(&mut out)))
-        .collect();
     let mut states = [LOW; LANES];
     let mut words: Vec<u16> = Vec::with_capacity(symbols.len() / 8);
     for (i, (&symbol, &context)) in symbols.iter().zip(contexts).enumerate().rev() {
@@ -170,21 +214,14 @@ fn encode_chunk(symbols: &[u8], contexts: &[u8]) -> Vec<u8> {
     out
 }
 
-fn decode_chunk(chunk: &[u8], contexts: &[u8], symbols: &mut [u8]) -> Option<()> {
+fn decode_chunk(
+    tables: &[(Table, Vec<u8>)],
+    places: &[usize; CONTEXTS],
+    chunk: &[u8],
+    contexts: &[u8],
+    symbols: &mut [u8],
+) -> Option<()> {
     let mut rest = chunk;
-    let mut occurs = [false; CONTEXTS];
-    contexts.iter().for_each(|&c| occurs[c as usize] = true);
-    let mut tables: Vec<(Table, Vec<u8>)> = Vec::with_capacity(CONTEXTS);
-    let mut places = [0; CONTEXTS];
-    for (place, _) in places.iter_mut().zip(occurs).filter(|(_, occurs)| *occurs) {
-        let table = Table::take(&mut rest)?;
-        let mut slots = vec![0u8; 1 << BITS];
-        for (symbol, (&start, &f)) in table.starts.iter().zip(&table.frequencies).enumerate() {
-            slots[start as usize..(start + f) as usize].fill(symbol as u8);
-        }
-        *place = tables.len();
-        tables.push((table, slots));
-    }
     let mut states = [0u32; LANES];
     for state in &mut states {
         let (bytes, after) = rest.split_first_chunk()?;
@@ -231,11 +268,15 @@ mod tests {
             for symbols in [sparse, dense, vec![0; len], vec![7; len]] {
                 let contexts: Vec<u8> = (0..len).map(|i| (i / 16 % 3) as u8).collect();
                 let mut back = vec![9; len];
-                decode(&encode(&symbols, Some(&contexts)), Some(&contexts), &mut back).unwrap();
-                assert_eq!(back, symbols);
-                let coded = encode(&symbols, None);
-                decode(&coded, None, &mut back).unwrap();
-                assert_eq!(back, symbols);
+                for contexts in [Some(contexts.as_slice()), None] {
+                    let mut coded = Vec::new();
+                    encode(&symbols, contexts, &mut coded);
+                    let mut rest = coded.as_slice();
+                    decode(&mut rest, contexts, &mut back).unwrap();
+                    assert!(back == symbols && rest.is_empty() && coded.len() >= least_bytes(len));
+                }
+                let mut coded = Vec::new();
+                encode(&symbols, None, &mut coded);
                 if len > CHUNK {
                     let mut counts = [0; 256];
                     symbols.iter().for_each(|s| counts[*s as usize] += 1);
@@ -244,7 +285,7 @@ mod tests {
                     assert!(got < bits * 1.002 + 0.03, "{got} bits for {bits}");
                 }
                 for cut in 0..coded.len().min(50) {
-                    assert!(len == 0 || decode(&coded[..cut], None, &mut back).is_err());
+                    assert!(len == 0 || decode(&mut &coded[..cut], None, &mut back).is_err());
                 }
             }
         }

@@ -1,9 +1,10 @@
 //! A quantised base with a delta of codes on it: parts are put together when they are read.
 //!
-//! A tensor of method `codes` has the base's layout, and for each part the difference of its bytes from the base's,
-//! modulo 256; codes, whichever parts hold their bits, are one part named `codes`, modulo 2^bits, an element each. All
-//! are coded by [`super::rans`]: parameters of runs with the class of the run before them in the layout's order as the
-//! context, codes with those of the first two. Rows that the base lacks are differences from zeros.
+//! A tensor of method `codes` has the base's layout. Its one part, `data`, holds the differences from the base's parts:
+//! parameters in the layout's order, byte by byte modulo 256, then the codes, whichever parts hold their bits, modulo
+//! 2^bits, a byte each. All are coded by [`super::rans`]; parameters of runs with the move of the run before them in the
+//! layout's order as the context, codes with those of the first two and the base's highest bit. Rows that the base lacks
+//! are differences from zeros.
 
 use super::codes::{codes_of, store_all_codes};
 use super::entry::{self, Method};
@@ -22,8 +23,8 @@ use std::borrow::Cow;
 use std::collections::{BTreeMap, HashMap};
 use std::path::PathBuf;
 
-/// The part that holds codes.
-pub const CODES: &str = "codes";
+/// The part of a tensor of method `codes`.
+pub const DATA: &str = "data";
 
 /// See the file's head.
 pub struct Recoded {
@@ -54,7 +55,8 @@ impl Recoded {
     }
 
     fn part(&self, entry: &Entry, name: &str) -> Result<&[u8]> {
-        let part = entry.parts.get(name).ok_or_else(|| Error::artifact(format!("the part {name} is missing")))?;
+        let part =
+            entry.parts.get(name).ok_or_else(|| Error::artifact(format!("the part {name} is missing")))?;
         self.delta.checked_part(part, &format!("tensor {:?}, {name}", entry.name))
     }
 
@@ -79,7 +81,7 @@ impl Recoded {
                 };
                 let data = self.part(entry, "data")?;
                 exact::chunks(data, entry.elements())?;
-                let mut new = runner::zeroed(entry.elements() as usize * entry.dtype.size());
+                let mut new = room(entry.elements() as usize * entry.dtype.size())?;
                 exact::decode(data, &old, entry.dtype, &mut new)?;
                 vec![Cow::Owned(new)]
             }
@@ -107,22 +109,29 @@ impl Recoded {
     /// The base's parts with the differences on them.
     fn add(&self, entry: &Entry, codec: &Codec, rows: Rows, base: &[Cow<'_, [u8]>]) -> Result<Vec<Vec<u8>>> {
         let layout = codec.layout;
+        let mut data = self.part(entry, DATA)?;
+        if data.len() < rans::least_bytes(rows.len()) {
+            return Err(Error::artifact("its differences are cut short"));
+        }
         let old: Vec<&[u8]> = base.iter().map(|p| &**p).collect();
-        let mut known = Classes::default();
+        let mut known = Moves::default();
         let mut out: Vec<Vec<u8>> = Vec::new();
         for (part, old) in layout.parts.iter().zip(&old) {
-            let mut bytes = runner::zeroed(rows.count() * part.row_bytes(rows.cols));
+            let mut bytes = room(rows.count() * part.row_bytes(rows.cols))?;
             if !matches!(part.per, Per::Weight(_)) {
-                rans::decode(self.part(entry, part.name)?, known.of_part(part, &bytes).as_deref(), &mut bytes)?;
+                rans::decode(&mut data, known.of_part(part, bytes.len()).as_deref(), &mut bytes)?;
                 known.learn(part, rows.cols, &bytes);
                 bytes.iter_mut().zip(*old).for_each(|(d, old)| *d = d.wrapping_add(*old));
             }
             out.push(bytes);
         }
-        let mut codes = runner::zeroed(rows.len());
-        rans::decode(self.part(entry, CODES)?, known.of_codes(rows).as_deref(), &mut codes)?;
-        let mask = u8::MAX >> (8 - layout.code_bits);
+        let mut codes = room(rows.len())?;
         let old = codes_of(layout, &old, rows.cols);
+        rans::decode(&mut data, Some(&known.of_codes(rows, &old, layout.code_bits)), &mut codes)?;
+        if !data.is_empty() {
+            return Err(Error::artifact("something follows its differences"));
+        }
+        let mask = u8::MAX >> (8 - layout.code_bits);
         codes.par_iter_mut().with_min_len(1 << 16).enumerate().for_each(|(i, d)| {
             *d = d.wrapping_add(old.get(i).copied().unwrap_or(0)) & mask;
         });
@@ -131,79 +140,102 @@ impl Recoded {
     }
 }
 
-/// The differences of a tensor's parts from its base's, coded.
-pub fn difference(codec: &Codec, rows: Rows, old: &[Cow<'_, [u8]>], new: &[Vec<u8>]) -> Vec<(&'static str, Vec<u8>)> {
+/// The differences of a tensor's parts from its base's, coded: the part [`DATA`].
+pub fn difference(codec: &Codec, rows: Rows, old: &[Cow<'_, [u8]>], new: &[Vec<u8>]) -> Vec<u8> {
     let layout = codec.layout;
     let subtract = |new: &mut [u8], old: &[u8], mask: u8| {
         new.iter_mut().zip(old).for_each(|(new, old)| *new = new.wrapping_sub(*old) & mask);
     };
     let old: Vec<&[u8]> = old.iter().map(|p| &**p).collect();
-    let mut known = Classes::default();
-    let mut parameters = Vec::new();
+    let mut known = Moves::default();
+    let mut out = Vec::new();
     for ((part, old), new) in layout.parts.iter().zip(&old).zip(new) {
         if !matches!(part.per, Per::Weight(_)) {
             let mut bytes = new.clone();
             subtract(&mut bytes, old, u8::MAX);
-            parameters.push((part.name, rans::encode(&bytes, known.of_part(part, &bytes).as_deref())));
+            rans::encode(&bytes, known.of_part(part, bytes.len()).as_deref(), &mut out);
             known.learn(part, rows.cols, &bytes);
         }
     }
     let slices: Vec<&[u8]> = new.iter().map(Vec::as_slice).collect();
     let mut codes = codes_of(layout, &slices, rows.cols);
-    subtract(&mut codes, &codes_of(layout, &old, rows.cols), u8::MAX >> (8 - layout.code_bits));
-    let mut out = vec![(CODES, rans::encode(&codes, known.of_codes(rows).as_deref()))];
-    out.append(&mut parameters);
+    let old = codes_of(layout, &old, rows.cols);
+    subtract(&mut codes, &old, u8::MAX >> (8 - layout.code_bits));
+    rans::encode(&codes, Some(&known.of_codes(rows, &old, layout.code_bits)), &mut out);
     out
 }
 
-/// How parameters of runs have moved, as far as is known: the same, one step up, one step down, otherwise.
+/// How parameters of runs have moved, as far as is known: by -7 to 7 steps, which stands for more, plus 7.
 #[derive(Default)]
-struct Classes {
-    /// Weights of a run, runs in a row, and the class of each run, for the parts so far.
+struct Moves {
+    /// Weights of a run, runs in a row, and each run's move, for the parts so far.
     parts: Vec<(usize, usize, Vec<u8>)>,
 }
 
-impl Classes {
+/// The move of what has not moved.
+const STILL: u8 = 7;
+
+impl Moves {
     /// Takes note of a part's differences.
     fn learn(&mut self, part: &Part, cols: usize, differences: &[u8]) {
         let Per::Run(n) = part.per else { return };
-        let class = |bytes: &[u8]| match bytes {
-            [low, high @ ..] if high.iter().all(|&b| b == 0) && *low < 2 => *low,
-            [255, high @ ..] if high.iter().all(|&b| b == 255) => 2,
-            _ => 3,
+        let of = |bytes: &[u8]| {
+            let far = STILL.cast_signed();
+            let low = bytes[0].cast_signed();
+            let sign = if low < 0 { 255 } else { 0 };
+            let step = if bytes[1..].iter().all(|&b| b == sign) {
+                low.clamp(-far, far)
+            } else if bytes[bytes.len() - 1] >= 128 {
+                -far
+            } else {
+                far
+            };
+            (step + far).cast_unsigned()
         };
-        let classes = differences.chunks_exact(part.dtype.size()).map(class).collect();
-        self.parts.push((n, cols.div_ceil(n), classes));
+        self.parts.push((n, cols.div_ceil(n), differences.chunks_exact(part.dtype.size()).map(of).collect()));
     }
 
     /// Contexts for the bytes of a part of runs as long as those of the last part that is known.
-    fn of_part(&self, part: &Part, bytes: &[u8]) -> Option<Vec<u8>> {
-        let (n, _, classes) = self.parts.last()?;
+    fn of_part(&self, part: &Part, len: usize) -> Option<Vec<u8>> {
+        let (n, _, moves) = self.parts.last()?;
         let size = part.dtype.size();
-        if part.per != Per::Run(*n) || classes.len() * size != bytes.len() {
+        if part.per != Per::Run(*n) || moves.len() * size != len {
             return None;
         }
-        // Each byte of an element has statistics of its own.
-        Some(classes.iter().flat_map(|class| (0..size).map(move |i| class * 4 + (i % 4) as u8)).collect())
+        // The bytes of an element have statistics of their own.
+        Some(moves.iter().flat_map(|m| (0..size).map(move |i| m * 2 + u8::from(i > 0))).collect())
     }
 
-    /// Contexts for the codes.
-    fn of_codes(&self, rows: Rows) -> Option<Vec<u8>> {
-        let known = &self.parts[..self.parts.len().min(2)];
-        if known.is_empty() {
-            return None;
-        }
+    /// Contexts for the codes, whose base's are `old`.
+    fn of_codes(&self, rows: Rows, old: &[u8], bits: u32) -> Vec<u8> {
         let mut contexts = runner::zeroed(rows.len());
-        contexts.par_chunks_mut(rows.cols.max(1)).enumerate().for_each(|(row, contexts)| {
-            for (n, per_row, classes) in known {
-                let classes = &classes[row * per_row..(row + 1) * per_row];
-                for (contexts, class) in contexts.chunks_mut(*n).zip(classes) {
+        let row = |(row, contexts): (usize, &mut [u8])| {
+            for (n, per_row, moves) in &self.parts[..self.parts.len().min(2)] {
+                let moves = &moves[row * per_row..(row + 1) * per_row];
+                for (contexts, &step) in contexts.chunks_mut(*n).zip(moves) {
+                    // Not at all, one step either way, or further.
+                    let class = match step.cast_signed() - STILL.cast_signed() {
+                        0 => 0,
+                        1 => 1,
+                        -1 => 2,
+                        _ => 3,
+                    };
                     contexts.iter_mut().for_each(|c| *c = *c * 4 + class);
                 }
             }
-        });
-        Some(contexts)
+        };
+        contexts.par_chunks_mut(rows.cols.max(1)).enumerate().for_each(row);
+        contexts.iter_mut().zip(old).for_each(|(c, old)| *c = *c * 2 + (old >> (bits - 1)));
+        // Beyond the base's rows there is no code to look at.
+        contexts.iter_mut().skip(old.len()).for_each(|c| *c *= 2);
+        contexts
     }
+}
+
+/// Zeros, or an error where a file claims more than there is memory.
+fn room(len: usize) -> Result<Vec<u8>> {
+    super::apply::check_room(len)?;
+    Ok(runner::zeroed(len))
 }
 
 /// BLAKE3 of parts, one after another.
@@ -254,7 +286,9 @@ fn result(entry: &Entry, base: &dyn Stored, places: &HashMap<String, usize>) -> 
         Method::Same => {
             let from = from.ok_or_else(missing)?;
             if from.shape != entry.shape || from.dtype != entry.dtype {
-                return Err(Error::artifact("it is said to be as in the base, and has another shape or dtype"));
+                return Err(Error::artifact(
+                    "it is said to be as in the base, and has another shape or dtype",
+                ));
             }
             Ok(Entry { name: entry.name.clone(), ..from.clone() })
         }

@@ -135,6 +135,10 @@ mod tests {
         }
         assert_eq!(u16::difference(0x3f81, 0x3f80, Against::Distance, true), 2);
         assert_eq!(u16::difference(0xbf81, 0xbf80, Against::Distance, true), 1);
-        assert_eq!(u16::difference(0x8000, 0x0000, Against::Distance, true), 1, "the two zeros are neighbours");
+        assert_eq!(
+            u16::difference(0x8000, 0x0000, Against::Distance, true),
+            1,
+            "the two zeros are neighbours"
+        );
     }
 }

@@ -225,7 +225,9 @@ def test_codes_of_every_codec_come_back_as_a_sound_artifact(tmp_path: Path, code
         assert out.info("w.weight").codec == old.info("w.weight").codec == codec
         fresh = tenpak.decode(tenpak.encode(tuned, codec))
         assert relative_error(tuned, out.read("w.weight")) < 1.06 * relative_error(tuned, fresh)
-        assert relative_error(longer, out.read("x.weight")) < 1.06 * relative_error(longer, tenpak.decode(tenpak.encode(longer, codec)))
+        assert relative_error(longer, out.read("x.weight")) < 1.06 * relative_error(
+            longer, tenpak.decode(tenpak.encode(longer, codec))
+        )
         assert np.array_equal(out.read("norm.weight"), norm)
         with tenpak.open(tmp_path / "d.tenpak", base=base) as opened:
             for name in out.names:
@@ -266,9 +268,8 @@ def test_every_damage_is_found_and_leaves_nothing(tmp_path: Path) -> None:
         damaged = bytearray(sound)
         damaged[at] ^= 16
         (tmp_path / "d.tenpak").write_bytes(damaged)
-        with pytest.raises(tenpak.TenpakError):
-            with tenpak.open(tmp_path / "d.tenpak") as opened:
-                opened.verify()
+        with pytest.raises(tenpak.TenpakError), tenpak.open(tmp_path / "d.tenpak") as opened:
+            opened.verify()
         try:
             tenpak.materialize(base, tmp_path / "d.tenpak", tmp_path / "out.safetensors")
         except tenpak.TenpakError:

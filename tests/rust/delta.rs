@@ -49,7 +49,8 @@ fn exact_gives_back_every_bit_of_every_dtype() {
                 let mut back = vec![0xaa; new.len()];
                 exact::decode(&coded.data, &old, dtype, &mut back).unwrap();
                 assert!(back == new, "{} x {elements}", dtype.name());
-                let same = old.chunks(dtype.size()).zip(new.chunks(dtype.size())).filter(|(a, b)| a == b).count();
+                let same =
+                    old.chunks(dtype.size()).zip(new.chunks(dtype.size())).filter(|(a, b)| a == b).count();
                 assert_eq!(coded.changed as usize, new.len() / dtype.size() - same);
                 if let Some(kind) = kind {
                     let chunks = exact::chunks(&coded.data, (new.len() / dtype.size()) as u64).unwrap();
@@ -114,7 +115,13 @@ fn every_layout_gives_back_its_own_parts_and_follows_a_change() {
             }
             let fresh = runner::encode(&moved, axis, codec, None, true).unwrap().outcome;
             let near = codes::recode(&moved, axis, exponent, codec, None, &parts).unwrap();
-            assert!(near.error <= 1.05 * fresh.squared_error, "{}: {} {}", codec.name, near.error, fresh.squared_error);
+            assert!(
+                near.error <= 1.05 * fresh.squared_error,
+                "{}: {} {}",
+                codec.name,
+                near.error,
+                fresh.squared_error
+            );
             let codes = codec.layout.parts.iter().filter(|p| matches!(p.per, Per::Weight(_))).count();
             assert!(codes > 0 && near.changed > 0 && near.changed < 48 * 80 / 2, "{}", codec.name);
         }
@@ -132,7 +139,8 @@ fn a_delta_is_an_artifact_that_needs_its_base() {
     let model = content.content.into_model().unwrap();
     // The base's own floats, of which nothing changed.
     let options = Options { mode: Mode::Exact, threads: 2, force: false };
-    let made = delta::delta(&[at("base.tenpak")], &*model, &at("d.tenpak"), &options, &|_, _| Ok(())).unwrap();
+    let made =
+        delta::delta(&[at("base.tenpak")], &*model, &at("d.tenpak"), &options, &|_, _| Ok(())).unwrap();
     assert!(made.tensors.iter().all(|t| t.method == "same" && t.bytes == 0));
     let file = ArtifactFile::open(&at("d.tenpak")).unwrap();
     assert_eq!(file.delta().unwrap().base, artifact.root());

@@ -105,7 +105,10 @@ def _text(report: DeltaReport, output: str, measured: dict[str, float]) -> str:
         for m in report.methods
     ]
     rows: list[tuple[str, Any]] = [
-        ("delta", f"{size(report.file_bytes)}, {100 * report.ratio:.2f} % of the fine-tune's {size(report.input_bytes)}"),
+        (
+            "delta",
+            f"{size(report.file_bytes)}, {100 * report.ratio:.2f} % of the fine-tune's {size(report.input_bytes)}",
+        ),
         ("bits/weight", number(report.bits_per_weight)),
     ]
     if report.mode == "codes":

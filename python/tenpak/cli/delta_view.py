@@ -62,7 +62,12 @@ def summary(artifact: ArtifactFile, delta: DeltaInfo) -> dict[str, Any]:
     chunks: dict[str, tuple[int, int]] = {}
     for info in artifact.infos:
         totals = methods.setdefault(info.codec, {"tensors": 0, "weights": 0, "changed": 0, "bytes": 0})
-        for key, more in (("tensors", 1), ("weights", info.weights), ("changed", changed(info)), ("bytes", info.nbytes)):
+        for key, more in (
+            ("tensors", 1),
+            ("weights", info.weights),
+            ("changed", changed(info)),
+            ("bytes", info.nbytes),
+        ):
             totals[key] += more
         for way, n, stored in artifact.chunk_kinds(info.name):
             before = chunks.get(way, (0, 0))
