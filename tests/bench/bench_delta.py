@@ -165,7 +165,7 @@ def main() -> None:
             rows += exact(options.models, name, Path(folder), options.runs, options.threads)
         rows += lossy(options.models, options.text, options.windows, Path(folder))
     notes = [f"{options.threads} threads, best of {options.runs} runs; perplexity over {options.windows} windows."]
-    report("delta", machine("tenpak", "zipnn", "zstandard", "numpy"), rows, notes)
+    report("delta", machine("zipnn", "zstandard", "numpy"), rows, notes)
 
 
 if __name__ == "__main__":

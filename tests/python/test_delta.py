@@ -146,8 +146,18 @@ def test_the_wrong_base_is_refused_with_both_digests(tmp_path: Path, tuned: Path
     assert report.base in str(refused.value)
     assert report.result in str(refused.value), "the fine-tune's own digest is what was given"
     assert not (tmp_path / "back").exists()
-    with tenpak.open(delta, base=tuned) as opened, pytest.raises(tenpak.UsageError, match="not the one"):
-        opened.read("model.layers.1.mlp.up_proj.weight")
+    with pytest.raises(tenpak.UsageError, match="not the one"):
+        tenpak.open(delta, base=tuned)
+    other = tmp_path / "other"
+    shutil.copytree(BASE, other)
+    tensors = read_safetensors(BASE / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj.weight"
+    tensors[name] = (*tensors[name][:2], bytes(len(tensors[name][2])))
+    write_safetensors(other / "model.safetensors", tensors)
+    with tenpak.open(delta, base=other) as opened:
+        opened.read("model.layers.0.mlp.up_proj.weight")
+        with pytest.raises(tenpak.UsageError, match="not the one"):
+            opened.read(name)
 
 
 def test_chains_reach_sixteen_deep_and_no_deeper(tmp_path: Path) -> None:
@@ -235,7 +245,8 @@ def test_codes_of_every_codec_come_back_as_a_sound_artifact(tmp_path: Path, code
     found = {t.name: t for t in report.tensors}
     assert found["w.weight"].method == "codes"
     assert found["norm.weight"].method == "same"
-    assert found["w.weight"].bytes < 0.6 * weights.size * tenpak.open(base).info("w.weight").bits_per_weight / 8
+    # A change of 0.5 % is seven steps of the finest codec here, and a fortieth of one of the coarsest.
+    assert found["w.weight"].bytes < 0.9 * tenpak.open(base).info("w.weight").nbytes
     tenpak.materialize(base, tmp_path / "d.tenpak", tmp_path / "floats.safetensors")
     assert set(read_safetensors(tmp_path / "floats.safetensors")) == set(made)
 
