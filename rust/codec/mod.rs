@@ -106,10 +106,13 @@ pub struct Layout {
     /// As [`Codec::encode`], for rows whose own numbers (the parts that are [`Per::Row`]) are given: what is stored
     /// for single groups follows small changes of the weights in small steps. `None` where groups do not depend on
     /// such numbers.
-    pub under_rows: Option<fn(level: Level, strip: Strip<'_>, parts: &mut [&mut [u8]]) -> Range>,
+    pub under_rows: Option<Encode>,
     /// How codes are chosen with statistics of the layer's input; `None` where they gain nothing.
     pub calibrated: Option<Calibrated>,
 }
+
+/// See [`Codec::encode`].
+pub type Encode = fn(level: Level, strip: Strip<'_>, parts: &mut [&mut [u8]]) -> Range;
 
 /// A layout's encoders that heed the layer's input, whatever the codec's own is.
 #[derive(Clone, Copy)]

@@ -254,6 +254,9 @@ pub(super) fn write_while_coding(
     })
 }
 
+/// What a tensor holds: dtype, shape and digest.
+type Elements<'a> = (Dtype, &'a [usize], [u8; 32]);
+
 struct Job<'a> {
     base: &'a Base<'a>,
     model: &'a dyn Model,
@@ -279,7 +282,7 @@ impl Job<'_> {
         let mut digests = Vec::with_capacity(self.infos.len());
         let mut reports: Vec<TensorReport> = Vec::with_capacity(self.infos.len());
         // Tied tensors, which are stored once.
-        let mut stored: HashMap<(Dtype, &[usize], [u8; 32]), (usize, [u8; 32])> = HashMap::new();
+        let mut stored: HashMap<Elements<'_>, (usize, [u8; 32])> = HashMap::new();
         let mut aliases: Vec<(usize, usize)> = Vec::new();
         let (mut sums, mut input_bytes) = ([0.0; 4], 0);
         write_while_coding(writer, self.infos.len(), |i| {

@@ -207,7 +207,7 @@ fn encode_chunk(tables: &[Option<Table>], symbols: &[u8], contexts: &[u8]) -> Ve
             words.push(*state as u16);
             *state >>= 16;
         }
-        *state = (*state / f << BITS) + *state % f + table.starts[symbol as usize];
+        *state = ((*state / f) << BITS) + *state % f + table.starts[symbol as usize];
     }
     states.iter().for_each(|s| out.extend_from_slice(&s.to_le_bytes()));
     words.iter().rev().for_each(|w| out.extend_from_slice(&w.to_le_bytes()));
