@@ -12,11 +12,13 @@
 //! - [`calibration`]: statistics of layers' inputs, which some encoders heed.
 //! - [`estimate`]: the same estimated from the weights alone, where there are no statistics.
 //! - [`plan`] and [`pipeline`]: which tensor gets which codec, and a whole model through all of the above.
+//! - [`delta`]: models as differences from a base, and back.
 
 pub mod artifact;
 pub mod atomic;
 pub mod calibration;
 pub mod codec;
+pub mod delta;
 pub mod error;
 pub mod estimate;
 pub mod input;

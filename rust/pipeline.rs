@@ -9,8 +9,10 @@ mod compress;
 mod decompress;
 mod report;
 
+pub(crate) use compress::plain;
 pub use compress::{CalibrationOptions, CompressOptions, compress, dry_run};
 pub use decompress::{DecompressOptions, decompress};
+pub(crate) use report::hex;
 pub use report::{CompressReport, DecompressReport, Group, TensorReport};
 
 use crate::error::{Error, Kind, Result};
@@ -26,7 +28,7 @@ pub type Progress<'a> = &'a dyn Fn(u64, u64) -> Result<()>;
 const TICK: Duration = Duration::from_millis(100);
 
 /// Runs `work` on a pool of `threads` (0: one for each core) while this thread reports progress.
-fn supervised<T: Send>(
+pub(crate) fn supervised<T: Send>(
     threads: usize,
     total: u64,
     progress: Progress<'_>,
@@ -71,12 +73,12 @@ fn supervised<T: Send>(
     })
 }
 
-fn check_running(meter: &Meter) -> Result<()> {
+pub(crate) fn check_running(meter: &Meter) -> Result<()> {
     if meter.is_stopped() { Err(Error::new(Kind::Interrupted, "interrupted")) } else { Ok(()) }
 }
 
 /// Refuses an output that is one of the inputs, under whatever name.
-fn refuse_overwriting_input(output: &Path, inputs: &[PathBuf]) -> Result<()> {
+pub(crate) fn refuse_overwriting_input(output: &Path, inputs: &[PathBuf]) -> Result<()> {
     let Ok(output_real) = output.canonicalize() else { return Ok(()) };
     let same = |input: &PathBuf| {
         input.canonicalize().is_ok_and(|real| {
@@ -106,6 +108,6 @@ fn same_file(_: &Path, _: &Path) -> bool {
 }
 
 /// The name without its place, for messages.
-fn named(e: Error, name: &str) -> Error {
+pub(crate) fn named(e: Error, name: &str) -> Error {
     e.at(format_args!("tensor {name:?}"))
 }

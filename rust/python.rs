@@ -6,6 +6,7 @@
 mod artifact;
 mod buffers;
 mod cholesky;
+mod delta;
 mod kernels;
 mod memory;
 mod model;
@@ -335,6 +336,7 @@ fn output_format(path: PathBuf) -> &'static str {
 fn _core(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add("__version__", env!("CARGO_PKG_VERSION"))?;
     m.add_class::<artifact::ArtifactFile>()?;
+    m.add_class::<delta::DeltaModel>()?;
     m.add_class::<model::Model>()?;
     m.add_function(wrap_pyfunction!(codecs, m)?)?;
     m.add_function(wrap_pyfunction!(compress, m)?)?;
@@ -345,6 +347,8 @@ fn _core(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add_function(wrap_pyfunction!(kernels::cuda_source, m)?)?;
     m.add_function(wrap_pyfunction!(kernels::exponent, m)?)?;
     m.add_function(wrap_pyfunction!(kernels::lut16_tables, m)?)?;
+    m.add_function(wrap_pyfunction!(delta::make_delta, m)?)?;
+    m.add_function(wrap_pyfunction!(delta::materialize, m)?)?;
     m.add_function(wrap_pyfunction!(output_format, m)?)?;
     m.add_function(wrap_pyfunction!(part_shapes, m)?)?;
     m.add_function(wrap_pyfunction!(simd, m)?)?;

@@ -21,6 +21,7 @@ from tenpak.arrays import Encoded, decode, encode
 from tenpak.artifact import ArtifactFile, Part, TensorInfo, open
 from tenpak.calibrate import CalibrationReport, calibrate
 from tenpak.codecs import CodecInfo, PartInfo, codecs
+from tenpak.delta import DeltaFile, DeltaReport, MaterializeReport, delta, materialize
 from tenpak.errors import (
     ArtifactError,
     InputError,
@@ -49,12 +50,15 @@ __all__ = [
     "CodecInfo",
     "CompressReport",
     "DecompressReport",
+    "DeltaFile",
+    "DeltaReport",
     "Encoded",
     "EvalReport",
     "Generation",
     "Group",
     "InputError",
     "InterruptedByUser",
+    "MaterializeReport",
     "Model",
     "Part",
     "PartInfo",
@@ -71,8 +75,10 @@ __all__ = [
     "compress",
     "decode",
     "decompress",
+    "delta",
     "encode",
     "evaluate",
     "load_state_dict",
+    "materialize",
     "open",
 ]

@@ -6,6 +6,7 @@ from numpy.typing import NDArray
 
 __all__ = [
     "ArtifactFile",
+    "DeltaModel",
     "Model",
     "__version__",
     "codecs",
@@ -17,6 +18,8 @@ __all__ = [
     "exit_codes",
     "exponent",
     "lut16_tables",
+    "make_delta",
+    "materialize",
     "output_format",
     "part_shapes",
     "simd",
@@ -32,7 +35,16 @@ class ArtifactFile:
     def resolve(self, name: str) -> str: ...
     def decode(self, name: str, dtype: str, threads: int, out: _Buffer) -> None: ...
     def check(self, name: str, part: str | None) -> None: ...
+    def chunk_kinds(self, name: str) -> list[tuple[str, int, int]]: ...
     def verify(self, progress: Callable[[int, int], object] | None) -> tuple[int, int, int, int]: ...
+
+@final
+class DeltaModel:
+    def __new__(cls, paths: Sequence[str]) -> DeltaModel: ...
+    def identity(self) -> str: ...
+    def tensors(self) -> list[tuple[str, list[int], str]]: ...
+    def read(self, name: str, threads: int, out: _Buffer) -> None: ...
+    def files(self) -> list[tuple[str, bytes]]: ...
 
 @final
 class Model:
@@ -89,6 +101,24 @@ def compress(
     dry_run: bool,
     calibration: tuple[str, str] | None,
     estimate: bool,
+    progress: Callable[[int, int], object] | None,
+) -> str: ...
+def make_delta(
+    base: Sequence[str],
+    source: str | list[tuple[str, str, list[int], _Buffer]],
+    target: str,
+    mode: str,
+    threads: int,
+    force: bool,
+    progress: Callable[[int, int], object] | None,
+) -> str: ...
+def materialize(
+    paths: Sequence[str],
+    target: str,
+    format: str | None,
+    threads: int,
+    force: bool,
+    shard_bytes: int | None,
     progress: Callable[[int, int], object] | None,
 ) -> str: ...
 def decompress(

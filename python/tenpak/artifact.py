@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast, overload
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from tenpak import _core, dtypes
 from tenpak.errors import UsageError
+
+if TYPE_CHECKING:
+    from tenpak.delta import DeltaFile
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,8 @@ class TensorInfo:
     parts: tuple[Part, ...]
     #: Whether this build can rebuild it.
     known: bool
+    #: The codec's own parameters; in a delta, what a tensor comes from and what must come out.
+    params: dict[str, Any] = field(default_factory=dict)
 
     @property
     def weights(self) -> int:
@@ -63,6 +68,20 @@ class TensorInfo:
     def bits_per_weight(self) -> float:
         """Stored bits over elements; 0 for an empty tensor."""
         return 8 * self.nbytes / self.weights if self.weights else 0.0
+
+
+@dataclass(frozen=True)
+class DeltaInfo:
+    """What a delta says of itself; identities are an artifact's root or the digest of a model's tensors."""
+
+    #: `exact`, `codes` or `bit1`.
+    mode: str
+    base: str
+    result: str
+    #: Tensors of the base that the result lacks.
+    removed: tuple[str, ...]
+    #: Files that the result has from the base, and their BLAKE3.
+    files: dict[str, str]
 
 
 class ArtifactFile:
@@ -89,6 +108,10 @@ class ArtifactFile:
         self.aliases: dict[str, str] = index["aliases"]
         #: What is stored, by name, in the file's order.
         self.tensors: dict[str, TensorInfo] = {t["name"]: _tensor(t) for t in index["tensors"]}
+        #: Where this is a delta: what from, and what to.
+        self.delta: DeltaInfo | None = None
+        if (delta := index["delta"]) is not None:
+            self.delta = DeltaInfo(**{**delta, "removed": tuple(delta["removed"])})
         self._files = {f["path"]: f["at"] for f in index["files"]}
 
     @property
@@ -153,6 +176,10 @@ class ArtifactFile:
         self._open().check(path, None)
         return self._bytes()[at["off"] : at["off"] + at["len"]].tobytes()
 
+    def chunk_kinds(self, name: str) -> list[tuple[str, int, int]]:
+        """In a delta: the ways in which a tensor's chunks are coded exactly, how many in each, and their bytes."""
+        return self._open().chunk_kinds(name)
+
     def verify(self, progress: Callable[[int, int], object] | None = None) -> int:
         """Checks every byte of the file and returns their number; `ArtifactError` names the first damage.
 
@@ -194,15 +221,33 @@ class ArtifactFile:
         return f"ArtifactFile({self.path!r}, codec={self.codec!r}, tensors={len(self.tensors)}, nbytes={self.nbytes})"
 
 
-def open(path: str | os.PathLike[str]) -> ArtifactFile:
+@overload
+def open(path: str | os.PathLike[str]) -> ArtifactFile: ...
+@overload
+def open(
+    path: str | os.PathLike[str], *, base: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
+) -> DeltaFile: ...
+def open(
+    path: str | os.PathLike[str], *, base: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None = None
+) -> ArtifactFile | DeltaFile:
     """Opens an artifact.
 
+    Args:
+        path: A `.tenpak` file.
+        base: Where that is a delta: its base, or a list of a base and the deltas on it. What comes back then reads
+            tensors of the result, one at a time.
+
     Raises:
+        UsageError: `path` is a delta of another base, or none.
         StorageError: It cannot be read.
         ArtifactError: It is damaged; the text says what is.
         UnsupportedError: It is from a newer version.
     """
-    return ArtifactFile(path)
+    if base is None:
+        return ArtifactFile(path)
+    from tenpak.delta import DeltaFile
+
+    return DeltaFile([*([base] if isinstance(base, str | os.PathLike) else base), path])
 
 
 def _tensor(entry: dict[str, Any]) -> TensorInfo:
@@ -219,4 +264,5 @@ def _tensor(entry: dict[str, Any]) -> TensorInfo:
         exponent=entry["exponent"],
         parts=parts,
         known=entry["known"],
+        params=entry["params"],
     )

@@ -185,17 +185,9 @@ def compress(
             encoder=encoder,
             progress=progress,
         )
-    if isinstance(src, Mapping):
-        source: Any = []
-        for name, value in src.items():
-            array = np.asarray(value)
-            data, dtype = dtypes.bytes_of(array)
-            source.append((name, dtype, list(array.shape), data))
-    else:
-        source = os.fspath(src)
     report = json.loads(
         _core.compress(
-            source,
+            source_of(src),
             os.fspath(dst),
             codec,
             embeddings,
@@ -214,6 +206,18 @@ def compress(
     report["groups"] = tuple(Group(**g) for g in report["groups"])
     report["files"], report["notes"] = tuple(report["files"]), tuple(report["notes"])
     return CompressReport(**report)
+
+
+def source_of(src: PathLike | Mapping[str, ArrayLike]) -> Any:
+    """A model as the core takes it: a path, or names, dtypes, shapes and bytes."""
+    if not isinstance(src, Mapping):
+        return os.fspath(src)
+    source = []
+    for name, value in src.items():
+        array = np.asarray(value)
+        data, dtype = dtypes.bytes_of(array)
+        source.append((name, dtype, list(array.shape), data))
+    return source
 
 
 def _compress_with_own_text(

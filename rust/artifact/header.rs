@@ -18,6 +18,9 @@ pub const FRAME: usize = 64;
 /// Parts and the index start at multiples of this.
 pub const ALIGN: u64 = 256;
 
+/// The incompat bit of a file that is a delta: its tensors mean nothing without its base.
+pub const DELTA: u32 = 1;
+
 /// Where the first part starts, or the index if there are no parts.
 const FIRST: u64 = (FRAME as u64).next_multiple_of(ALIGN);
 
@@ -26,13 +29,14 @@ pub fn align_up(end: u64) -> Option<u64> {
     end.checked_next_multiple_of(ALIGN)
 }
 
-/// The header of every file that this version writes.
-pub fn header() -> [u8; FRAME] {
+/// The header of a file that this version writes, with the incompat bits that it needs.
+pub fn header(incompat: u32) -> [u8; FRAME] {
     let mut bytes = [0; FRAME];
     bytes[..8].copy_from_slice(&MAGIC);
     bytes[8..12].copy_from_slice(&VERSION.to_le_bytes());
     bytes[12..16].copy_from_slice(&(FRAME as u32).to_le_bytes());
-    // 16..20 incompat and 20..24 compat: no bits are defined yet.
+    bytes[16..20].copy_from_slice(&incompat.to_le_bytes());
+    // 20..24 compat: no bits are defined yet.
     bytes[24..28].copy_from_slice(&(ALIGN as u32).to_le_bytes());
     seal(&mut bytes, FRAME - 4);
     bytes
@@ -71,10 +75,10 @@ fn seal(bytes: &mut [u8; FRAME], at: usize) {
     bytes[at..at + 4].copy_from_slice(&crc.to_le_bytes());
 }
 
-/// Checks both frames and the index's digest, and returns the footer and the index. Nothing of the index is
-/// parsed before this has passed.
-pub fn check<'a>(file: &'a [u8], limits: &Limits) -> Result<(Footer, &'a [u8])> {
-    check_header(file)?;
+/// Checks both frames and the index's digest, and returns the footer, the index and the incompat bits. Nothing of
+/// the index is parsed before this has passed.
+pub fn check<'a>(file: &'a [u8], limits: &Limits) -> Result<(Footer, &'a [u8], u32)> {
+    let incompat = check_header(file)?;
     let Some(footer) = file.last_chunk::<FRAME>().filter(|_| file.len() as u64 >= FIRST + FRAME as u64)
     else {
         return Err(cut_short(file));
@@ -118,10 +122,11 @@ pub fn check<'a>(file: &'a [u8], limits: &Limits) -> Result<(Footer, &'a [u8])> 
     if blake3::hash(index).as_bytes() != &footer.root {
         return Err(Error::artifact("the index is damaged: its digest does not match"));
     }
-    Ok((footer, index))
+    Ok((footer, index, incompat))
 }
 
-fn check_header(file: &[u8]) -> Result<()> {
+/// Returns the incompat bits, all of them known.
+fn check_header(file: &[u8]) -> Result<u32> {
     if !file.starts_with(&MAGIC) {
         let transferred = file.starts_with(&MAGIC[..4]) && file.len() >= MAGIC.len();
         return Err(Error::artifact(if file.is_empty() {
@@ -145,10 +150,11 @@ fn check_header(file: &[u8]) -> Result<()> {
         )));
     }
     let incompat = u32_at(header, 16);
-    if incompat != 0 {
+    if incompat & !DELTA != 0 {
         return Err(Error::unsupported(format!(
-            "the artifact uses a feature that this tenpak does not know (incompat bits {incompat:#x}); install a \
-             newer tenpak"
+            "the artifact uses a feature that this tenpak does not know (incompat bits {:#x}); install a newer \
+             tenpak",
+            incompat & !DELTA
         )));
     }
     if u32_at(header, 12) as usize != FRAME || u64::from(u32_at(header, 24)) != ALIGN {
@@ -161,7 +167,7 @@ fn check_header(file: &[u8]) -> Result<()> {
     if header[28..60].iter().any(|&b| b != 0) {
         return Err(Error::artifact("the header's reserved bytes are not zero"));
     }
-    Ok(())
+    Ok(incompat)
 }
 
 fn cut_short(file: &[u8]) -> Error {

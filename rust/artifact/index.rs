@@ -4,7 +4,7 @@
 //! spelling for one content, so the index's digest names the content. Structs declare their fields in the
 //! order in which they are written.
 
-use super::header::{ALIGN, FRAME, align_up};
+use super::header::{ALIGN, DELTA, FRAME, align_up};
 use super::{KEEP, Limits};
 use crate::codec::{self, Codec, EXPONENTS};
 use crate::error::{Error, Result};
@@ -88,6 +88,29 @@ impl From<SidecarRef> for FileEntry {
     }
 }
 
+/// What makes an artifact a delta: the base that it needs, and what comes out.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DeltaRef {
+    /// The base's identity: an artifact's root, or the digest of a model's tensors.
+    #[serde(with = "hex_digest")]
+    pub base: [u8; 32],
+    /// Files that the result has from the base, and their BLAKE3.
+    pub files: BTreeMap<String, HexDigest>,
+    /// How differences are coded: `exact`, `codes` or `bit1`.
+    pub mode: String,
+    /// The base's tensors that the result lacks, sorted.
+    pub removed: Vec<String>,
+    /// The result's identity, as that of the base.
+    #[serde(with = "hex_digest")]
+    pub result: [u8; 32],
+}
+
+/// A digest, in hexadecimal where it is written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct HexDigest(#[serde(with = "hex_digest")] pub [u8; 32]);
+
 /// The whole index.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -96,6 +119,9 @@ pub struct Index {
     pub aliases: BTreeMap<String, String>,
     /// The codec that was asked for.
     pub codec: String,
+    /// Where this is a delta: what from, and what to.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub delta: Option<DeltaRef>,
     /// The embedded files, in the order of their bytes.
     pub files: Vec<SidecarRef>,
     /// The tensors, in the order of their bytes.
@@ -108,6 +134,11 @@ impl Index {
     /// The canonical JSON.
     pub fn to_json(&self) -> Vec<u8> {
         serde_json::to_vec(self).expect("keys are strings and no value is a float")
+    }
+
+    /// The incompat bits of a header for this index.
+    pub fn incompat(&self) -> u32 {
+        if self.delta.is_some() { DELTA } else { 0 }
     }
 
     /// Parses an index of which every byte must be canonical. Nothing else is checked: see [`Index::check`].
@@ -125,8 +156,8 @@ impl Index {
     }
 
     /// Checks everything that can be known without reading a part, and returns each tensor's position by its
-    /// name. `index_off` is where the parts end.
-    pub fn check(&self, index_off: u64, limits: &Limits) -> Result<HashMap<String, usize>> {
+    /// name. `index_off` is where the parts end, `incompat` what the header says of features.
+    pub fn check(&self, index_off: u64, incompat: u32, limits: &Limits) -> Result<HashMap<String, usize>> {
         if self.tensors.len().saturating_add(self.aliases.len()) > limits.tensors {
             return Err(Error::artifact(format!(
                 "{} tensors and {} aliases; at most {} are allowed (the limit can be raised)",
@@ -145,6 +176,12 @@ impl Index {
         limits.check_name("codec", &self.codec)?;
         limits.check_name("writer", &self.writer)?;
 
+        if self.incompat() != incompat {
+            return Err(Error::artifact("the header and the index disagree on whether this is a delta"));
+        }
+        if let Some(delta) = &self.delta {
+            delta.check(limits)?;
+        }
         let mut names = HashMap::with_capacity(self.tensors.len());
         let mut end = FRAME as u64;
         for (i, entry) in self.tensors.iter().enumerate() {
@@ -178,6 +215,23 @@ impl Index {
             )));
         }
         Ok(names)
+    }
+}
+
+impl DeltaRef {
+    fn check(&self, limits: &Limits) -> Result<()> {
+        limits.check_name("mode", &self.mode)?;
+        if self.files.len() > limits.files || self.removed.len() > limits.tensors {
+            return Err(Error::artifact(format!(
+                "{} files of the base and {} removed tensors; at most {} and {} are allowed",
+                self.files.len(),
+                self.removed.len(),
+                limits.files,
+                limits.tensors
+            )));
+        }
+        self.files.keys().try_for_each(|path| limits.check_path(path))?;
+        self.removed.iter().try_for_each(|name| limits.check_name("tensor", name))
     }
 }
 

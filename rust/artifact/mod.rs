@@ -10,10 +10,11 @@ mod size;
 mod verify;
 mod writer;
 
-pub use header::{ALIGN, VERSION};
-pub use index::{Entry, PartRef, SidecarRef};
+pub use header::{ALIGN, MAGIC, VERSION};
+pub use index::{DeltaRef, Entry, HexDigest, PartRef, SidecarRef};
 pub use limits::Limits;
 pub use reader::ArtifactFile;
+pub(crate) use reader::convert;
 pub use size::file_len;
 pub use verify::VerifyReport;
 pub use writer::{Finished, NewEntry, Writer};

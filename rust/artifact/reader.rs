@@ -3,7 +3,7 @@
 use super::Limits;
 use super::checksums::map_parts;
 use super::header::{self, Footer};
-use super::index::{Entry, Index, PartRef, SidecarRef};
+use super::index::{DeltaRef, Entry, Index, PartRef, SidecarRef};
 use crate::error::{Error, Result};
 use crate::runner;
 use crate::tensor::{Dtype, Encoding};
@@ -94,9 +94,9 @@ impl ArtifactFile {
     }
 
     fn check(path: &Path, source: Source, limits: &Limits) -> Result<ArtifactFile> {
-        let (footer, json) = header::check(source.bytes(), limits)?;
+        let (footer, json, incompat) = header::check(source.bytes(), limits)?;
         let index = Index::parse(json)?;
-        let names = index.check(footer.index_off, limits)?;
+        let names = index.check(footer.index_off, incompat, limits)?;
         Ok(ArtifactFile { path: path.to_path_buf(), source, footer, limits: *limits, index, names })
     }
 
@@ -108,6 +108,11 @@ impl ArtifactFile {
     /// The codec that was asked for when the artifact was made; single tensors may have others.
     pub fn codec(&self) -> &str {
         &self.index.codec
+    }
+
+    /// What this is a delta of, if it is one.
+    pub fn delta(&self) -> Option<&DeltaRef> {
+        self.index.delta.as_ref()
     }
 
     /// The program that wrote the artifact, with its version.
@@ -228,6 +233,12 @@ impl ArtifactFile {
             return convert(entry.dtype, self.entry_parts(entry)?[0], dtype, out).map_err(place);
         }
         let Some(codec) = entry.known_codec() else {
+            if self.index.delta.is_some() {
+                return Err(place(Error::usage(
+                    "this file is a delta, and its base is needed to read it (`tenpak materialize --base BASE --delta \
+                     DELTA`, or `tenpak.open(delta, base=BASE)`)",
+                )));
+            }
             return Err(place(Error::unsupported(format!(
                 "codec {:?}, version {}, needs a newer tenpak",
                 entry.codec, entry.codec_version
@@ -239,7 +250,7 @@ impl ArtifactFile {
     }
 
     /// Every part of a tensor, checked, in the order of their bytes.
-    fn entry_parts(&self, entry: &Entry) -> Result<Vec<&[u8]>> {
+    pub(crate) fn entry_parts(&self, entry: &Entry) -> Result<Vec<&[u8]>> {
         // Collected as results first: the first error in order wins, whichever thread was faster.
         let parts = map_parts(
             &entry.parts_in_order(),
@@ -250,7 +261,7 @@ impl ArtifactFile {
     }
 
     pub(super) fn frames(&self) -> Result<()> {
-        let (footer, _) = header::check(self.bytes(), &self.limits)?;
+        let (footer, ..) = header::check(self.bytes(), &self.limits)?;
         if footer != self.footer {
             return Err(Error::artifact("the file has changed since it was opened"));
         }
@@ -265,7 +276,8 @@ pub(super) fn damaged(place: &str, part: &PartRef) -> Error {
     ))
 }
 
-fn convert(from: Dtype, bytes: &[u8], to: Dtype, out: &mut [u8]) -> Result<()> {
+/// Rewrites weights of one dtype as another.
+pub(crate) fn convert(from: Dtype, bytes: &[u8], to: Dtype, out: &mut [u8]) -> Result<()> {
     if from == to {
         out.copy_from_slice(bytes);
         return Ok(());

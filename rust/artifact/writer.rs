@@ -2,7 +2,7 @@
 
 use super::checksums::checksums;
 use super::header::{self, Footer, align_up};
-use super::index::{Entry, Index, PartRef, SidecarRef, check_alias};
+use super::index::{DeltaRef, Entry, Index, PartRef, SidecarRef, check_alias};
 use super::{KEEP, Limits, WRITER};
 use crate::atomic::AtomicFile;
 use crate::error::{Error, Result};
@@ -36,6 +36,12 @@ impl NewEntry {
         let (codec, params) = (KEEP.to_owned(), BTreeMap::new());
         NewEntry { name: name.into(), shape, dtype, codec, codec_version: 1, axis: 0, params }
     }
+
+    /// What another artifact says of a tensor, without its parts' places.
+    pub fn like(entry: &Entry) -> NewEntry {
+        let Entry { axis, codec, codec_version, dtype, name, params, parts: _, shape } = entry.clone();
+        NewEntry { name, shape, dtype, codec, codec_version, axis, params }
+    }
 }
 
 /// What a finished artifact is.
@@ -50,7 +56,9 @@ pub struct Finished {
 /// An artifact under construction; dropping it before [`Writer::finish`] leaves nothing behind.
 #[derive(Debug)]
 pub struct Writer {
-    file: AtomicFile,
+    /// None where only the identity is asked for.
+    file: Option<AtomicFile>,
+    written: u64,
     index: Index,
     names: HashMap<String, usize>,
     limits: Limits,
@@ -62,13 +70,52 @@ impl Writer {
     /// # Errors
     /// As [`AtomicFile::create`].
     pub fn create(target: &Path, force: bool, expected_bytes: u64, codec: &str) -> Result<Writer> {
-        let limits = Limits::default();
-        limits.check_name("codec", codec).map_err(|e| Error::usage(e.to_string()))?;
-        let mut file = AtomicFile::create(target, force, expected_bytes)?;
-        file.put(&header::header())?;
+        let index = Index { codec: codec.to_owned(), writer: WRITER.to_owned(), ..Index::default() };
+        Self::start(Some((target, force, expected_bytes)), index)
+    }
+
+    /// As [`Writer::create`], for an artifact that another program's version has made before, byte for byte.
+    ///
+    /// # Errors
+    /// As [`AtomicFile::create`].
+    pub fn create_as(target: &Path, force: bool, codec: &str, writer: &str) -> Result<Writer> {
+        let index = Index { codec: codec.to_owned(), writer: writer.to_owned(), ..Index::default() };
+        Self::start(Some((target, force, 0)), index)
+    }
+
+    /// Starts an artifact that is written nowhere: [`Writer::finish`] says what it would be.
+    ///
+    /// # Errors
+    /// A usage error for a codec's name that cannot be.
+    pub fn nowhere(codec: &str, writer: &str) -> Result<Writer> {
+        let index = Index { codec: codec.to_owned(), writer: writer.to_owned(), ..Index::default() };
+        Self::start(None, index)
+    }
+
+    /// Starts a delta; what it is comes at the end, with [`Writer::finish_delta`].
+    ///
+    /// # Errors
+    /// As [`AtomicFile::create`].
+    pub fn create_delta(target: &Path, force: bool, mode: &str, codec: &str) -> Result<Writer> {
+        let delta = DeltaRef {
+            base: [0; 32],
+            files: BTreeMap::new(),
+            mode: mode.to_owned(),
+            removed: Vec::new(),
+            result: [0; 32],
+        };
         let writer = WRITER.to_owned();
-        let index = Index { codec: codec.to_owned(), writer, ..Index::default() };
-        Ok(Writer { file, index, names: HashMap::new(), limits })
+        let index = Index { codec: codec.to_owned(), writer, delta: Some(delta), ..Index::default() };
+        Self::start(Some((target, force, 0)), index)
+    }
+
+    fn start(target: Option<(&Path, bool, u64)>, index: Index) -> Result<Writer> {
+        let limits = Limits::default();
+        limits.check_name("codec", &index.codec).map_err(|e| Error::usage(e.to_string()))?;
+        let file = target.map(|(path, force, bytes)| AtomicFile::create(path, force, bytes)).transpose()?;
+        let mut writer = Writer { file, written: 0, index, names: HashMap::new(), limits };
+        writer.put(&header::header(writer.index.incompat()))?;
+        Ok(writer)
     }
 
     /// Writes a tensor: `parts` in the order of the codec's layout, or one part `data` for a kept tensor.
@@ -91,14 +138,16 @@ impl Writer {
         let mut entry =
             Entry { axis, codec, codec_version, dtype, name: name.clone(), params, parts: refs, shape };
         entry.check(&self.limits).map_err(place)?;
-        if !entry.is_kept() && entry.known_codec().is_none() {
+        // What a delta's own entries hold is the business of those that apply it.
+        let own = self.index.delta.is_some();
+        if !entry.is_kept() && entry.known_codec().is_none() && !own {
             return Err(place(Error::usage(format!(
                 "unknown codec {:?}, version {}",
                 entry.codec, entry.codec_version
             ))));
         }
         let order: Vec<_> = entry.parts_in_order().iter().map(|(part, _)| (*part).to_owned()).collect();
-        if !order.iter().eq(parts.iter().map(|(part, _)| part)) {
+        if entry.known_codec().is_some() && !order.iter().eq(parts.iter().map(|(part, _)| part)) {
             return Err(place(Error::usage(format!("the parts are not {}", order.join(", ")))));
         }
         for (part, bytes) in parts {
@@ -142,10 +191,29 @@ impl Writer {
     ///
     /// # Errors
     /// An I/O error; an input error for more tensors, files or names than an artifact can hold.
-    pub fn finish(mut self) -> Result<Finished> {
+    pub fn finish(self) -> Result<Finished> {
+        self.finish_if(|_| Ok(()))
+    }
+
+    /// As [`Writer::finish`], for a delta: says what it is.
+    ///
+    /// # Errors
+    /// As [`Writer::finish`].
+    pub fn finish_delta(mut self, delta: DeltaRef) -> Result<Finished> {
+        self.index.delta = Some(delta);
+        self.finish()
+    }
+
+    /// As [`Writer::finish`], if `agree` has nothing against the root: the file takes its place only then.
+    ///
+    /// # Errors
+    /// As [`Writer::finish`]; whatever `agree` returned.
+    pub fn finish_if(mut self, agree: impl FnOnce([u8; 32]) -> Result<()>) -> Result<Finished> {
         let json = self.index.to_json();
         let index_off = self.pad()?;
-        self.index.check(index_off, &self.limits).map_err(|e| Error::input(e.to_string()))?;
+        self.index
+            .check(index_off, self.index.incompat(), &self.limits)
+            .map_err(|e| Error::input(e.to_string()))?;
         if json.len() as u64 > self.limits.index_bytes {
             return Err(Error::input(format!(
                 "the index would have {} bytes; at most {} are allowed",
@@ -153,27 +221,35 @@ impl Writer {
                 self.limits.index_bytes
             )));
         }
-        self.file.put(&json)?;
         let root = *blake3::hash(&json).as_bytes();
-        let file_len = self.file.written() + header::FRAME as u64;
-        self.file.put(&Footer { index_off, index_len: json.len() as u64, file_len, root }.to_bytes())?;
-        self.file.commit()?;
+        agree(root)?;
+        self.put(&json)?;
+        let file_len = self.written + header::FRAME as u64;
+        self.put(&Footer { index_off, index_len: json.len() as u64, file_len, root }.to_bytes())?;
+        if let Some(file) = self.file {
+            file.commit()?;
+        }
         Ok(Finished { root, file_len })
     }
 
     /// Writes one part behind the last, hashing it at the same time.
     fn part(&mut self, bytes: &[u8]) -> Result<PartRef> {
         let off = self.pad()?;
-        let (written, sums) = rayon::join(|| self.file.put(bytes), || checksums(bytes));
+        let (written, sums) = rayon::join(|| self.put(bytes), || checksums(bytes));
         written?;
         Ok(PartRef { b3: sums.1, len: bytes.len() as u64, off, xxh3: sums.0 })
     }
 
+    fn put(&mut self, bytes: &[u8]) -> Result<()> {
+        self.written += bytes.len() as u64;
+        self.file.as_mut().map_or(Ok(()), |file| file.put(bytes))
+    }
+
     /// Writes zeros up to the next place where something can start.
     fn pad(&mut self) -> Result<u64> {
-        let end = self.file.written();
+        let end = self.written;
         let start = align_up(end).ok_or_else(|| Error::input("the artifact would have 2^64 bytes"))?;
-        self.file.put(&[0; header::ALIGN as usize][..(start - end) as usize])?;
+        self.put(&[0; header::ALIGN as usize][..(start - end) as usize])?;
         Ok(start)
     }
 }

@@ -28,6 +28,7 @@ pub const fn layout<const G: usize, const BITS: u32>(name: &'static str, parts: 
         // Steps are some 4,000 times smaller than weights.
         normal_from: 0.125,
         decode: decode::<G, BITS>,
+        under_rows: Some(encode_under_rows::<G, BITS>),
         calibrated: Some(Calibrated { search: encode::<G, BITS>, feedback: feedback::<AffineU8<G, BITS>> }),
     }
 }
@@ -104,11 +105,22 @@ pub fn encode<const G: usize, const BITS: u32>(
     strip: Strip<'_>,
     parts: &mut [&mut [u8]],
 ) -> Range {
-    level.run(Encode::<G, BITS> { strip, parts })
+    level.run(Encode::<G, BITS> { strip, given: false, parts })
+}
+
+/// Encodes rows whose maps from bytes to parameters are given.
+fn encode_under_rows<const G: usize, const BITS: u32>(
+    level: Level,
+    strip: Strip<'_>,
+    parts: &mut [&mut [u8]],
+) -> Range {
+    level.run(Encode::<G, BITS> { strip, given: true, parts })
 }
 
 struct Encode<'a, 'b, 'c, const G: usize, const BITS: u32> {
     strip: Strip<'a>,
+    /// Whether the parts hold the rows' maps already.
+    given: bool,
     parts: &'b mut [&'c mut [u8]],
 }
 
@@ -147,7 +159,12 @@ impl<const G: usize, const BITS: u32> Kernel for Encode<'_, '_, '_, G, BITS> {
                     (free_scales[group], free_offsets[group]) = (scale_lanes[lane], offset_lanes[lane]);
                 }
             }
-            let maps = [Map::covering(&free_scales), Map::covering(&free_offsets)];
+            let maps = if self.given {
+                let [a, b, c, d, e, f, g, h] = *params;
+                [Map::from_le_bytes([a, b, c, d]), Map::from_le_bytes([e, f, g, h])]
+            } else {
+                [Map::covering(&free_scales), Map::covering(&free_offsets)]
+            };
             params[..4].copy_from_slice(&maps[0].to_le_bytes());
             params[4..].copy_from_slice(&maps[1].to_le_bytes());
             for block in row.grid.blocks() {

@@ -143,7 +143,9 @@ pub fn store_bits(part: &mut [u8], row: usize, codes: &[u8], bits: usize, shift:
     let row_bytes = codes.len().div_ceil(per_byte);
     for (byte, codes) in part[row * row_bytes..][..row_bytes].iter_mut().zip(codes.chunks(per_byte)) {
         let bits_of = |code: u8| (code >> shift) & (u8::MAX >> (8 - bits));
-        *byte = codes.iter().rev().fold(0, |byte, code| byte << bits | bits_of(*code));
+        // A code of eight bits leaves nothing of the byte before it.
+        let shifted = |byte: u8| byte.checked_shl(bits as u32).unwrap_or(0);
+        *byte = codes.iter().rev().fold(0, |byte, code| shifted(byte) | bits_of(*code));
     }
 }
 

@@ -20,6 +20,7 @@ pub static INT8_SYM: Layout = Layout {
     // FP32 scales do not care, but a scale must not be subnormal.
     normal_from: f32::MIN_POSITIVE * 1024.0,
     decode,
+    under_rows: None,
     calibrated: None,
 };
 

@@ -48,6 +48,7 @@ pub static INT4_LUT16: Layout = Layout {
     // Super-scales are some 4,000 times smaller than weights.
     normal_from: 0.125,
     decode,
+    under_rows: None,
     calibrated: Some(Calibrated { search: encode, feedback: feedback::<Lut16> }),
 };
 

@@ -19,7 +19,7 @@ mod search;
 pub mod simd;
 
 pub use factor::{Cholesky, Factor};
-pub use feedback::{OutputError, ROWS as FEEDBACK_ROWS};
+pub use feedback::{OutputError, ROWS as FEEDBACK_ROWS, store_bits};
 pub use half_floats::{narrow_f16, widen_f16};
 pub use lut16::TABLES as LUT16_TABLES;
 pub use range::{EXPONENTS, Range};
@@ -103,9 +103,16 @@ pub struct Layout {
     pub normal_from: f32,
     /// Decodes whole rows: `parts[i]` holds rows of part i, `out` is `[rows, cols]`.
     pub decode: fn(level: Level, parts: &[&[u8]], cols: usize, out: &mut [f32]),
+    /// As [`Codec::encode`], for rows whose own numbers (the parts that are [`Per::Row`]) are given: what is stored
+    /// for single groups follows small changes of the weights in small steps. `None` where groups do not depend on
+    /// such numbers.
+    pub under_rows: Option<Encode>,
     /// How codes are chosen with statistics of the layer's input; `None` where they gain nothing.
     pub calibrated: Option<Calibrated>,
 }
+
+/// See [`Codec::encode`].
+pub type Encode = fn(level: Level, strip: Strip<'_>, parts: &mut [&mut [u8]]) -> Range;
 
 /// A layout's encoders that heed the layer's input, whatever the codec's own is.
 #[derive(Clone, Copy)]

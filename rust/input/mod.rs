@@ -90,22 +90,37 @@ pub trait Model: Send + Sync {
     }
 }
 
-/// BLAKE3 of every tensor's name, dtype, shape and elements, in the order of the names: what a model is, whatever
-/// file or shards hold it.
+/// BLAKE3 of every tensor's name, dtype, shape and the BLAKE3 of its elements, in the order of the names: what a
+/// model is, whatever file or shards hold it.
 ///
 /// # Errors
 /// An input error if a file has changed since it was opened.
 pub fn digest(model: &dyn Model) -> Result<[u8; 32]> {
-    let mut order: Vec<usize> = (0..model.tensors().len()).collect();
-    order.sort_by(|&a, &b| model.tensors()[a].name.cmp(&model.tensors()[b].name));
+    let digests = (0..model.tensors().len()).map(|i| Ok(content_digest(&model.read(i)?.bytes)));
+    Ok(digest_of(model.tensors(), &digests.collect::<Result<Vec<_>>>()?))
+}
+
+/// BLAKE3 of a tensor's elements, on the threads that are free.
+pub fn content_digest(bytes: &[u8]) -> [u8; 32] {
+    *blake3::Hasher::new().update_rayon(bytes).finalize().as_bytes()
+}
+
+/// The [`digest`] of a model whose tensors have those digests of their own.
+pub fn digest_of(tensors: &[TensorInfo], digests: &[[u8; 32]]) -> [u8; 32] {
+    let mut order: Vec<_> = tensors.iter().zip(digests).collect();
+    order.sort_by_key(|(info, _)| &info.name);
     let mut hasher = blake3::Hasher::new();
-    for i in order {
-        let info = &model.tensors()[i];
-        let head = format!("{:?} {} {:?}\n", info.name, info.encoding.name(), info.shape);
-        hasher.update(head.as_bytes());
-        hasher.update_rayon(&model.read(i)?.bytes);
+    for (info, digest) in order {
+        let line = format!(
+            "{:?} {} {:?} {}\n",
+            info.name,
+            info.encoding.name(),
+            info.shape,
+            blake3::Hash::from_bytes(*digest).to_hex()
+        );
+        hasher.update(line.as_bytes());
     }
-    Ok(*hasher.finalize().as_bytes())
+    *hasher.finalize().as_bytes()
 }
 
 /// Opens a model of any format: the contents decide, not the file's name.

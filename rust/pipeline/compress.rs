@@ -370,7 +370,7 @@ fn elements(info: &TensorInfo) -> u64 {
 }
 
 /// A tensor's bytes in its own dtype; GGUF's blocks become FP32.
-fn plain(tensor: Tensor<'_>) -> Cow<'_, [u8]> {
+pub(crate) fn plain(tensor: Tensor<'_>) -> Cow<'_, [u8]> {
     if matches!(tensor.encoding, crate::tensor::Encoding::Plain(_)) {
         return tensor.bytes;
     }

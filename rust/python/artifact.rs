@@ -4,13 +4,19 @@ use super::buffers::BytesMut;
 use super::progress::Callback;
 use super::{dtype_named, on_pool, to_py};
 use crate::ArtifactFile as Core;
-use crate::artifact::{Limits, PartRef};
+use crate::artifact::{Entry, Limits, PartRef};
+use crate::delta;
 use crate::tensor::Rows;
 use pyo3::ffi;
 use pyo3::prelude::*;
 use serde_json::{Value, json};
 use std::ffi::c_int;
 use std::path::PathBuf;
+
+/// Whether an entry is coded in a way of deltas that this build knows.
+fn of_delta(file: &Core, entry: &Entry) -> bool {
+    file.delta().is_some() && delta::Method::of(entry).is_ok()
+}
 
 /// An open artifact; a buffer over the whole file, read-only.
 #[pyclass(frozen, module = "tenpak._core")]
@@ -54,7 +60,7 @@ impl ArtifactFile {
                 json!({
                     "name": e.name, "shape": e.shape, "dtype": e.dtype.name(), "codec": e.codec,
                     "codec_version": e.codec_version, "axis": e.axis, "params": e.params, "parts": parts,
-                    "exponent": e.exponent(), "known": known.is_some() || e.is_kept(),
+                    "exponent": e.exponent(), "known": known.is_some() || e.is_kept() || of_delta(&self.0, e),
                 })
             })
             .collect();
@@ -64,7 +70,7 @@ impl ArtifactFile {
             "version": self.0.version(), "codec": self.0.codec(), "writer": self.0.writer(),
             "root": self.0.root().iter().map(|b| format!("{b:02x}")).collect::<String>(),
             "file_len": self.0.file_len(), "index_len": self.0.index_len(),
-            "tensors": tensors, "aliases": self.0.aliases(), "files": files,
+            "tensors": tensors, "aliases": self.0.aliases(), "files": files, "delta": self.0.delta(),
         })
         .to_string()
     }
@@ -101,6 +107,12 @@ impl ArtifactFile {
             self.0.checked_part(found.ok_or_else(missing)?, name).map(drop)
         });
         done.map_err(|e| to_py(py, e))
+    }
+
+    /// In a delta: how the chunks of a tensor are coded, how many in each way, and their bytes.
+    fn chunk_kinds(&self, py: Python<'_>, name: &str) -> PyResult<Vec<(&'static str, u64, u64)>> {
+        let kinds = py.detach(|| delta::chunk_kinds(&self.0, self.0.find(name)?));
+        kinds.map_err(|e| to_py(py, e))
     }
 
     /// Checks every byte; returns tensors, parts, files and bytes.

@@ -44,7 +44,7 @@ def run(arguments: argparse.Namespace) -> None:
             dtype=arguments.dtype,
             threads=arguments.threads,
             force=arguments.force,
-            shard_bytes=_size(arguments.max_shard_size),
+            shard_bytes=parse_size(arguments.max_shard_size),
             progress=line,
         )
     if report.files_left_out and not arguments.quiet:
@@ -63,7 +63,8 @@ def run(arguments: argparse.Namespace) -> None:
     print(pairs(rows))
 
 
-def _size(text: str | None) -> int | None:
+def parse_size(text: str | None) -> int | None:
+    """The bytes that --max-shard-size asks for."""
     if text is None:
         return None
     unit = _UNITS.get(text[-2:].upper(), 0)

@@ -16,6 +16,7 @@ from typing import Any
 
 import tenpak
 from tenpak.artifact import ArtifactFile, TensorInfo
+from tenpak.cli import delta_view
 from tenpak.cli.table import count, number, pairs, print_json, size, table, times
 
 
@@ -32,9 +33,11 @@ def run(arguments: argparse.Namespace) -> None:
             if arguments.json:
                 print_json(_tensor(info))
             else:
-                print(_describe(info))
+                print(_describe(info, artifact))
         elif arguments.json:
             print_json(_summary(artifact) | {"tensors": [_tensor(info) for info in artifact.infos]})
+        elif artifact.delta is not None:
+            print(delta_view.text(artifact, artifact.delta, arguments.summary))
         else:
             print(_text(artifact, arguments.summary))
 
@@ -59,6 +62,7 @@ def _summary(artifact: ArtifactFile) -> dict[str, Any]:
         "compression_fp16": 2 * weights / artifact.nbytes if weights else None,
         "aliases": artifact.aliases,
         "files": artifact.files,
+        "delta": None if artifact.delta is None else delta_view.summary(artifact, artifact.delta),
     }
 
 
@@ -75,6 +79,7 @@ def _tensor(info: TensorInfo) -> dict[str, Any]:
         "weights": info.weights,
         "bytes": info.nbytes,
         "bits_per_weight": info.bits_per_weight,
+        "params": info.params,
         "parts": [vars(part) for part in info.parts],
     }
 
@@ -115,7 +120,7 @@ def _text(artifact: ArtifactFile, summary_only: bool) -> str:
     return text + "\n\n" + table(["tensor", "shape", "from", "codec", "bytes", "bits/weight"], tensors)
 
 
-def _describe(info: TensorInfo) -> str:
+def _describe(info: TensorInfo, artifact: ArtifactFile) -> str:
     rows = [
         ("tensor", info.name),
         ("shape", " x ".join(map(str, info.shape)) or "scalar"),
@@ -125,6 +130,8 @@ def _describe(info: TensorInfo) -> str:
         ("exponent", str(info.exponent)),
         ("bits/weight", number(info.bits_per_weight, 4)),
     ]
+    if artifact.delta is not None:
+        rows += delta_view.describe(artifact, info)
     parts = [
         [part.name, part.dtype, " x ".join(map(str, part.shape)), count(part.nbytes), count(part.offset)]
         for part in info.parts
