@@ -12,6 +12,7 @@
 //! - [`calibration`]: statistics of layers' inputs, which some encoders heed.
 //! - [`mean_field`]: the same estimated from the weights alone, where there are no statistics.
 //! - [`plan`] and [`pipeline`]: which tensor gets which codec, and a whole model through all of the above.
+//! - [`wgpu_gemm`]: products with quantised weights on any GPU (feature `gpu`); it knows only [`codec`].
 
 pub mod artifact;
 pub mod atomic;
@@ -27,6 +28,7 @@ pub mod plan;
 mod python;
 pub mod runner;
 pub mod tensor;
+pub mod wgpu_gemm;
 
 pub use artifact::ArtifactFile;
 pub use error::{Error, Kind, Result};
