@@ -25,7 +25,7 @@ POSITIONS = 256
 
 #: Called with tokens done and in all, after each batch.
 Progress = Callable[[int, int], object]
-Device = Literal["cpu", "cuda"]
+Device = Literal["cpu", "cuda", "wgpu"]
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,8 @@ def evaluate(
         against: The original, in any of the forms that `model` has.
         context: Tokens in a window; None for 1024, or as many as the models were made for.
         windows: The most windows to use, from the start; None for all.
-        device: Where to compute, for models that are not open yet; `cuda` needs CuPy.
+        device: Where to compute, for models that are not open yet; `cuda` needs CuPy, `wgpu` a `.tenpak`, whose
+            quantised layers it runs on the default GPU of `tenpak.wgpu` (the original stays on the CPU).
         batch: Windows that are computed at once; None for 1 on the CPU and 8 elsewhere.
         progress: Called with tokens done and in all.
 
@@ -111,8 +112,8 @@ def evaluate(
     for name, value, least in (("context", context, 2), ("windows", windows, 1), ("batch", batch, 1)):
         if value is not None and value < least:
             raise UsageError(f"{name} {value} is too small; give at least {least}")
-    xp = array_module(device)
-    decoder = model if isinstance(model, Decoder) else Decoder.open(model, xp=xp)
+    xp = array_module("cpu" if device == "wgpu" else device)
+    decoder = model if isinstance(model, Decoder) else open_on(model, device)
     original = against if against is None or isinstance(against, Decoder) else Decoder.open(against, xp=xp)
     both = [decoder] if original is None else [decoder, original]
     if context is None:
@@ -158,7 +159,7 @@ def evaluate(
         )
     return EvalReport(
         model=decoder.source.path,
-        device="cpu" if decoder.xp is np else "cuda",
+        device=device if decoder is not model else "cpu" if decoder.xp is np else "cuda",
         context=parts.shape[1],
         windows=len(parts),
         predicted=len(parts) * (parts.shape[1] - 1),
@@ -169,12 +170,23 @@ def evaluate(
     )
 
 
+def open_on(model: str | os.PathLike[str], device: str) -> Decoder:
+    """Opens a model with its weights on a device: `cpu`, `cuda`, or `wgpu`, which takes quantised layers alone."""
+    if device != "wgpu":
+        return Decoder.open(model, xp=array_module(device))
+    from tenpak import wgpu
+
+    decoder = Decoder.open(model)
+    wgpu.place(decoder)
+    return decoder
+
+
 def array_module(device: str) -> Any:
     """NumPy for `cpu`, CuPy for `cuda`."""
     if device == "cpu":
         return np
     if device != "cuda":
-        raise UsageError(f"unknown device {device!r}; choose cpu or cuda")
+        raise UsageError(f"unknown device {device!r}; choose cpu, cuda or wgpu")
     try:
         import cupy
     except ImportError:

@@ -66,7 +66,8 @@ impl<'a> Batch<'a> {
                 x.len()
             )));
         }
-        let elements = tokens.checked_mul(rows).ok_or_else(|| Error::usage(format!("{tokens} tokens are too many")))?;
+        let elements =
+            tokens.checked_mul(rows).ok_or_else(|| Error::usage(format!("{tokens} tokens are too many")))?;
         let mut buffers = Vec::new();
         if elements > 0 && cols > 0 {
             let at_once = tokens_at_once(self.context, weight)?;
@@ -87,7 +88,8 @@ impl<'a> Batch<'a> {
             let mapped = buffer(context, size, usage);
             (inputs(context, x, weight), outputs(context, size), mapped)
         })?;
-        let dispatches = dispatches(context, &inputs, &outputs, tokens, weight, half_scale(context, x, tokens, weight))?;
+        let dispatches =
+            dispatches(context, &inputs, &outputs, tokens, weight, half_scale(context, x, tokens, weight))?;
         let device = &context.device;
         let encoder = self.encoder.get_or_insert_with(|| device.create_command_encoder(&Default::default()));
         context.guarded(WHAT, || {
@@ -156,7 +158,12 @@ fn half_scale(context: &Context, x: &[f32], tokens: usize, weight: &Weight) -> O
 }
 
 fn buffer(context: &Context, size: u64, usage: wgpu::BufferUsages) -> wgpu::Buffer {
-    context.device.create_buffer(&wgpu::BufferDescriptor { label: None, size, usage, mapped_at_creation: false })
+    context.device.create_buffer(&wgpu::BufferDescriptor {
+        label: None,
+        size,
+        usage,
+        mapped_at_creation: false,
+    })
 }
 
 /// Inputs in GPU memory, each token's padded with zeros to whole octets.
@@ -274,7 +281,8 @@ pub(super) fn time(context: &Context, weights: &[&Weight], tokens: usize, rounds
             return Err(Error::usage(format!("{tokens} tokens cannot be timed at once")));
         }
         // Anything but zeros, which some GPUs multiply with less power.
-        let x: Vec<f32> = (0..tokens * weight.cols).map(|i| (i * 2_654_435_761 % 1021) as f32 / 1021.0 - 0.5).collect();
+        let x: Vec<f32> =
+            (0..tokens * weight.cols).map(|i| (i * 2_654_435_761 % 1021) as f32 / 1021.0 - 0.5).collect();
         let outputs = context.guarded(WHAT, || outputs(context, (4 * tokens * weight.rows) as u64))?;
         let inputs = context.guarded(WHAT, || inputs(context, &x, weight))?;
         let half = half_scale(context, &x, tokens, weight);

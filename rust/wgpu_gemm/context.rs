@@ -1,6 +1,7 @@
 //! One GPU: choosing its adapter, what it can do, and turning its failures into errors.
 
 use super::batch::Batch;
+use super::blocking::block_on;
 use super::kernels::Config;
 use super::weight::Weight;
 use super::{ADAPTER_VARIABLE, AdapterInfo, Options, Power, Precision};
@@ -35,7 +36,7 @@ fn all(power: Power) -> Vec<wgpu::Adapter> {
         backends,
         ..wgpu::InstanceDescriptor::new_without_display_handle()
     });
-    let mut adapters = pollster::block_on(instance.enumerate_adapters(backends));
+    let mut adapters = block_on(instance.enumerate_adapters(backends));
     adapters.sort_by_key(|adapter| match (adapter.get_info().device_type, power) {
         (wgpu::DeviceType::DiscreteGpu, Power::High) | (wgpu::DeviceType::IntegratedGpu, Power::Low) => 0,
         (wgpu::DeviceType::IntegratedGpu, Power::High) | (wgpu::DeviceType::DiscreteGpu, Power::Low) => 1,
@@ -84,7 +85,10 @@ impl Context {
                 let fits = |i: &AdapterInfo| i.name.to_lowercase().contains(&wanted) || i.backend == wanted;
                 let place = infos.iter().position(fits).ok_or_else(|| {
                     let names: Vec<_> = infos.iter().map(|i| format!("{} ({})", i.name, i.backend)).collect();
-                    Error::unsupported(format!("no adapter is called {name:?}; there are {}", names.join(", ")))
+                    Error::unsupported(format!(
+                        "no adapter is called {name:?}; there are {}",
+                        names.join(", ")
+                    ))
                 })?;
                 Some(found.swap_remove(place))
             }
@@ -96,8 +100,7 @@ impl Context {
             )
         })?;
         let info = info(&adapter);
-        let wanted =
-            wgpu::Features::SHADER_F16 | wgpu::Features::SUBGROUP | wgpu::Features::TIMESTAMP_QUERY;
+        let wanted = wgpu::Features::SHADER_F16 | wgpu::Features::SUBGROUP | wgpu::Features::TIMESTAMP_QUERY;
         let opened = adapter.request_device(&wgpu::DeviceDescriptor {
             label: Some("tenpak"),
             required_features: adapter.features() & wanted,
@@ -197,7 +200,7 @@ impl Context {
         let internal = self.device.push_error_scope(wgpu::ErrorFilter::Internal);
         let validation = self.device.push_error_scope(wgpu::ErrorFilter::Validation);
         let done = work();
-        let errors = [validation, internal, memory].map(|scope| pollster::block_on(scope.pop()));
+        let errors = [validation, internal, memory].map(|scope| block_on(scope.pop()));
         self.check(what)?;
         match errors.into_iter().flatten().next() {
             None => Ok(done),
@@ -223,7 +226,10 @@ impl Context {
             None => Ok(()),
             Some(reason) => {
                 let name = &self.info.name;
-                Err(Error::new(Kind::Io, format!("cannot {what}: the device {name} is lost ({reason}); open it again")))
+                Err(Error::new(
+                    Kind::Io,
+                    format!("cannot {what}: the device {name} is lost ({reason}); open it again"),
+                ))
             }
         }
     }
@@ -232,7 +238,9 @@ impl Context {
     pub(super) fn wait(&self, what: &str) -> Result<()> {
         let waited = self.device.poll(wgpu::PollType::wait_indefinitely());
         self.check(what)?;
-        waited.map(drop).map_err(|e| Error::new(Kind::Io, format!("cannot {what} on {}: {e}", self.info.name)))
+        waited
+            .map(drop)
+            .map_err(|e| Error::new(Kind::Io, format!("cannot {what} on {}: {e}", self.info.name)))
     }
 
     /// Sends waiting copies on, and waits for them.

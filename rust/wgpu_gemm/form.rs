@@ -76,7 +76,9 @@ impl Form {
             _ => return Err(unknown(layout)),
         };
         match family {
-            Family::AffineHalf { group } | Family::AffineBytes { group, .. } | Family::Tables { group, .. }
+            Family::AffineHalf { group }
+            | Family::AffineBytes { group, .. }
+            | Family::Tables { group, .. }
                 if group % OCTET != 0 =>
             {
                 Err(unknown(layout))
@@ -85,13 +87,13 @@ impl Form {
         }
     }
 
-    /// The prelude's source.
+    /// The prelude's file.
     pub fn prelude(self) -> &'static str {
         match self.family {
-            Family::AffineHalf { .. } => include_str!("affine_half.wgsl"),
-            Family::AffineBytes { .. } => include_str!("affine_bytes.wgsl"),
-            Family::Tables { .. } => include_str!("tables.wgsl"),
-            Family::Bytes => include_str!("bytes.wgsl"),
+            Family::AffineHalf { .. } => "affine_half.wgsl",
+            Family::AffineBytes { .. } => "affine_bytes.wgsl",
+            Family::Tables { .. } => "tables.wgsl",
+            Family::Bytes => "bytes.wgsl",
         }
     }
 
@@ -133,14 +135,24 @@ impl Form {
             Family::AffineBytes { high_bits: 0, .. } => &[16 * octets, 8 * groups, 64],
             Family::AffineBytes { high_bits, .. } => &[16 * octets, 8 * groups, 64, 4 * high_bits * octets],
             Family::Tables { .. } => &[16 * octets, 4 * groups, 8 * supers],
-            Family::Bytes => return vec![Buffer { binding: 3, bytes: 32 * octets }, Buffer { binding: 5, bytes: 16 }],
+            Family::Bytes => {
+                return vec![Buffer { binding: 3, bytes: 32 * octets }, Buffer { binding: 5, bytes: 16 }];
+            }
         };
         sizes.iter().zip(FIRST_BINDING..).map(|(&bytes, binding)| Buffer { binding, bytes }).collect()
     }
 
     /// Writes the quads from row `first` on into `out`, one slice a buffer, which hold zeros; `parts` are those of
     /// the whole weight, [rows, cols]. Returns the largest magnitude that a rebuilt weight can have.
-    pub fn pack(self, layout: &Layout, parts: &[&[u8]], rows: usize, cols: usize, first: usize, out: &mut [Vec<u8>]) -> f32 {
+    pub fn pack(
+        self,
+        layout: &Layout,
+        parts: &[&[u8]],
+        rows: usize,
+        cols: usize,
+        first: usize,
+        out: &mut [Vec<u8>],
+    ) -> f32 {
         let sizes = self.buffers(cols);
         let quads = out[0].len() / sizes[0].bytes.max(1);
         let row = |part: usize, row: usize| -> &[u8] {
@@ -154,13 +166,18 @@ impl Form {
                 if from >= rows {
                     break;
                 }
-                let mut to: Vec<&mut [u8]> =
-                    out.iter_mut().zip(&sizes).map(|(out, size)| &mut out[quad * size.bytes..][..size.bytes]).collect();
+                let mut to: Vec<&mut [u8]> = out
+                    .iter_mut()
+                    .zip(&sizes)
+                    .map(|(out, size)| &mut out[quad * size.bytes..][..size.bytes])
+                    .collect();
                 match self.family {
                     Family::AffineHalf { .. } => {
                         interleave(row(0, from), to[0], r, 4, 16);
                         interleave_pairs(row(1, from), row(2, from), 2, to[1], r);
-                        for (s, o) in row(1, from).as_chunks::<2>().0.iter().zip(row(2, from).as_chunks::<2>().0) {
+                        for (s, o) in
+                            row(1, from).as_chunks::<2>().0.iter().zip(row(2, from).as_chunks::<2>().0)
+                        {
                             let (s, o) = (f16::from_le_bytes(*s).to_f32(), f16::from_le_bytes(*o).to_f32());
                             largest = largest.max(o.abs()).max((15.0 * s + o).abs());
                         }
@@ -169,8 +186,12 @@ impl Form {
                         interleave(row(0, from), to[0], r, 4, 16);
                         interleave(row(1, from), to[1], r, 1, 8);
                         interleave(row(2, from), &mut to[1][4..], r, 1, 8);
-                        let line: Vec<f32> =
-                            row(3, from).as_chunks::<2>().0.iter().map(|b| f16::from_le_bytes(*b).to_f32()).collect();
+                        let line: Vec<f32> = row(3, from)
+                            .as_chunks::<2>()
+                            .0
+                            .iter()
+                            .map(|b| f16::from_le_bytes(*b).to_f32())
+                            .collect();
                         to[2][16 * r..][..16].copy_from_slice(bytemuck::cast_slice(&line));
                         if high_bits > 0 {
                             interleave(row(4, from), to[3], r, high_bits, QUAD * high_bits);
@@ -184,7 +205,11 @@ impl Form {
                         interleave(row(0, from), to[0], r, 4, 16);
                         interleave(row(1, from), to[1], r, 1, 4);
                         interleave(row(2, from), to[2], r, 2, 8);
-                        let supers = row(2, from).as_chunks::<2>().0.iter().map(|b| f16::from_le_bytes(*b).to_f32().abs());
+                        let supers = row(2, from)
+                            .as_chunks::<2>()
+                            .0
+                            .iter()
+                            .map(|b| f16::from_le_bytes(*b).to_f32().abs());
                         largest = supers.fold(largest, |largest, d| largest.max(d * 32.0 * 128.0));
                     }
                     Family::Bytes => {

@@ -48,7 +48,8 @@ impl G8GemmContext {
         k: usize,
     ) -> Result<Vec<f32>> {
         let (scales, offsets) = (halves("scales", scales)?, halves("offsets", offsets)?);
-        let weight = self.context.weight(codec::find(CODEC)?.layout, &[w_packed, &scales, &offsets], n, k, 0)?;
+        let weight =
+            self.context.weight(codec::find(CODEC)?.layout, &[w_packed, &scales, &offsets], n, k, 0)?;
         self.context.matmul(x, m, &weight).await
     }
 }

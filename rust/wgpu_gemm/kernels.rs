@@ -4,7 +4,24 @@ use super::context::Context;
 use super::form::{Form, OCTET, QUAD};
 use super::template::{Constant, expand};
 use crate::error::Result;
+use std::borrow::Cow;
 use std::sync::Arc;
+
+macro_rules! sources {
+    ($($name:literal),* $(,)?) => {
+        &[$(($name, include_str!($name))),*]
+    };
+}
+
+static SOURCES: &[(&str, &str)] = sources![
+    "affine_bytes.wgsl",
+    "affine_half.wgsl",
+    "bytes.wgsl",
+    "common.wgsl",
+    "gemm.wgsl",
+    "gemv.wgsl",
+    "tables.wgsl",
+];
 
 /// Up to so many tokens a kernel for few is used.
 const FEW: usize = 4;
@@ -25,6 +42,20 @@ enum Kernel {
     Few { threads: u32, quads: u32, units: u32, tokens: u32, subgroups: bool },
     /// gemm.wgsl.
     Many { columns: u32, tokens: u32, half: bool },
+}
+
+/// The variable that names a folder to read kernels from, so that one can edit them without a rebuild.
+const FOLDER_VARIABLE: &str = "TENPAK_WGSL_DIR";
+
+/// The text of a WGSL file of this folder.
+fn source(name: &str) -> Cow<'static, str> {
+    if let Some(folder) = std::env::var_os(FOLDER_VARIABLE)
+        && let Ok(text) = std::fs::read_to_string(std::path::Path::new(&folder).join(name))
+    {
+        return text.into();
+    }
+    let known = SOURCES.iter().find(|(known, _)| *known == name);
+    known.expect("a file of this folder").1.into()
 }
 
 /// Whether so many tokens are for gemv.wgsl, which computes in FP32 alone.
@@ -81,7 +112,7 @@ impl Config {
                 set("SUMS_PER_THREAD", quads * tokens);
                 // A subgroup has four lanes or more.
                 set("SUMS", quads * tokens * if subgroups { threads.div_ceil(4) } else { threads });
-                (include_str!("gemv.wgsl"), if subgroups { "enable subgroups;\n" } else { "" })
+                ("gemv.wgsl", "")
             }
             Kernel::Many { columns, tokens, half } => {
                 set("COLUMNS", columns);
@@ -89,10 +120,10 @@ impl Config {
                 set("THREADS", (TILE_ROWS / QUAD) as u32 * tokens / OCTET as u32);
                 set("HALF", half.into());
                 constants.push(("TILE", if half { "f16" } else { "f32" }.into()));
-                (include_str!("gemm.wgsl"), if half { "enable f16;\n" } else { "" })
+                ("gemm.wgsl", if half { "enable f16;\n" } else { "" })
             }
         };
-        let text = [include_str!("common.wgsl"), self.form.prelude(), kernel].join("\n");
+        let text = ["common.wgsl", self.form.prelude(), kernel].map(|name| source(name)).join("\n");
         extensions.to_owned() + &expand(&text, &constants)
     }
 

@@ -14,10 +14,11 @@
 //! in GPU memory ([`Weight`]), and a [`Batch`] puts many products into one submission.
 //!
 //! Without the Cargo feature `gpu` all names exist, and making a context fails with a sentence that says so. No runtime
-//! is needed: a future that this module returns does its waiting when it is polled, so `pollster::block_on` will do.
+//! is needed: a future that this module returns does its waiting when it is polled, so [`block_on`] will do.
 
 #[cfg(feature = "gpu")]
 mod batch;
+mod blocking;
 #[cfg(feature = "gpu")]
 mod context;
 #[cfg(feature = "gpu")]
@@ -37,6 +38,7 @@ mod absent;
 pub use absent::{Batch, Context, Weight, adapters};
 #[cfg(feature = "gpu")]
 pub use batch::Batch;
+pub use blocking::block_on;
 #[cfg(feature = "gpu")]
 pub use context::{Context, adapters};
 pub use g8::G8GemmContext;

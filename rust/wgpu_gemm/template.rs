@@ -130,7 +130,8 @@ mod tests {
     #[test]
     fn blocks_nest_and_names_are_replaced() {
         let source = "#for i in 0..N\n#if A\nx_{i+1} {B}\n#else\ny\n#endif\n#end\nfn f() { z{i*2/4} }";
-        let constants = |a: u32| [("N", "2".into()), ("A", a.to_string()), ("B", "b, c".into()), ("i", "6".into())];
+        let constants =
+            |a: u32| [("N", "2".into()), ("A", a.to_string()), ("B", "b, c".into()), ("i", "6".into())];
         assert_eq!(expand(source, &constants(1)), "x_1 b, c\nx_2 b, c\nfn f() { z3 }\n");
         assert_eq!(expand(source, &constants(0)), "y\ny\nfn f() { z3 }\n");
     }

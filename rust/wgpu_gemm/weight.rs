@@ -146,5 +146,7 @@ fn exp2(exponent: i32) -> Result<f32> {
     if scale.is_finite() && scale > 0.0 {
         return Ok(scale);
     }
-    Err(Error::unsupported(format!("an exponent of {exponent} is beyond FP32, in which products are computed")))
+    Err(Error::unsupported(format!(
+        "an exponent of {exponent} is beyond FP32, in which products are computed"
+    )))
 }

@@ -5,16 +5,12 @@
 #[cfg(not(feature = "gpu"))]
 #[test]
 fn without_the_feature_the_names_exist_and_say_what_to_enable() {
-    use tenpak::wgpu_gemm::{Context, G8GemmContext, Options, adapters};
-    let mut ready = std::pin::pin!(async {
-        [
-            G8GemmContext::new().await.map(drop),
-            Context::new(Options::default()).await.map(drop),
-            adapters().map(drop),
-        ]
-    });
-    let mut nothing = std::task::Context::from_waker(std::task::Waker::noop());
-    let std::task::Poll::Ready(results) = Future::poll(ready.as_mut(), &mut nothing) else { panic!("it waits") };
+    use tenpak::wgpu_gemm::{Context, G8GemmContext, Options, adapters, block_on};
+    let results = [
+        block_on(G8GemmContext::new()).map(drop),
+        block_on(Context::new(Options::default())).map(drop),
+        adapters().map(drop),
+    ];
     for result in results {
         let error = result.expect_err("there are no kernels");
         assert_eq!(error.kind(), tenpak::Kind::Unsupported);
@@ -24,10 +20,9 @@ fn without_the_feature_the_names_exist_and_say_what_to_enable() {
 
 #[cfg(feature = "gpu")]
 mod products {
-    use pollster::block_on;
     use tenpak::codec::{self, Codec, Layout};
     use tenpak::tensor::{Dtype, Encoding, Tensor};
-    use tenpak::wgpu_gemm::{Context, G8GemmContext, Options, Precision, Weight, adapters};
+    use tenpak::wgpu_gemm::{Context, G8GemmContext, Options, Precision, Weight, adapters, block_on};
     use tenpak::{Kind, runner};
 
     /// Numbers in -1..1 that are the same on every machine.
@@ -58,7 +53,8 @@ mod products {
         let weights: Vec<f32> = random.vec(rows * cols).iter().map(|w| w * size).collect();
         let shape = vec![rows, cols];
         let bytes: Vec<u8> = weights.iter().flat_map(|w| w.to_le_bytes()).collect();
-        let tensor = Tensor { shape: shape.clone(), encoding: Encoding::Plain(Dtype::F32), bytes: bytes.into() };
+        let tensor =
+            Tensor { shape: shape.clone(), encoding: Encoding::Plain(Dtype::F32), bytes: bytes.into() };
         let encoded = runner::encode(&tensor, 1, codec, None, false).expect("finite weights");
         let parts: Vec<&[u8]> = encoded.parts.iter().map(Vec::as_slice).collect();
         let exponent = encoded.outcome.exponent;
@@ -112,7 +108,8 @@ mod products {
     fn every_layout_gives_the_products_of_its_rebuilt_weights() {
         let mut random = Random(1);
         let (full, auto) = (open(full()), open(Options::default()));
-        let plain = open(Options { without_subgroups: true, precision: Precision::Full, ..Options::default() });
+        let plain =
+            open(Options { without_subgroups: true, precision: Precision::Full, ..Options::default() });
         for codec in layouts() {
             for (rows, cols) in [(64, 64), (1, 1), (5, 7), (67, 131), (130, 300), (33, 2309)] {
                 let case = case(codec, rows, cols, 1.0, &mut random);
@@ -165,7 +162,8 @@ mod products {
             }
         }
         let context = open(Options { binding_bytes: Some(256), ..full() });
-        let error = case(codec::find("int8_sym_v1").expect("a codec"), 8, 999, 1.0, &mut random).upload(&context);
+        let error =
+            case(codec::find("int8_sym_v1").expect("a codec"), 8, 999, 1.0, &mut random).upload(&context);
         assert_eq!(error.expect_err("no row fits").kind(), Kind::Unsupported);
     }
 
@@ -213,7 +211,8 @@ mod products {
             for (rows, cols, tokens) in [(0, 8, 3), (4, 0, 3), (4, 8, 0)] {
                 let case = case(codec, rows, cols, 1.0, &mut random);
                 let weight = case.upload(&context).expect("nothing to upload");
-                let y = block_on(context.matmul(&vec![1.0; tokens * cols], tokens, &weight)).expect("it runs");
+                let y =
+                    block_on(context.matmul(&vec![1.0; tokens * cols], tokens, &weight)).expect("it runs");
                 assert_eq!(y, vec![0.0; tokens * rows]);
             }
         }
