@@ -21,9 +21,9 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from tenpak import _core, dtypes
-from tenpak.artifact import ArtifactFile
+from tenpak import _core
 from tenpak.arrays import encode
+from tenpak.artifact import ArtifactFile
 from tenpak.codecs import find as codec_named
 from tenpak.decoder import Decoder
 from tenpak.decoder.linear import Linear

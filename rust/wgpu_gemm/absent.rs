@@ -7,7 +7,7 @@ use std::convert::Infallible;
 
 fn absent() -> Error {
     Error::unsupported(
-        "this build has no wgpu kernels; build with the Cargo feature gpu (for Python: maturin build --release --features gpu)",
+        "this build has no wgpu kernels; build with the Cargo feature gpu (for Python: maturin build --release --features python,gpu)",
     )
 }
 

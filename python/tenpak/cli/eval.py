@@ -8,8 +8,8 @@ examples:
 The model is a .tenpak file, a Hugging Face folder, or a .safetensors file with config.json beside it, of the GPT-2,
 Llama, Mistral, Qwen2 or Qwen3 kind; it is computed in FP32. The text is cut into windows of --context tokens, each
 predicted without those before it. ± is the standard error over windows; that of the change in perplexity compares
-window with window. With --device wgpu the quantised layers of a .tenpak run on any GPU that Vulkan, Metal or DX12 reach,
-and the rest on the CPU. KL divergence is KL(original || model), in nats per position.
+window with window. KL divergence is KL(original || model), in nats per position. With --device wgpu the quantised
+layers of a .tenpak run on any GPU that Vulkan, Metal or DX12 reach, and the rest on the CPU.
 
 exit codes: 0 done; 2 a wrong request, a text too short, a package that is missing; 3 a model or text that cannot be
 read; 4 a damaged artifact; 5 a kind of model that cannot be run; 6 the file system refused; 130 interrupted
