@@ -126,7 +126,7 @@ impl<'a> Batch<'a> {
 
 /// Tokens whose inputs and outputs fit a binding.
 fn tokens_at_once(context: &Context, weight: &Weight) -> Result<usize> {
-    if weight.device != context.device {
+    if weight.context != context.id {
         return Err(Error::usage("the weight is on another device; upload it to this one"));
     }
     let bytes = 4 * weight.rows.max(OCTET * weight.octets());

@@ -8,11 +8,14 @@ use super::{ADAPTER_VARIABLE, AdapterInfo, Options, Power, Precision};
 use crate::codec::Layout;
 use crate::error::{Error, Kind, Result};
 use std::collections::HashMap;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex};
 
 /// A device, and the kernels that were compiled for it.
 #[derive(Debug)]
 pub struct Context {
+    /// Tells contexts apart: devices of two instances can compare as equal.
+    pub(super) id: u64,
     pub(super) device: wgpu::Device,
     pub(super) queue: wgpu::Queue,
     pub(super) pipelines: Mutex<HashMap<Config, Arc<wgpu::ComputePipeline>>>,
@@ -116,7 +119,9 @@ impl Context {
             let message = if message.is_empty() { format!("{reason:?}").to_lowercase() } else { message };
             *note.lock().unwrap_or_else(|e| e.into_inner()) = Some(message);
         });
-        Ok(Context { device, queue, pipelines: Mutex::default(), info, options, lost })
+        static OPENED: AtomicU64 = AtomicU64::new(0);
+        let id = OPENED.fetch_add(1, Relaxed);
+        Ok(Context { id, device, queue, pipelines: Mutex::default(), info, options, lost })
     }
 
     /// What the adapter says of itself.

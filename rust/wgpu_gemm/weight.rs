@@ -21,8 +21,8 @@ pub struct Weight {
     pub(super) slabs: Vec<Slab>,
     layout: &'static Layout,
     bytes: u64,
-    /// Which device holds it.
-    pub(super) device: wgpu::Device,
+    /// The context that holds it.
+    pub(super) context: u64,
 }
 
 /// Some rows of a weight.
@@ -97,7 +97,7 @@ impl Weight {
             slabs: Vec::new(),
             layout,
             bytes: 0,
-            device: context.device.clone(),
+            context: context.id,
         };
         if cols == 0 {
             return Ok(weight);
