@@ -123,7 +123,7 @@ impl Config {
                 ("gemm.wgsl", if half { "enable f16;\n" } else { "" })
             }
         };
-        let text = ["common.wgsl", self.form.prelude(), kernel].map(|name| source(name)).join("\n");
+        let text = ["common.wgsl", self.form.prelude(), kernel].map(source).join("\n");
         extensions.to_owned() + &expand(&text, &constants)
     }
 
