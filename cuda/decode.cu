@@ -69,7 +69,7 @@ decode_packed(const unsigned int* codes, const unsigned char* params, const unsi
     const u32* word = codes + packed_word(at, shape);
     u64 natural = 0;
     if constexpr (Layout::CODE_BITS == 4) {
-        for (int i = 0; i < RUN; ++i) natural |= (u64)(*word >> (4 * nibble(i)) & 15) << (4 * i);
+        for (int i = 0; i < RUN; ++i) natural |= (u64)exchanged(*word >> (4 * nibble(i)) & 15) << (4 * i);
     } else {
         natural = ((u64)word[1] << 32 | word[0]) ^ 0x8080808080808080ull;
     }

@@ -43,7 +43,7 @@ dense(const unsigned char* codes, const unsigned char* params, const unsigned ch
     const int pair = blockIdx.x * 4 + warp, strip = first_row / TILE_ROWS + blockIdx.y;
     const Weight weight{codes, params, row_params, tiles, supers};
 #ifdef LUT16_TABLES
-    Lut16::prepare(threadIdx.x);
+    Lut16::prepare(threadIdx.x, Lut16::BIASED_XOR);
     __syncthreads();
 #endif
     if (2 * pair >= tiles) return;

@@ -130,6 +130,11 @@ __device__ __forceinline__ float widen(u16 x) {
     return d;
 #endif
 }
+__device__ __forceinline__ float from_half(u16 x) {
+    float d;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(d) : "h"(x));
+    return d;
+}
 // In the arithmetic of weights: the type of the activations.
 __device__ __forceinline__ u32 fma_pair(u32 a, u32 b, u32 c) { return BF16 ? bfloat_fma(a, b, c) : half_fma(a, b, c); }
 
@@ -166,8 +171,9 @@ __device__ __forceinline__ void affine(u32 word, u32 pair, u32 (&out)[4]) {
 // A warp copies two tiles' codes and parameters, as they lie in memory, to a stage in shared memory, and reads its
 // lanes' parts from there. (Loads straight into registers would share the few scoreboards that the hardware has, so
 // that waiting for the oldest tile means waiting for the newest.) Each layout has: CODE_BYTES of a tile and
-// PARAM_BYTES of a stage; copy_params(weight, strip, k, count, stage, lane), k being even and count 1 or 2; Tile, a
-// lane's registers for one tile, and tile<J>(codes, params, lane) of tile J of a stage; Rows, its registers for one
+// PARAM_BYTES of a stage; params(weight, strip, k, lane), where the parameters of tiles k (even) and k + 1 begin that
+// this lane copies, params_step(stages, lane), how far those lie that many stages on, and copy_params(from, count, stage,
+// lane), count being 1 or 2; Tile, a lane's registers for one tile, and tile<J>(codes, params, lane) of tile J of a stage; Rows, its registers for one
 // strip, and rows(weight, strip, lane); fragment<WORD>(tile, rows): eight weights; and row_scale(rows, high), which
 // multiplies the accumulators of rows g and g + 8.
 
@@ -189,14 +195,18 @@ struct FourBit {
     static __device__ __forceinline__ float row_scale(const NoRows&, bool) { return 1.0f; }
 };
 
-// `count` times BYTES that follow each other in memory.
+// Parameters of BYTES a tile (or a stage) that follow each other in memory.
 template <int BYTES>
-__device__ __forceinline__ void copy_run(const u8* params, u32 first, int count, u32 stage, int lane) {
-    const u8* from = params + (size_t)first * BYTES + 16 * lane;
+struct Run {
+    static __device__ __forceinline__ const u8* at(const u8* params, u32 first, int lane) {
+        return params + (size_t)first * BYTES + 16 * lane;
+    }
+    static __device__ __forceinline__ void copy(const u8* from, int count, u32 stage, int lane) {
 #pragma unroll
-    for (int at = 0; at < 2 * BYTES; at += 16 * LANES)
-        if (at + 16 * lane < count * BYTES) copy_once(stage + at + 16 * lane, from + at);
-}
+        for (int at = 0; at < 2 * BYTES; at += 16 * LANES)
+            if (at + 16 * lane < count * BYTES) copy_once(stage + at + 16 * lane, from + at);
+    }
+};
 
 // FP16 (scale, offset) for groups of 8, 16 and 32: per tile [g][group of 4 / SUBGROUPS lanes][word], sixteen bytes a lane.
 template <int GROUP>
@@ -209,8 +219,12 @@ struct AffinePairs : FourBit {
         uint4 codes, params;
     };
     using Rows = NoRows;
-    static __device__ __forceinline__ void copy_params(const Weight& w, int strip, int k, int count, u32 stage, int lane) {
-        copy_run<BYTES>(w.params, strip * w.tiles + k, count, stage, lane);
+    static __device__ __forceinline__ const u8* params(const Weight& w, int strip, int k, int lane) {
+        return Run<BYTES>::at(w.params, strip * w.tiles + k, lane);
+    }
+    static __device__ __forceinline__ int params_step(int stages, int) { return stages * PARAM_BYTES; }
+    static __device__ __forceinline__ void copy_params(const u8* from, int count, u32 stage, int lane) {
+        Run<BYTES>::copy(from, count, stage, lane);
     }
     template <int J>
     static __device__ __forceinline__ Tile tile(const u8* codes, const u8* params, int lane) {
@@ -235,8 +249,12 @@ struct AffineWide : FourBit {
         uint2 params;
     };
     using Rows = NoRows;
-    static __device__ __forceinline__ void copy_params(const Weight& w, int strip, int k, int count, u32 stage, int lane) {
-        copy_run<BYTES>(w.params, strip * ((w.tiles + TILES - 1) / TILES) + k / TILES, TILES == 1 ? count : 1, stage, lane);
+    static __device__ __forceinline__ const u8* params(const Weight& w, int strip, int k, int lane) {
+        return Run<BYTES>::at(w.params, strip * ((w.tiles + TILES - 1) / TILES) + k / TILES, lane);
+    }
+    static __device__ __forceinline__ int params_step(int stages, int) { return stages * PARAM_BYTES; }
+    static __device__ __forceinline__ void copy_params(const u8* from, int count, u32 stage, int lane) {
+        Run<BYTES>::copy(from, TILES == 1 ? count : 1, stage, lane);
     }
     template <int J>
     static __device__ __forceinline__ Tile tile(const u8* codes, const u8* params, int lane) {
@@ -264,8 +282,12 @@ struct AffineBytes : FourBit {
     struct Rows {
         u32 base[2], step[2];  // (s0, o0) and (ds, do) of rows g and g + 8
     };
-    static __device__ __forceinline__ void copy_params(const Weight& w, int strip, int k, int count, u32 stage, int lane) {
-        copy_run<BYTES>(w.params, strip * w.tiles + k, count, stage, lane);
+    static __device__ __forceinline__ const u8* params(const Weight& w, int strip, int k, int lane) {
+        return Run<BYTES>::at(w.params, strip * w.tiles + k, lane);
+    }
+    static __device__ __forceinline__ int params_step(int stages, int) { return stages * PARAM_BYTES; }
+    static __device__ __forceinline__ void copy_params(const u8* from, int count, u32 stage, int lane) {
+        Run<BYTES>::copy(from, count, stage, lane);
     }
     template <int J>
     static __device__ __forceinline__ Tile tile(const u8* codes, const u8* params, int lane) {
@@ -296,6 +318,12 @@ __constant__ const u32 LUT16_WORDS[16] = {LUT16_TABLES};
 // Codes that index one of four tables of int8; a byte (L, t) for each 16 weights, four bytes a lane; FP16 super-scales
 // d in row_params [strips][supers][16 rows]. A weight is d*L*T[t][q]. Nibbles lie in natural order: what is looked up
 // are bytes, and PRMT pairs them.
+//
+// A code's bits 2 and 3 are exchanged. PRMT chooses among eight bytes by three bits of a nibble; where the fourth is
+// set it gives the chosen byte's sign instead, eight times. So a byte of one half table and one of the other, found with
+// the fourth bit turned round, make the entry together, if the bytes at the same place of both halves have the same sign:
+// negative entries are 0..3 of each half, the others 4..7. By exclusive or, if where the sign is set one half's bytes
+// are inverted; as a sum, if where it is set, which then is -1, all entries are larger by one.
 struct Lut16 : FourBit {
     static constexpr int SUPER_TILES = 256 / TILE_COLS;
     static constexpr int SCALE_BYTES = TILE_ROWS * TILE_COLS / 16;
@@ -307,12 +335,19 @@ struct Lut16 : FourBit {
         u32 supers;  // of rows g and g + 8
     };
     using Rows = NoRows;
-    static __device__ __forceinline__ void copy_params(const Weight& w, int strip, int k, int count, u32 stage, int lane) {
-        constexpr int SCALES = 2 * SCALE_BYTES / 16;
+    static constexpr int SCALE_LANES = 2 * SCALE_BYTES / 16;  // those that copy L and t; the next two, d
+    static __device__ __forceinline__ const u8* params(const Weight& w, int strip, int k, int lane) {
         const u8* scales = w.params + (size_t)(u32)(strip * w.tiles + k) * SCALE_BYTES;
-        const u8* supers = w.row_params + (size_t)(u32)(strip * w.supers + k / SUPER_TILES) * SUPER_BYTES - 16 * SCALES;
-        if (lane < PARAM_BYTES / 16 && (count == 2 || lane >= SCALES || lane < SCALES / 2))
-            copy_once(stage + 16 * lane, (lane < SCALES ? scales : supers) + 16 * lane);
+        const u8* supers = w.row_params + (size_t)(u32)(strip * w.supers + k / SUPER_TILES) * SUPER_BYTES - 16 * SCALE_LANES;
+        return (lane < SCALE_LANES ? scales : supers) + 16 * lane;
+    }
+    // An even number of stages.
+    static __device__ __forceinline__ int params_step(int stages, int lane) {
+        return lane < SCALE_LANES ? stages * 2 * SCALE_BYTES : stages * 2 / SUPER_TILES * SUPER_BYTES;
+    }
+    static __device__ __forceinline__ void copy_params(const u8* from, int count, u32 stage, int lane) {
+        if (lane < PARAM_BYTES / 16 && (count == 2 || lane >= SCALE_LANES || lane < SCALE_LANES / 2))
+            copy_once(stage + 16 * lane, from);
     }
     template <int J>
     static __device__ __forceinline__ Tile tile(const u8* codes, const u8* params, int lane) {
@@ -322,31 +357,46 @@ struct Lut16 : FourBit {
     }
     static __device__ __forceinline__ Rows rows(const Weight&, int, int) { return {}; }
 
-    // The tables in shared memory, biased by 128 to bytes 0..255; filled once by each block.
-    static __device__ __forceinline__ uint4* tables() {
-        __shared__ uint4 biased[4];
-        return biased;
-    }
-    static __device__ __forceinline__ void prepare(int thread) {
+    // Half tables in shared memory, (x, y) and (z, w), filled once by each block.
+    enum Form { SUM, BIASED_XOR };  // of entries, which must not be -1; of entries + 128
+    static __device__ __forceinline__ const u8* tables() { return reinterpret_cast<const u8*>(half_tables()); }
+    static __device__ __forceinline__ void prepare(int thread, Form form) {
 #ifdef LUT16_TABLES
-        if (thread < 16) reinterpret_cast<u32*>(tables())[thread] = LUT16_WORDS[thread] ^ 0x80808080;
+        // Word `thread` of a table: of the first half's entries 0..3 or 8..11, or of the second's 4..7 or 12..15.
+        if (thread < 16) {
+            const int place = thread % 4;
+            const u32 entries = LUT16_WORDS[thread - place + place / 2 + place % 2 * 2];
+            if (form == SUM) {
+                half_tables()[thread] = place % 2 ? entries : entries + 0x01010101;
+            } else {
+                const u32 biased = entries ^ 0x80808080;
+                half_tables()[thread] = place < 2 || place % 2 == 0 ? biased : ~biased;
+            }
+        }
 #endif
     }
-    // The table's bytes for the four nibbles of half a word: PRMT looks up eight entries, bit 3 chooses the half table.
-    static __device__ __forceinline__ u32 look_up(const uint4& table, u32 low_bits, u32 choice) {
-        return permute(permute(table.x, table.y, low_bits), permute(table.z, table.w, low_bits), choice);
+    static __device__ __forceinline__ u32* half_tables() {
+        __shared__ uint4 words[4];
+        return reinterpret_cast<u32*>(words);
+    }
+    // What the half tables give for a word's weights 0..3 and 4..7.
+    template <int WORD>
+    static __device__ __forceinline__ void look_up(const uint4& words, u32 params, u32 (&first)[2], u32 (&second)[2]) {
+        const u32 codes = word(words, WORD), turned = codes ^ 0x88888888;
+        const uint4 table = read<uint4>(tables() + ((WORD ? params >> (8 * WORD + 2) : params >> 2) & 0x30));
+        first[0] = permute(table.x, table.y, codes);
+        first[1] = permute(table.x, table.y, codes >> 16);
+        second[0] = permute(table.z, table.w, turned);
+        second[1] = permute(table.z, table.w, turned >> 16);
     }
     template <int WORD>
     static __device__ __forceinline__ void fragment(const Tile& tile, const Rows&, u32 (&out)[4]) {
-        const u32 codes = word(tile.codes, WORD);
-        const uint4 table = tables()[(tile.params >> (8 * WORD + 6)) & 3];
+        u32 one[2], other[2];
+        look_up<WORD>(tile.codes, tile.params, one, other);
+        const u32 first = one[0] ^ other[0], second = one[1] ^ other[1];
         // L + 32 above 1024, for both words of this row.
         const u32 l = half_sub(and_xor(WORD % 2 ? tile.params >> 8 : tile.params, 0x003f003f, 0x64206420), 0x64206420);
         const u32 scales = half_mul(l, WORD % 2 ? high_twice(tile.supers) : low_twice(tile.supers));
-        const u32 low_bits = codes & 0x77777777;
-        const u32 choice = and_or(codes >> 1, 0x44444444, 0x32103210);
-        const u32 first = look_up(table, low_bits, choice);               // weights 0..3
-        const u32 second = look_up(table, low_bits >> 16, choice >> 16);  // weights 4..7
         const u32 s = WORD < 2 ? low_twice(scales) : high_twice(scales);
         const u32 pairs[4] = {permute(first, 0x64646464, 0x4140), permute(first, 0x64646464, 0x4342),
                               permute(second, 0x64646464, 0x4140), permute(second, 0x64646464, 0x4342)};
@@ -369,7 +419,9 @@ struct EightBit {
     struct Rows {
         float scale[2];
     };
-    static __device__ __forceinline__ void copy_params(const Weight&, int, int, int, u32, int) {}
+    static __device__ __forceinline__ const u8* params(const Weight&, int, int, int) { return nullptr; }
+    static __device__ __forceinline__ int params_step(int, int) { return 0; }
+    static __device__ __forceinline__ void copy_params(const u8*, int, u32, int) {}
     template <int J>
     static __device__ __forceinline__ Tile tile(const u8* codes, const u8*, int lane) {
         return {read<uint4>(codes + 16 * lane), read<uint4>(codes + 16 * (LANES + lane))};
@@ -418,13 +470,29 @@ constexpr int STAGE_TILES = 2;
 constexpr int STAGE_BYTES = STAGE_TILES * Layout::CODE_BYTES + Layout::PARAM_BYTES;
 static_assert(STAGE_BYTES % 16 == 0, "stages are copied in pieces of 16 bytes");
 
-// Tile k of a strip, and the one after it if count is 2, to a stage, by the lanes of one warp.
-__device__ __forceinline__ void copy_stage(const Weight& w, int strip, int k, int count, u32 stage, int lane) {
-    const u8* codes = w.codes + (size_t)(u32)(strip * w.tiles + k) * Layout::CODE_BYTES + 16 * lane;
+// What a lane copies to a stage, from tile k (even) of a strip on.
+struct Source {
+    const u8 *codes, *params;
+
+    __device__ __forceinline__ Source(const Weight& w, int strip, int k, int lane)
+        : codes(w.codes + (size_t)(u32)(strip * w.tiles + k) * Layout::CODE_BYTES + 16 * lane),
+          params(Layout::params(w, strip, k, lane)) {}
+
+    // To the stage so many further in the same strip; an even number of them.
+    __device__ __forceinline__ void advance(int stages, int lane) {
+        codes += stages * STAGE_TILES * Layout::CODE_BYTES;
+        params += Layout::params_step(stages, lane);
+    }
+    // The tile, and the one after it if count is 2, by the lanes of one warp.
+    __device__ __forceinline__ void copy(int count, u32 stage, int lane) const {
 #pragma unroll
-    for (int at = 0; at < STAGE_TILES * Layout::CODE_BYTES; at += 16 * LANES)
-        if (at < Layout::CODE_BYTES || count == 2) copy_once(stage + at + 16 * lane, codes + at);
-    Layout::copy_params(w, strip, k, count, stage + STAGE_TILES * Layout::CODE_BYTES, lane);
+        for (int at = 0; at < STAGE_TILES * Layout::CODE_BYTES; at += 16 * LANES)
+            if (at < Layout::CODE_BYTES || count == 2) copy_once(stage + at + 16 * lane, codes + at);
+        Layout::copy_params(params, count, stage + STAGE_TILES * Layout::CODE_BYTES, lane);
+    }
+};
+__device__ __forceinline__ void copy_stage(const Weight& w, int strip, int k, int count, u32 stage, int lane) {
+    Source(w, strip, k, lane).copy(count, stage, lane);
 }
 template <int J>
 __device__ __forceinline__ Layout::Tile read_stage(const u8* stage, int lane) {

@@ -19,7 +19,7 @@ pack(const unsigned char* first, const unsigned char* second, const unsigned cha
     u32* word = codes + packed_word(at, shape);
     if constexpr (Layout::CODE_BITS == 4) {
         u32 packed = 0;
-        for (int i = 0; i < RUN; ++i) packed |= (u32)code_of(given, i) << (4 * nibble(i));
+        for (int i = 0; i < RUN; ++i) packed |= (u32)exchanged(code_of(given, i)) << (4 * nibble(i));
         *word = packed;
     } else {
         const u64 biased = given ^ 0x8080808080808080ull;

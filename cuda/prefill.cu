@@ -241,7 +241,7 @@ prefill(const unsigned char* codes, const unsigned char* params, const unsigned 
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
 #ifdef LUT16_TABLES
-    Lut16::prepare(threadIdx.x);
+    Lut16::prepare(threadIdx.x, Lut16::BIASED_XOR);
 #endif
     __syncthreads();
     if (begin == end) return;

@@ -184,6 +184,12 @@ __device__ __forceinline__ u64 packed_row(const Place& at, Shape s) {
 // Where column i of a run lies in its packed word of four-bit codes.
 __device__ __forceinline__ int nibble(int i) { return Layout::NATURAL ? i : i / 2 + i % 2 * 4; }
 
+// A code as it is packed, or one as it was: int4_lut16 has bits 2 and 3 exchanged (layouts.cuh says why).
+__device__ __forceinline__ int exchanged(int code) {
+    if constexpr (same<Layout, Lut16>) return (code & 3) | (code & 4) << 1 | (code & 8) >> 1;
+    else return code;
+}
+
 // The run's codes as an artifact has them, four bits each in natural order or eight bits each; 0 beyond the row's end.
 __device__ __forceinline__ u64 part_codes(const Parts& parts, const Place& at, Shape s) {
     constexpr int PER_BYTE = 8 / Layout::CODE_BITS, BYTES = RUN / PER_BYTE;

@@ -10,7 +10,7 @@
 //! - [`artifact`]: the `.tenpak` file, written in one pass and read with every byte checked.
 //! - [`input`] and [`output`]: the model formats around it.
 //! - [`calibration`]: statistics of layers' inputs, which some encoders heed.
-//! - [`mean_field`]: the same estimated from the weights alone, where there are no statistics.
+//! - [`estimate`]: the same estimated from the weights alone, where there are no statistics.
 //! - [`plan`] and [`pipeline`]: which tensor gets which codec, and a whole model through all of the above.
 //! - [`wgpu_gemm`]: products with quantised weights on any GPU (feature `gpu`); it knows only [`codec`].
 
@@ -19,8 +19,8 @@ pub mod atomic;
 pub mod calibration;
 pub mod codec;
 pub mod error;
+pub mod estimate;
 pub mod input;
-pub mod mean_field;
 pub mod output;
 pub mod pipeline;
 pub mod plan;

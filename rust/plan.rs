@@ -237,7 +237,7 @@ fn find_tied(model: &dyn Model, decisions: &mut [Decision]) -> Result<()> {
         }
         let earlier = alike.entry((&info.shape, info.encoding.name())).or_default();
         for &j in earlier.iter() {
-            if same_treatment(&decisions[i], &decisions[j]) && same_bytes(model, i, j)? {
+            if same_treatment(&decisions[i], &decisions[j]) && model.same(i, j)? {
                 decisions[i].action = Action::Alias(j);
                 break;
             }
@@ -256,12 +256,6 @@ fn same_treatment(a: &Decision, b: &Decision) -> bool {
             (Action::Encode(a), Action::Encode(b)) => std::ptr::eq(*a, *b),
             _ => false,
         }
-}
-
-fn same_bytes(model: &dyn Model, i: usize, j: usize) -> Result<bool> {
-    let (a, b) = (model.read(i)?, model.read(j)?);
-    // Different weights nearly always differ early on; comparing slices stops there.
-    Ok(a.bytes == b.bytes)
 }
 
 fn refuse_left_out(tensors: &[TensorInfo], decisions: &[Decision]) -> Result<()> {

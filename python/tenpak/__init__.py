@@ -28,6 +28,7 @@ from tenpak.errors import (
     UsageError,
 )
 from tenpak.evaluate import EvalReport, evaluate
+from tenpak.model import Generation, Model, Stream
 from tenpak.models import (
     CompressReport,
     DecompressReport,
@@ -47,12 +48,15 @@ __all__ = [
     "DecompressReport",
     "Encoded",
     "EvalReport",
+    "Generation",
     "Group",
     "InputError",
     "InterruptedByUser",
+    "Model",
     "Part",
     "PartInfo",
     "StorageError",
+    "Stream",
     "TenpakError",
     "TensorInfo",
     "TensorReport",

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tenpak.decoder import Decoder
+from tenpak.decoder.kv import KVType, checked_kv
 from tenpak.errors import InputError, StorageError, UsageError
 
 #: Positions whose logits exist at once: with a vocabulary of 128k, 256 of them are 134 MB.
@@ -25,7 +26,7 @@ POSITIONS = 256
 
 #: Called with tokens done and in all, after each batch.
 Progress = Callable[[int, int], object]
-Device = Literal["cpu", "cuda", "wgpu"]
+Device = Literal["cpu", "cuda"]
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,8 @@ class Comparison:
 
     #: Where the original is.
     original: str
+    #: The original's kind of cache; None for FP32.
+    kv: KVType | None
     #: The original's perplexity.
     perplexity: Mean
     #: By how many per cent the model's perplexity is higher; its error is of paired windows.
@@ -64,7 +67,9 @@ class EvalReport:
     #: Tokens that were predicted: all but the first of each window.
     predicted: int
     perplexity: Mean
-    #: None where no original was given.
+    #: What kind of cache keys and values were read from; None for FP32.
+    kv: KVType | None
+    #: None where neither an original nor a kind of cache was given.
     comparison: Comparison | None
     #: Time for all windows, without opening the models and reading the text.
     seconds: float
@@ -83,8 +88,9 @@ def evaluate(
     against: str | os.PathLike[str] | Decoder | None = None,
     context: int | None = None,
     windows: int | None = None,
-    device: Device = "cpu",
+    device: Device | Literal["wgpu"] = "cpu",
     batch: int | None = None,
+    kv: KVType | None = None,
     progress: Progress | None = None,
 ) -> EvalReport:
     """Predicts a text, window by window, and compares with the model it was made from.
@@ -101,6 +107,8 @@ def evaluate(
         device: Where to compute, for models that are not open yet; `cuda` needs CuPy, `wgpu` a `.tenpak`, whose
             quantised layers it runs on the default GPU of `tenpak.wgpu` (the original stays on the CPU).
         batch: Windows that are computed at once; None for 1 on the CPU and 8 elsewhere.
+        kv: Read keys and values from a cache of that kind at every position, "fp16", "int8" or "int4"; without
+            `against`, the model is then compared with itself with an FP16 cache ("fp16": with FP32). None for FP32.
         progress: Called with tokens done and in all.
 
     Raises:
@@ -112,9 +120,13 @@ def evaluate(
     for name, value, least in (("context", context, 2), ("windows", windows, 1), ("batch", batch, 1)):
         if value is not None and value < least:
             raise UsageError(f"{name} {value} is too small; give at least {least}")
+    kv = None if kv is None else checked_kv(kv)
     xp = array_module("cpu" if device == "wgpu" else device)
     decoder = model if isinstance(model, Decoder) else open_on(model, device)
     original = against if against is None or isinstance(against, Decoder) else Decoder.open(against, xp=xp)
+    original_kv: KVType | None = None
+    if original is None and kv is not None:
+        original, original_kv = decoder, None if kv == "fp16" else "fp16"
     both = [decoder] if original is None else [decoder, original]
     if context is None:
         context = min(1024, *(one.config.max_positions for one in both))
@@ -124,7 +136,7 @@ def evaluate(
                 f"context {context} is more than the {one.config.max_positions} positions "
                 f"that {one.source.path} was made for"
             )
-    if original is not None:
+    if original is not None and original is not decoder:
         _check_pair(decoder, original, tokens_given=not isinstance(text, str | Path))
     parts = windows_of(tokens_of(decoder, text), context, windows)
     if batch is None:
@@ -137,7 +149,7 @@ def evaluate(
     for first in range(0, len(parts), batch):
         # What overflows is found below, for all windows at once.
         with np.errstate(over="ignore", invalid="ignore"):
-            sums.append(_measure(decoder, original, parts[first : first + batch]))
+            sums.append(_measure(decoder, original, parts[first : first + batch], kv, original_kv))
         if progress is not None:
             progress(min(first + batch, len(parts)) * parts.shape[1], parts.size)
     seconds = time.perf_counter() - start
@@ -152,6 +164,7 @@ def evaluate(
         ratio = _exp(change.value)
         comparison = Comparison(
             original=original.source.path,
+            kv=original_kv,
             perplexity=_perplexity(original_loss),
             change=Mean(100 * (ratio - 1), None if change.error is None else 100 * ratio * change.error),
             divergence=_mean(divergence),
@@ -159,10 +172,11 @@ def evaluate(
         )
     return EvalReport(
         model=decoder.source.path,
-        device=device if decoder is not model else "cpu" if decoder.xp is np else "cuda",
+        device=decoder.device,
         context=parts.shape[1],
         windows=len(parts),
         predicted=len(parts) * (parts.shape[1] - 1),
+        kv=kv,
         perplexity=_perplexity(loss),
         comparison=comparison,
         seconds=seconds,
@@ -186,7 +200,7 @@ def array_module(device: str) -> Any:
     if device == "cpu":
         return np
     if device != "cuda":
-        raise UsageError(f"unknown device {device!r}; choose cpu, cuda or wgpu")
+        raise UsageError(f"unknown device {device!r}; choose cpu or cuda")
     try:
         import cupy
     except ImportError:
@@ -242,12 +256,14 @@ def _check_pair(model: Decoder, original: Decoder, tokens_given: bool) -> None:
         raise UsageError(f"{paths} have different tokenizers; only models of one tokenizer can be compared")
 
 
-def _measure(model: Decoder, original: Decoder | None, windows: NDArray[np.int64]) -> NDArray[np.float64]:
+def _measure(
+    model: Decoder, original: Decoder | None, windows: NDArray[np.int64], kv: KVType | None, original_kv: KVType | None
+) -> NDArray[np.float64]:
     """For each window mean losses of model and original, mean divergence and agreement, [windows, 4]."""
     xp, (count, steps) = model.xp, windows.shape
     tokens = xp.asarray(windows)
-    h = model.hidden(tokens)
-    h_original = None if original is None else original.hidden(tokens)
+    h = _hidden(model, tokens, kv)
+    h_original = None if original is None else _hidden(original, tokens, original_kv)
     sums = xp.zeros((count, 4), np.float64)
     # Few enough positions of all windows that their logits stay within bounds.
     at_once = max(1, POSITIONS // count)
@@ -273,6 +289,10 @@ def _measure(model: Decoder, original: Decoder | None, windows: NDArray[np.int64
     means = sums / xp.asarray([steps - 1, steps - 1, steps, steps], np.float64)
     result: NDArray[np.float64] = means if xp is np else xp.asnumpy(means)
     return result
+
+
+def _hidden(model: Decoder, tokens: Any, kv: KVType | None) -> Any:
+    return model.hidden(tokens, None if kv is None else model.cache(kv))
 
 
 def _log_sum(logits: Any, xp: Any) -> tuple[Any, tuple[Any, Any]]:

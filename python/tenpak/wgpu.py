@@ -313,6 +313,7 @@ def place(decoder: Decoder, context: Context | None = None) -> int:
             count += block.linears[name] is not linear
         blocks.append(block)
     decoder.blocks = blocks
+    decoder.device = "wgpu"
     head = decoder.head.linear
     decoder.head.linear = moved(head)
     return count + (decoder.head.linear is not head)

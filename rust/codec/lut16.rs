@@ -1,9 +1,9 @@
 //! The layout `int4_lut16`: codes that index one of four learned tables, a signed six-bit scale for each
 //! group of 16 weights, and an FP16 super-scale for each 256. 4.5625 bits, the 7x layout.
 //!
-//! A rebuilt weight is d·L·T\[t\]\[q\]. The tables were learned off line on a mixture of Gaussian, Student-t
-//! and Laplace weights; being uneven, they spend codes where weights are, and a group takes the one that
-//! fits it, forwards or (with a negative scale) backwards.
+//! A rebuilt weight is d·L·T\[t\]\[q\]. The tables were learned off line by tests/bench/learn_tables.py; being
+//! uneven, they spend codes where weights are, and a group takes the one that fits it, forwards or (with a
+//! negative scale) backwards.
 
 use super::affine::{round_f16, widen};
 use super::feedback::{Group, Nearest, feedback};
@@ -22,10 +22,10 @@ pub const SUPER: usize = 256;
 
 /// The tables, ascending.
 pub const TABLES: [[i8; 16]; 4] = [
-    [-127, -99, -80, -65, -49, -35, -22, -10, 2, 13, 25, 37, 50, 66, 84, 115],
-    [-123, -98, -79, -60, -44, -29, -17, -6, 4, 14, 26, 38, 53, 71, 98, 119],
-    [-128, -116, -83, -65, -49, -35, -22, -10, 0, 11, 23, 35, 49, 64, 82, 102],
-    [-122, -82, -63, -47, -34, -22, -12, -2, 7, 17, 28, 39, 52, 68, 89, 127],
+    [-126, -106, -88, -70, -53, -38, -24, -11, 1, 14, 28, 42, 57, 74, 95, 127],
+    [-127, -103, -81, -61, -44, -30, -17, -4, 8, 21, 34, 48, 63, 79, 98, 119],
+    [-127, -90, -64, -49, -36, -25, -14, -4, 6, 16, 26, 36, 47, 60, 75, 116],
+    [-127, -76, -59, -45, -33, -22, -12, -2, 8, 19, 30, 42, 55, 69, 86, 120],
 ];
 
 /// Bits of the scale's byte that hold L; the others hold t.
@@ -51,13 +51,18 @@ pub static INT4_LUT16: Layout = Layout {
     calibrated: Some(Calibrated { search: encode, feedback: feedback::<Lut16> }),
 };
 
-/// Places of the largest weight in a table that the search tries, relative to the table's first value. One
-/// in three of those from -7 to 7: the scale is refitted for each, so that the others gain 0.2 % less error
-/// at a third of the speed.
-const SHIFTS: [f32; 5] = [-6.0, -3.0, 0.0, 3.0, 6.0];
+/// Places of the largest weight in a table that the search tries, relative to the table's first value. The
+/// scale is refitted for each, so that places in between gain little.
+const SHIFTS: [f32; 5] = [-12.0, -6.0, 0.0, 6.0, 12.0];
+
+/// What super-scales the search tries: those that give the group of the largest scale an L of 31.5, 31, 30.5 …
+/// A larger L than there is, 31.5, stands for clamping that group a little.
+const LARGEST_L: f32 = 31.5;
+const L_STEP: f32 = 0.5;
+const SUPERS: usize = 17;
 
 /// Rounds of choosing scales and tables under a super-scale and refitting it.
-const ROUNDS: usize = 2;
+const ROUNDS: usize = 1;
 
 /// Encodes rows by searching tables, directions and scales; see the file's head and [`search`].
 pub fn encode(level: Level, strip: Strip<'_>, parts: &mut [&mut [u8]]) -> Range {
@@ -256,12 +261,9 @@ fn fit<S: Simd, const WEIGHTED: bool>(
     x: &[S::F; GROUP],
     w: &[S::F; GROUP],
 ) -> Fit {
-    let d = search::<S, WEIGHTED>(s, tables, x, w);
-    let mut lanes = [0.0; LANES];
-    s.store(s.abs(d), &mut lanes);
-    let largest = lanes.iter().fold(0f32, |m, d| m.max(*d));
-    let mut d_super = f16_of(s, largest / SCALES.1);
-    let mut choice = Choice { l: clamp_scale(s, s.round(divide(s, d, d_super))), t: s.splat(0.0) };
+    let (d, curvature) = search::<S, WEIGHTED>(s, tables, x, w);
+    let mut d_super = f16_of(s, common(s, d, curvature));
+    let mut choice = Choice { l: whole_scale(s, d, d_super), t: s.splat(0.0) };
     for round in 0..=ROUNDS {
         let (chosen, [vx, vv]) = choose::<S, WEIGHTED>(s, tables, x, w, choice.l, d_super);
         choice = chosen;
@@ -269,10 +271,7 @@ fn fit<S: Simd, const WEIGHTED: bool>(
             break;
         }
         // The super-scale of the least squared error for these codes.
-        let (mut numerator, mut denominator) = ([0.0; LANES], [0.0; LANES]);
-        s.store(s.mul(choice.l, vx), &mut numerator);
-        s.store(s.mul(s.mul(choice.l, choice.l), vv), &mut denominator);
-        let refit = numerator.iter().sum::<f32>() / denominator.iter().sum::<f32>();
+        let refit = sum(s, s.mul(choice.l, vx)) / sum(s, s.mul(s.mul(choice.l, choice.l), vv));
         if refit.is_finite() {
             d_super = f16_of(s, refit);
         }
@@ -287,22 +286,49 @@ fn fit<S: Simd, const WEIGHTED: bool>(
     Fit { d: s.narrow_f16(s.splat(d_super))[0], scales }
 }
 
+/// The super-scale under which whole multiples come nearest to the scales `d` that groups would have alone: a
+/// group's error grows by its curvature, Σw·v², times the square of what its scale is off.
+#[inline(always)]
+fn common<S: Simd>(s: S, d: S::F, curvature: S::F) -> f32 {
+    let mut lanes = [0.0; LANES];
+    s.store(s.abs(d), &mut lanes);
+    let largest = lanes.iter().fold(0f32, |m, d| m.max(*d));
+    let (mut best, mut least) = (largest / SCALES.1, f32::INFINITY);
+    for i in 0..SUPERS {
+        let d_super = largest / (LARGEST_L - i as f32 * L_STEP);
+        let off = s.sub(d, s.mul(s.splat(d_super), whole_scale(s, d, d_super)));
+        let error = sum(s, s.mul(curvature, s.mul(off, off)));
+        if error < least {
+            (best, least) = (d_super, error);
+        }
+    }
+    best
+}
+
+/// The sum of all lanes, in their order.
+#[inline(always)]
+fn sum<S: Simd>(s: S, x: S::F) -> f32 {
+    let mut lanes = [0.0; LANES];
+    s.store(x, &mut lanes);
+    lanes.iter().sum()
+}
+
 /// The scale of each group that, alone, leaves the least error: for every table, both directions and
-/// several places of the largest weight.
+/// several places of the largest weight; and Σw·v² for it.
 #[inline(always)]
 fn search<S: Simd, const WEIGHTED: bool>(
     s: S,
     tables: &[Table<S>; 4],
     x: &[S::F; GROUP],
     w: &[S::F; GROUP],
-) -> S::F {
+) -> (S::F, S::F) {
     let zero = s.splat(0.0);
     let mut largest = x[0];
     for &x in &x[1..] {
         largest = s.select(s.lt(s.abs(largest), s.abs(x)), x, largest);
     }
     let per_largest = divide_lanes(s, s.splat(1.0), largest);
-    let (mut best, mut best_d) = (zero, zero);
+    let (mut best, mut best_d, mut best_vv) = (zero, zero, zero);
     for (table, values) in tables.iter().zip(&TABLES) {
         for sign in [1.0, -1.0] {
             for shift in SHIFTS {
@@ -313,10 +339,11 @@ fn search<S: Simd, const WEIGHTED: bool>(
                 let better = s.lt(best, gain);
                 best = s.select(better, gain, best);
                 best_d = s.select(better, d, best_d);
+                best_vv = s.select(better, vv, best_vv);
             }
         }
     }
-    best_d
+    (best_d, best_vv)
 }
 
 /// L and t of every group, as FP32.
@@ -365,9 +392,10 @@ fn divide_lanes<S: Simd>(s: S, a: S::F, b: S::F) -> S::F {
     s.select(s.lt(s.splat(0.0), s.abs(b)), s.div(a, b), s.splat(0.0))
 }
 
+/// L for scales `d` under a super-scale.
 #[inline(always)]
-fn divide<S: Simd>(s: S, a: S::F, b: f32) -> S::F {
-    divide_lanes(s, a, s.splat(b))
+fn whole_scale<S: Simd>(s: S, d: S::F, d_super: f32) -> S::F {
+    clamp_scale(s, s.round(divide_lanes(s, d, s.splat(d_super))))
 }
 
 #[inline(always)]

@@ -59,6 +59,17 @@ pub trait Model: Send + Sync {
     /// If there is no such tensor.
     fn read(&self, index: usize) -> Result<Tensor<'_>>;
 
+    /// Whether two tensors of one shape and encoding hold the same; a model may say no where it cannot tell cheaply.
+    ///
+    /// # Errors
+    /// As [`Model::read`].
+    ///
+    /// # Panics
+    /// If there is no such tensor.
+    fn same(&self, a: usize, b: usize) -> Result<bool> {
+        Ok(self.read(a)?.bytes == self.read(b)?.bytes)
+    }
+
     /// The files that must travel with the weights.
     ///
     /// # Errors

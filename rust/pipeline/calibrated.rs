@@ -6,8 +6,8 @@ use super::report::hex;
 use crate::calibration::Encoder;
 use crate::codec::{Factor, SEARCH};
 use crate::error::{Error, Kind, Result};
+use crate::estimate;
 use crate::input::{self, Model};
-use crate::mean_field;
 use crate::plan::{Action, Decision};
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::{Arc, Mutex};
@@ -133,7 +133,7 @@ impl<'a> Calibrated<'a> {
         if !decisions.iter().any(searches) {
             return Ok(());
         }
-        self.estimates = mean_field::importance(model)?;
+        self.estimates = estimate::importance(model)?;
         for ((help, info), decision) in self.help.iter_mut().zip(model.tensors()).zip(decisions) {
             let cols = info.shape.get(decision.axis).copied();
             if searches(decision) && self.estimates.get(&info.name).map(Vec::len) == cols && cols.is_some() {

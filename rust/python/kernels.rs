@@ -12,14 +12,22 @@ macro_rules! sources {
 }
 
 static SOURCES: &[(&str, &str)] = sources![
+    "append.cu",
+    "attention.cu",
+    "attention_prefill.cu",
+    "cache.cuh",
     "decode.cu",
     "dense.cu",
     "encode.cu",
     "floats.cuh",
+    "halves.cuh",
+    "integers.cuh",
     "layouts.cuh",
     "pack.cu",
     "prefill.cu",
     "skinny.cu",
+    "tokens.cuh",
+    "warp.cuh",
     "weights.cuh",
 ];
 

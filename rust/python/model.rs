@@ -54,6 +54,11 @@ impl Model {
         Ok(digest.iter().map(|b| format!("{b:02x}")).collect())
     }
 
+    /// What people should know of the model, a sentence each.
+    fn notes(&self) -> Vec<String> {
+        self.core.notes()
+    }
+
     /// `config.json`, if the model has one.
     fn config(&self) -> Option<String> {
         self.core.config().map(ToString::to_string)

@@ -1,10 +1,12 @@
 //! Tensors as the inputs hand them over: a shape, and bytes in a known encoding.
 
+mod blocks;
 mod dtype;
 mod encoding;
 mod rows;
 mod shape;
 
+pub use blocks::Blocks;
 pub use dtype::Dtype;
 pub use encoding::Encoding;
 pub use rows::Rows;

@@ -1,6 +1,6 @@
 """What quantising loses: every codec and encoder of Tenpak beside other tools' formats, on real models.
 
-    python tests/bench/bench_quality.py [--models FOLDER …] [--device cuda] [--windows N] [--only REGEX]
+    python tests/bench/bench_quality.py [--models FOLDER …] [--device cuda] [--windows N] [--only REGEX] [--update]
 
 Every model is compressed to an artifact on disk, opened again and evaluated beside the original, over all windows of
 1,024 tokens of text/dev.txt under TENPAK_REFERENCE (../shared). Statistics come from 160 windows of
@@ -200,6 +200,13 @@ class Bench:
                 self.peer(peer, importance)
 
 
+def updated(before: list[dict[str, Any]], measured: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows as before, those that were measured again as they are now, new ones after their model's."""
+    rows = {(row["model"], row["name"]): row for row in [*before, *measured]}
+    models = list(dict.fromkeys(model for model, _ in rows))
+    return sorted(rows.values(), key=lambda row: models.index(row["model"]))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     models = [REFERENCE / "models" / name for name in ("gpt2-books", "llama-books")]
@@ -208,6 +215,7 @@ def main() -> None:
     parser.add_argument("--windows", type=int, help="of text/dev.txt (all)")
     parser.add_argument("--calibration-windows", type=int, default=160)
     parser.add_argument("--only", default="", metavar="REGEX", help="rows whose names match")
+    parser.add_argument("--update", action="store_true", help="keep the rows of the results that are not measured now")
     parser.add_argument("--no-peers", dest="peers", action="store_false")
     parser.add_argument("--results", type=Path, default=RESULTS / "quality.json")
     args = parser.parse_args()
@@ -219,6 +227,8 @@ def main() -> None:
             rows += bench.rows
             # A long run must not lose what it has.
             args.results.with_suffix(".rows").write_text(json.dumps(rows))
+    if args.update:
+        rows = updated(json.loads(args.results.read_text())["rows"], rows)
     about = machine("tenpak", "numpy", *quality_peers.packages())
     if args.device == "cuda":
         import cupy

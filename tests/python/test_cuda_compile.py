@@ -14,7 +14,8 @@ from tenpak.cuda import layouts
 ARCHITECTURES = ["sm_80", "sm_90", "sm_90a", "sm_120"]
 LAYOUTS = list(layouts.LAYOUTS)
 #: A configuration of each product kernel that `matmul` may choose, for each kernel's templates.
-SKINNY = [{"WARPS": 8, "DEPTH": 2, "COLUMNS": 1, "BLOCKS": 2}, {"WARPS": 16, "DEPTH": 2, "COLUMNS": 8, "BLOCKS": 1}]
+SKINNY = [{"WARPS": 8, "DEPTH": 2, "COLUMNS": 1, "BLOCKS": 2}, {"WARPS": 12, "DEPTH": 3, "COLUMNS": 8, "BLOCKS": 1}]
+INTEGER = [{"WARPS": 8, "DEPTH": 2, "COLUMNS": 1, "BLOCKS": 2, "INTEGER": tokens} for tokens in (1, 2)]
 PREFILL = [{"GROUPS": 4, "BLOCKS": 1, "TOKENS": 16, "DEPTH": 3, "STAGES": 3}]
 
 
@@ -32,7 +33,8 @@ def defines_of(name: str, layout: str) -> list[dict[str, object]]:
     if name == "dense.cu":
         return [{"LAYOUT": layout, "BF16": bf16} for bf16 in (0, 1)]
     if name == "skinny.cu":
-        return [{"LAYOUT": layout, "BF16": i, **defines} for i, defines in enumerate(SKINNY)]
+        configurations = SKINNY + INTEGER if layout == "int4_lut16" else SKINNY
+        return [{"LAYOUT": layout, "BF16": i % 2, **defines} for i, defines in enumerate(configurations)]
     return [{"LAYOUT": layout, "BF16": bf16, **defines} for bf16 in (0, 1) for defines in PREFILL]
 
 
@@ -55,6 +57,25 @@ def test_the_encoder_compiles_for_every_group(arch):
         for kind in (32, 16, 116) if width <= 16 else (32,):
             cubin = kernels.compile_to_cubin("encode.cu", {"WIDTH": width, "IN": kind}, arch)
             assert cubin.startswith(b"\x7fELF")
+
+
+def test_tables_can_be_looked_up_in_halves():
+    """What cuda/layouts.cuh asks of them: entries at the same place of both halves have the same sign, none is -1."""
+    for table in _core.lut16_tables():
+        assert all(entry < -1 for entry in table[:8])
+        assert all(entry >= 0 for entry in table[8:])
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("dim", [64, 80, 96, 128, 256])
+def test_the_cache_and_attention_compile_for_every_head(arch, dim):
+    prefill = kernels.compile_to_cubin("attention_prefill.cu", {"DIM": dim, "BF16": 1}, arch)
+    assert prefill.startswith(b"\x7fELF")
+    for bits, warps in ((4, 16 if dim <= 128 else 8), (8, 8), (16, 4)):
+        defines = {"BITS": bits, "DIM": dim, "RECENT": 64, "BF16": int(bits == 8)}
+        assert kernels.compile_to_cubin("append.cu", defines, arch).startswith(b"\x7fELF")
+        defines |= {"WARPS": warps, "STAGES": 3, "BLOCKS": 1}
+        assert kernels.compile_to_cubin("attention.cu", defines, arch).startswith(b"\x7fELF")
 
 
 def test_architectures():

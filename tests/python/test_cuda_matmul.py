@@ -17,7 +17,8 @@ from tenpak.cuda import layouts
 LAYOUTS = list(layouts.LAYOUTS)
 every_layout = pytest.mark.parametrize("layout", LAYOUTS)
 every_dtype = pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-#: A relative error of the whole output: the weight is rounded to the type, sums are FP32.
+#: A relative error of the whole output: the weight is rounded to the type, sums are FP32. Relative to what sums of
+#: such products are when nothing cancels, because a few outputs alone may cancel.
 TOLERANCE = {"float16": 1.5e-3, "bfloat16": 8e-3}
 #: n, k: below a tile, odd, K in a partial group, K cut into slices, many strips.
 SHAPES = [(1, 8), (21, 150), (64, 64), (130, 1000), (48, 8200), (2500, 264)]
@@ -83,9 +84,16 @@ def exact(x: Any, w: Any, bias: Any = None) -> np.ndarray:
     return y
 
 
-def error(ours: Any, wanted: np.ndarray) -> float:
+def expected_norm(x: Any, w: Any) -> float:
+    """‖x Wᵀ‖ if the signs of all products were random."""
+    squares = np.square(w.to_dense(np.float32).get().astype(np.float64))
+    return float(np.sqrt((np.square(x.get().astype(np.float64)) @ np.swapaxes(squares, -1, -2)).sum()))
+
+
+def error(ours: Any, wanted: np.ndarray, at_least: float = 0.0) -> float:
     """‖ours − wanted‖ / ‖wanted‖."""
-    return float(np.linalg.norm(ours.get().astype(np.float64) - wanted) / np.linalg.norm(wanted))
+    norm = max(float(np.linalg.norm(wanted)), at_least)
+    return float(np.linalg.norm(ours.get().astype(np.float64) - wanted)) / norm
 
 
 @every_layout
@@ -100,8 +108,28 @@ def test_products_of_every_shape(cupy, layout, dtype, n, k):
         x = activations(cupy, m, k, dtype=dtype, seed=m)
         out = poisoned(cupy, m, n, dtype=dtype)
         assert matmul(x, w, out=out) is out
-        assert error(out, exact(x, w)) < TOLERANCE[dtype], m
-        assert error(matmul(x, w, bias), exact(x, w, bias)) < TOLERANCE[dtype], m
+        norm = expected_norm(x, w)
+        assert error(out, exact(x, w), at_least=norm) < TOLERANCE[dtype], m
+        assert error(matmul(x, w, bias), exact(x, w, bias), at_least=norm) < TOLERANCE[dtype], m
+
+
+@every_layout
+@every_dtype
+def test_a_large_value_and_what_is_not_finite_stay_in_their_token(cupy, layout, dtype):
+    """Where activations share a scale, one among thousands decides it."""
+    from tenpak.cuda import matmul
+
+    w = random_weight(layout, 100, 2200)
+    for m in (2, 12, 40):
+        values = np.random.default_rng(m).standard_normal((m, 2200)).astype(np.float32)
+        values[:, 77] *= 1000
+        x = cupy.asarray(values.astype(type_of(dtype)))
+        assert error(matmul(x, w), exact(x, w)) < TOLERANCE[dtype]
+        for value in (np.nan, np.inf):
+            values[0, 500] = value
+            y = matmul(cupy.asarray(values.astype(type_of(dtype))), w).get().astype(np.float32)
+            assert not np.isfinite(y[0]).any()
+            assert np.isfinite(y[1:]).all()
 
 
 @every_layout

@@ -330,13 +330,6 @@ def test_sources_say_what_they_lack(tmp_path, small):
         Decoder.open(tmp_path / "bare.tenpak")
 
 
-def test_gguf_is_refused(tmp_path):
-    from test_sources import ARRAYS, write_gguf
-
-    with pytest.raises(UnsupportedError, match="GGUF models cannot be run"):
-        Decoder.open(write_gguf(tmp_path / "m.gguf", ARRAYS))
-
-
 def _require_tokenizers(model: Decoder) -> None:
     require("text")
     _ = model.tokenizer

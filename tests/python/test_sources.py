@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tenpak
+from gguf_files import write_gguf
 from support import files_in, gaussian, write_bundle
 
 ARRAYS = {
@@ -25,24 +26,6 @@ def write_safetensors(path: Path, arrays: dict[str, np.ndarray]) -> Path:
         header[name] = {"dtype": "F32", "shape": list(array.shape), "data_offsets": [start, len(data)]}
     text = json.dumps(header).encode()
     path.write_bytes(struct.pack("<Q", len(text)) + text + data)
-    return path
-
-
-def write_gguf(path: Path, arrays: dict[str, np.ndarray]) -> Path:
-    """GGUF version 3 of FP32 tensors, which lists dimensions from the innermost out."""
-
-    def text(value: str) -> bytes:
-        return struct.pack("<Q", len(value)) + value.encode()
-
-    head = b"GGUF" + struct.pack("<IQQ", 3, len(arrays), 1)
-    head += text("general.architecture") + struct.pack("<I", 8) + text("llama")
-    data = b""
-    for name, array in arrays.items():
-        data += bytes(-len(data) % 32)
-        dimensions = array.shape[::-1]
-        head += text(name) + struct.pack(f"<I{len(dimensions)}QIQ", len(dimensions), *dimensions, 0, len(data))
-        data += array.tobytes()
-    path.write_bytes(head + bytes(-len(head) % 32) + data)
     return path
 
 

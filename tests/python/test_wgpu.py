@@ -147,6 +147,14 @@ def test_eval_runs_there(context: wgpu.Context, model: Path, tmp_path: Path) -> 
     assert abs(there / here - 1) < 1e-3
 
 
+def test_generation_writes_there_what_it_writes_on_the_cpu(context: wgpu.Context, model: Path) -> None:
+    require("text")
+    arguments = ["generate", str(model), "--prompt", "It was", "--no-chat", "--max-tokens", "8", "--json"]
+    here, there = (tenpak_command(*arguments, "--device", device).json for device in ("cpu", "wgpu"))
+    assert there["device"] == "wgpu"
+    assert there["text"] == here["text"]
+
+
 def test_doctor_lists_adapters(context: wgpu.Context) -> None:
     listed = tenpak_command("doctor", "--json").json
     assert context.adapter.name in [gpu["name"] for gpu in listed["wgpu"]]

@@ -13,10 +13,10 @@ from types import FrameType
 from typing import NoReturn
 
 from tenpak import __version__, _core
-from tenpak.cli import bench, calibrate, codecs, compress, decompress, doctor, eval, inspect, verify
+from tenpak.cli import bench, calibrate, codecs, compress, decompress, doctor, eval, generate, inspect, verify
 from tenpak.errors import TenpakError
 
-_COMMANDS = (compress, decompress, inspect, verify, calibrate, eval, bench, codecs, doctor)
+_COMMANDS = (compress, decompress, inspect, verify, calibrate, eval, generate, bench, codecs, doctor)
 
 _EPILOG = """\
 examples:

@@ -4,12 +4,14 @@ examples:
   tenpak eval model.tenpak --text book.txt
   tenpak eval model.tenpak --text book.txt --against model-folder
   tenpak eval model-folder --text book.txt --context 512 --windows 16 --json
+  tenpak eval model.tenpak --text book.txt --kv int4
 
-The model is a .tenpak file, a Hugging Face folder, or a .safetensors file with config.json beside it, of the GPT-2,
-Llama, Mistral, Qwen2 or Qwen3 kind; it is computed in FP32. The text is cut into windows of --context tokens, each
-predicted without those before it. ± is the standard error over windows; that of the change in perplexity compares
-window with window. KL divergence is KL(original || model), in nats per position. With --device wgpu the quantised
-layers of a .tenpak run on any GPU that Vulkan, Metal or DX12 reach, and the rest on the CPU.
+The model is a .tenpak or .gguf file, a Hugging Face folder, or a .safetensors file with config.json beside it, of the
+GPT-2, Llama, Mistral, Qwen2 or Qwen3 kind; it is computed in FP32. The text is cut into windows of --context tokens,
+each predicted without those before it. ± is the standard error over windows; that of the change in perplexity compares
+window with window. KL divergence is KL(original || model), in nats per position. --kv reads keys and values from a
+quantised cache at every position, as generation does, and compares with an FP16 cache unless --against is given. With
+--device wgpu the quantised layers of a .tenpak run on any GPU that Vulkan, Metal or DX12 reach, the rest on the CPU.
 
 exit codes: 0 done; 2 a wrong request, a text too short, a package that is missing; 3 a model or text that cannot be
 read; 4 a damaged artifact; 5 a kind of model that cannot be run; 6 the file system refused; 130 interrupted
@@ -23,6 +25,7 @@ from pathlib import Path
 import tenpak
 from tenpak.cli import progress
 from tenpak.cli.table import count, duration, pairs, print_json
+from tenpak.decoder.kv import KV_TYPES
 from tenpak.evaluate import EvalReport, Mean
 
 
@@ -36,6 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--device", choices=("cpu", "cuda", "wgpu"), default="cpu", help="where to compute (%(default)s)"
     )
+    parser.add_argument("--kv", choices=KV_TYPES, help="read keys and values from a cache of that kind (FP32)")
     progress.add_arguments(parser)
 
 
@@ -49,6 +53,7 @@ def run(arguments: argparse.Namespace) -> None:
             windows=arguments.windows,
             device=arguments.device,
             batch=arguments.batch,
+            kv=arguments.kv,
             progress=line,
         )
     if arguments.json:
@@ -59,14 +64,14 @@ def run(arguments: argparse.Namespace) -> None:
 
 def _text(report: EvalReport, text: str) -> str:
     rows = [
-        ("model", report.model),
+        ("model", _with_cache(report.model, report.kv)),
         ("text", f"{text}, {count(report.windows)} windows of {count(report.context)} tokens"),
         ("perplexity", _plus_minus(report.perplexity, 3)),
     ]
     if (against := report.comparison) is not None:
         top1 = Mean(100 * against.top1.value, None if against.top1.error is None else 100 * against.top1.error)
         rows += [
-            ("original", against.original),
+            ("original", _with_cache(against.original, against.kv)),
             ("original's perplexity", _plus_minus(against.perplexity, 3)),
             ("change in perplexity", _plus_minus(against.change, 3, "%", sign=True)),
             ("KL divergence", _plus_minus(against.divergence, 6, " nats")),
@@ -74,6 +79,10 @@ def _text(report: EvalReport, text: str) -> str:
         ]
     speed = f"{duration(report.seconds)}, {count(round(report.tokens_per_second))} tokens/s on {report.device}"
     return pairs([*rows, ("time", speed)])
+
+
+def _with_cache(path: str, kv: str | None) -> str:
+    return path if kv is None else f"{path}, {kv} cache"
 
 
 def _plus_minus(mean: Mean, digits: int, unit: str = "", sign: bool = False) -> str:

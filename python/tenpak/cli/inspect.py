@@ -96,6 +96,8 @@ def _text(artifact: ArtifactFile, summary_only: bool) -> str:
         rows.append(("aliases", ", ".join(f"{alias} = {name}" for alias, name in artifact.aliases.items())))
     if artifact.files:
         rows.append(("files", ", ".join(artifact.files)))
+    if "gguf_metadata.json" in artifact.files and "config.json" not in artifact.files:
+        rows.append(("names", "GGUF's own; the model cannot be run"))
     text = pairs(rows)
     if summary_only:
         return text

@@ -19,21 +19,38 @@ from typing import TYPE_CHECKING, Any
 from tenpak.errors import UnsupportedError
 
 if TYPE_CHECKING:
+    from tenpak.cuda.attention import attend, prefill
+    from tenpak.cuda.cache import KVCache, RotaryTable
     from tenpak.cuda.codec import decode, encode
     from tenpak.cuda.linear import G8Linear
     from tenpak.cuda.products import grouped_matmul, matmul
     from tenpak.cuda.weight import QuantizedWeight
 
-__all__ = ["G8Linear", "QuantizedWeight", "decode", "encode", "grouped_matmul", "matmul"]
+__all__ = [
+    "G8Linear",
+    "KVCache",
+    "QuantizedWeight",
+    "RotaryTable",
+    "attend",
+    "decode",
+    "encode",
+    "grouped_matmul",
+    "matmul",
+    "prefill",
+]
 
 #: Where each name is, and the package that it needs.
 _MODULES = {
     "G8Linear": ("tenpak.cuda.linear", "torch"),
+    "KVCache": ("tenpak.cuda.cache", "cupy"),
     "QuantizedWeight": ("tenpak.cuda.weight", "cupy"),
+    "RotaryTable": ("tenpak.cuda.cache", "cupy"),
+    "attend": ("tenpak.cuda.attention", "cupy"),
     "decode": ("tenpak.cuda.codec", "cupy"),
     "encode": ("tenpak.cuda.codec", "cupy"),
     "grouped_matmul": ("tenpak.cuda.products", "cupy"),
     "matmul": ("tenpak.cuda.products", "cupy"),
+    "prefill": ("tenpak.cuda.attention", "cupy"),
 }
 _INSTALL = {
     "cupy": "CuPy is not installed; pip install 'tenpak[cuda13]' (or cuda12, for CUDA 12 drivers)",

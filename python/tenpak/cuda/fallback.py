@@ -72,7 +72,7 @@ def _strips(
         byte = groups[..., 0].int()
         l_times_d = ((byte & 63) - (byte & 32) * 2).float().mul_(supers)
         index = coded.view(rows, -1, group) + ((byte >> 6) * 16)[..., None]
-        return (_tables(codes.device)[index].mul_(l_times_d[..., None])).view(rows, columns)
+        return (_tables(layout, codes.device)[index].mul_(l_times_d[..., None])).view(rows, columns)
 
     if row_params is not None:
         line = row_params.view(torch.float16).float().reshape(rows, 1, 4)
@@ -99,5 +99,7 @@ def _by_rows(layout: Layout, params: torch.Tensor, rows: int) -> torch.Tensor:
 
 
 @functools.cache
-def _tables(device: torch.device) -> torch.Tensor:
-    return torch.tensor(_core.lut16_tables(), dtype=torch.float32, device=device).reshape(-1)
+def _tables(layout: Layout, device: torch.device) -> torch.Tensor:
+    """The tables one after another, each in the order of packed codes."""
+    tables = torch.tensor(_core.lut16_tables(), dtype=torch.float32, device=device)
+    return tables[:, layout.packed_as].reshape(-1)

@@ -23,6 +23,9 @@ TILE_COLS = 64
 PAIRED = (0, 4, 1, 5, 2, 6, 3, 7)
 NATURAL = (0, 1, 2, 3, 4, 5, 6, 7)
 
+#: Codes as they are packed, and packed ones as they were: bits 2 and 3 exchanged (cuda/layouts.cuh says why).
+EXCHANGED = (0, 1, 2, 3, 8, 9, 10, 11, 4, 5, 6, 7, 12, 13, 14, 15)
+
 
 #: Shapes of codes, params and row_params.
 Sizes = tuple[tuple[int, ...], tuple[int, ...] | None, tuple[int, ...] | None]
@@ -38,6 +41,8 @@ class Layout:
     code_bits: int = 4
     #: The order of nibbles in a word.
     nibbles: tuple[int, ...] = PAIRED
+    #: What each four-bit code is packed as; its own inverse.
+    packed_as: tuple[int, ...] = tuple(range(16))
     #: Parts whose elements, side by side and the first lowest, make a group's parameter.
     group_parts: tuple[int, ...] = ()
     #: One parameter: (scale, offset) as halves or bytes, or one byte.
@@ -99,6 +104,7 @@ LAYOUTS: dict[str, Layout] = {
             "int4_lut16",
             16,
             nibbles=NATURAL,
+            packed_as=EXCHANGED,
             group_parts=(1,),
             param=np.dtype("u1"),
             row_part=2,
@@ -170,6 +176,7 @@ def pack(
     codes = parts[0]
     if layout.code_bits == 4:
         codes = np.stack([codes & 15, codes >> 4], -1).reshape(matrix_count * n, -1)[:, :k]
+        codes = np.array(layout.packed_as, np.uint8)[codes]
         tile = padded(codes, tiles * TILE_COLS).reshape(matrix_count, strips, 2, 8, tiles, 2, 4, 8)
         words = np.zeros(tile.shape[:-1], np.uint32)
         for column, nibble in enumerate(layout.nibbles):

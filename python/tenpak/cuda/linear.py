@@ -176,7 +176,8 @@ class G8Linear(torch.nn.Module):
         """[..., in] to [..., out], of x's dtype."""
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        result: torch.Tensor = torch.ops.tenpak.matmul(
+        matmul = ops.matmul_cuda if ops.unobserved(x, self.bias) else torch.ops.tenpak.matmul
+        result: torch.Tensor = matmul(
             x,
             self.codes,
             self.params,

@@ -107,7 +107,8 @@ def stream_of(pointer: int, device: int) -> Any:
 def current_stream(device: torch.device) -> Any:
     """PyTorch's current stream of a device, for CuPy."""
     index = torch.cuda.current_device() if device.index is None else device.index
-    return stream_of(torch.cuda.current_stream(index).cuda_stream, index)
+    # What torch.cuda.current_stream asks too, without an object around it.
+    return stream_of(torch._C._cuda_getCurrentRawStream(index), index)
 
 
 def _weight(
@@ -146,7 +147,24 @@ def _matmul_torch(
     return torch.nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
 
 
-def _matmul_cuda(
+def unobserved(x: torch.Tensor, bias: torch.Tensor | None) -> bool:
+    """Whether a product may go straight to the kernels, because nothing of PyTorch's is there to see the operator.
+
+    That is so on CUDA unless it is compiled, traced, watched by a mode, or needs a gradient. The operator's dispatch
+    costs twice what its launch does.
+    """
+    return (
+        not torch.compiler.is_compiling()
+        and type(x) is torch.Tensor
+        and x.is_cuda
+        and not (torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)))
+        and not torch._C._len_torch_dispatch_stack()
+        and not torch._C._len_torch_function_stack()
+        and not torch._C._is_tracing()
+    )
+
+
+def matmul_cuda(
     x: torch.Tensor,
     codes: torch.Tensor,
     params: torch.Tensor | None,
@@ -157,15 +175,16 @@ def _matmul_cuda(
     scale: float,
     bias: torch.Tensor | None,
 ) -> torch.Tensor:
+    """The operator's implementation for CUDA; its arguments are `tenpak::matmul`'s."""
     if k == 0 or missing(x.device) is not None:
         return _matmul_torch(x, codes, params, row_params, layout, n, k, scale, bias)
     if x.device != torch.device("cuda", torch.cuda.current_device()):
         with torch.cuda.device(x.device):
-            return _matmul_cuda(x, codes, params, row_params, layout, n, k, scale, bias)
+            return matmul_cuda(x, codes, params, row_params, layout, n, k, scale, bias)
     from tenpak.cuda.products import DENSE_FROM, device_of, launch
 
     compute = x.dtype if x.dtype in (torch.float16, torch.bfloat16) else torch.float16
-    rows = x.reshape(-1, k).to(compute)
+    rows = x if x.dim() == 2 and x.dtype == compute else x.reshape(-1, k).to(compute)
     if rows.stride(1) != 1:
         rows = rows.contiguous()
     bias = None if bias is None else bias.to(compute).contiguous()
@@ -177,33 +196,37 @@ def _matmul_cuda(
     else:
         y = torch.empty(m, n, dtype=compute, device=x.device)
         if m and n:
-            # The workspace that a stream's first launch makes is CuPy's, and must be made on that stream.
-            with stream:
-                launch(
-                    weight,  # type: ignore[arg-type]
-                    rows.data_ptr(),
-                    y.data_ptr(),
-                    m,
-                    bf16=bf16,
-                    stream=stream,
-                    x_stride=rows.stride(0) if m > 1 else k,
-                    bias=0 if bias is None else bias.data_ptr(),
-                    workspace=_captured_workspace(weight, m, bf16, x.device),
-                )
-    return y.view(*x.shape[:-1], n).to(x.dtype)
+            launch(
+                weight,  # type: ignore[arg-type]
+                rows.data_ptr(),
+                y.data_ptr(),
+                m,
+                bf16=bf16,
+                stream=stream,
+                x_stride=rows.stride(0) if m > 1 else k,
+                bias=0 if bias is None else bias.data_ptr(),
+                workspace=_workspace(weight, m, bf16, x.device, stream),
+            )
+    y = y if x.dim() == 2 else y.view(*x.shape[:-1], n)
+    return y if x.dtype == compute else y.to(x.dtype)
 
 
-def _captured_workspace(weight: _Weight, m: int, bf16: bool, device: torch.device) -> Any:
-    """Memory of the graph's own while one is captured: CuPy could not allocate then. None otherwise."""
-    if not torch.cuda.is_current_stream_capturing():
-        return None
-    from tenpak.cuda.products import plan
+def _workspace(weight: _Weight, m: int, bf16: bool, device: torch.device, stream: Any) -> Any:
+    """The stream's workspace; memory of the graph's own while one is captured, because CuPy could not allocate then."""
+    from tenpak.cuda.products import plan, workspace_of
 
     needs = plan(weight.device, weight.layout, *weight.shape, m, 1, bf16)
-    return _Workspace(
-        _Memory(torch.empty(needs.partial_bytes, dtype=torch.uint8, device=device)),
-        _Memory(torch.zeros(needs.counters, dtype=torch.int32, device=device)),
-    )
+    if torch.cuda.is_current_stream_capturing():
+        return _Workspace(
+            _Memory(torch.empty(needs.partial_bytes, dtype=torch.uint8, device=device)),
+            _Memory(torch.zeros(needs.counters, dtype=torch.int32, device=device)),
+        )
+    workspace = workspace_of(weight.device, stream.ptr)
+    if needs.partial_bytes > workspace.partial.size or needs.counters > workspace.counters.size:
+        # It is CuPy's memory, and must be made on the stream that will use it.
+        with stream:
+            workspace.reserve(needs.partial_bytes, needs.counters)
+    return workspace
 
 
 def _by_cublas(rows: torch.Tensor, weight: _Weight, bias: torch.Tensor | None, bf16: bool, stream: Any) -> torch.Tensor:
@@ -281,7 +304,7 @@ def _gradient(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     return of_x, None, None, None, None, None, None, None, of_bias
 
 
-_library.impl("matmul", _matmul_cuda, "CUDA")
+_library.impl("matmul", matmul_cuda, "CUDA")
 _library.impl("matmul", _matmul_torch, "CPU")
 _library.impl("dequantise", _dequantise_cuda, "CUDA")
 _library.impl("dequantise", _dequantise_torch, "CPU")

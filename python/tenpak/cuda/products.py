@@ -2,7 +2,8 @@
 
 The choices are measured ones (tests/bench/bench_gemm.py) and ship with the package: nothing is tuned at run time.
 
-- up to 8 tokens, and 16 where x fits in shared memory: `skinny`, bound by memory;
+- up to 8 tokens, and 16 where x fits in shared memory: `skinny`, bound by memory (one or two tokens of `int4_lut16`:
+  in integers);
 - more on Hopper: `prefill`, on its tensor cores' warpgroup instructions;
 - `DENSE_FROM` tokens and more: the weight is unpacked, a part at a time, for cuBLAS.
 
@@ -41,10 +42,12 @@ STAGE_BYTES = {
     "int8_sym": 2048,
 }
 
+#: Layouts with products in integers, and for how many tokens (cuda/integers.cuh).
+INTEGER = {"int4_lut16": 2}
 #: Tokens from which unpacking the weight for cuBLAS is faster: on Hopper, and where only `skinny` runs.
 DENSE_FROM = {True: 512, False: 64}
 #: Bytes of a weight's rows that are unpacked at a time.
-DENSE_BYTES = 64 << 20
+DENSE_BYTES = 128 << 20
 #: Weights from which more tiles in flight pay for the shared memory they take.
 LARGE = 100_000_000
 #: Shared memory that a block keeps for itself: barriers, tables, and what the driver reserves.
@@ -123,32 +126,43 @@ def _skinny(device: Device, layout: str, n: int, k: int, m: int, batch: int, bf1
     strips, tiles, stage = _divide_up(n, TILE_ROWS), _divide_up(k, TILE_COLS), STAGE_BYTES[layout]
     average = _divide_up(m, batch) if grouped else m
     columns = next((c for c in (1, 2, 4) if average <= 8 * c), 8)
-    at_once = min(8 * columns, m)
-    depth = 4 if n * k >= LARGE and stage <= 1280 else 2
+    # Tokens that are multiplied in integers; not experts', of which one may have many.
+    integer = m if m <= INTEGER.get(layout, 0) and not grouped else 0
+    chunk = integer or 8 * columns
+    at_once = min(chunk, m)
+    depth = 3 if n * k >= LARGE and stage <= 1280 and not integer else 2
 
-    def shared(warps: int, slice_tiles: int) -> int:
-        buffers = 2 if columns <= 2 else 1
-        x = at_once * (slice_tiles * TILE_COLS * 2 + 64)
+    # Strips whose sums a block adds at a time, each by a warp (BUFFERS of cuda/skinny.cu).
+    buffers = 2 if columns <= 2 else 1
+
+    def shared(warps: int, depth: int, slice_tiles: int) -> int:
+        # A row of x, padded (row_bytes of cuda/halves.cuh and, with its scales, of cuda/integers.cuh).
+        row = slice_tiles * TILE_COLS * 2 + (2 * slice_tiles + 160 if integer else 64)
+        x = at_once * row
         return buffers * warps * columns * 512 + warps * depth * stage + x
 
     # K goes over several blocks where there are too few rows for all multiprocessors, or x is too large for one.
     slices = 1
     if strips * batch <= device.multiprocessors:
         slices = max(1, min(2 * device.multiprocessors // (strips * batch), tiles // 16))
-    warps, blocks = 8, 2
+    # (warps of a block, steps in flight, a multiprocessor's blocks), the best first, as measured.
+    choices = [(8, depth, 2), (16, 2, 1), (8, depth, 1)]
+    if integer * tiles > 128:
+        choices.insert(0, (16, 2, 1))
+    elif m > 2 and slices == 1 and n * k < LARGE and layout not in INTEGER:
+        choices[:0] = [(12, 3, 1), (12, 2, 1)]
     while True:
         slice_tiles = _divide_up(_divide_up(tiles, slices), 2) * 2
-        bytes_ = shared(warps, slice_tiles)
-        if bytes_ <= device.shared and 2 * (bytes_ + RESERVED) <= device.shared_all:
-            break
-        if shared(16, slice_tiles) <= device.shared:
-            warps, blocks, depth = 16, 1, 2
-            bytes_ = shared(warps, slice_tiles)
-            break
-        if bytes_ <= device.shared:
-            blocks = 1
+        bytes_ = [shared(warps, depth, slice_tiles) for warps, depth, _ in choices]
+        fits = [
+            i
+            for i, (_, _, blocks) in enumerate(choices)
+            if bytes_[i] <= device.shared and blocks * (bytes_[i] + RESERVED) <= device.shared_all
+        ]
+        if fits:
             break
         slices += 1
+    warps, depth, blocks = choices[fits[0]]
     slices = _divide_up(tiles, slice_tiles)
     per_matrix = max(1, device.multiprocessors * blocks // (slices * batch))
     defines = {
@@ -158,19 +172,20 @@ def _skinny(device: Device, layout: str, n: int, k: int, m: int, batch: int, bf1
         "DEPTH": depth,
         "COLUMNS": columns,
         "BLOCKS": blocks,
+        "INTEGER": integer,
     }
     # Slots of partial sums: one for each chunk of tokens of each matrix.
-    slots = (m // (8 * columns) + batch if grouped else batch * _divide_up(m, 8 * columns) + batch) if slices > 1 else 0
+    slots = (m // chunk + batch if grouped else batch * _divide_up(m, chunk) + batch) if slices > 1 else 0
     int32 = np.int32
     return Plan(
         function("skinny.cu", "skinny", defines, device.number),
         False,
         (min(strips, per_matrix), slices, batch),
-        (32 * warps,),
-        bytes_,
+        (32 * (warps + buffers),),
+        bytes_[fits[0]],
         (int32(m), int32(n), int32(k), int32(tiles), int32(_divide_up(k, 256)), int32(slice_tiles)),
         slots * slices * strips * columns * 512,
-        slots * strips * columns,
+        slots * strips,
     )
 
 
@@ -178,6 +193,8 @@ def _prefill(device: Device, layout: str, n: int, k: int, m: int, batch: int, bf
     tiles, stage = _divide_up(k, TILE_COLS), STAGE_BYTES[layout]
     tokens = next(t for t in (16, 32, 64, 128) if m <= t or t == 128)
     groups, blocks = (2, 2) if tokens == 128 else (4, 2 if tokens <= 32 and n * k >= LARGE else 1)
+    if tokens < 128 and 4 * batch * _divide_up(n, 256) <= device.multiprocessors:
+        groups = 2  # tiles of fewer rows, so that fewer blocks share one
     depth, stages = (3, 3) if blocks == 2 or stage > 1536 else (4, 3)
 
     def shared() -> int:

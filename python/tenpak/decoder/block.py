@@ -10,7 +10,6 @@ from tenpak.decoder.cache import Cache
 from tenpak.decoder.layers import Rotary, attention
 from tenpak.decoder.linear import Linear
 from tenpak.decoder.weights import Weights
-from tenpak.errors import UsageError
 
 #: Called with the names of the linear layers that share an input, and that input, [batch, T, in].
 Observe = Callable[[tuple[str, ...], Any], object]
@@ -56,9 +55,7 @@ class Block(ABC):
         if rotary is not None:
             q, k = rotary(q, start), rotary(k, start)
         if cache is not None:
-            k, v = cache.append(self.index, k, v)
-            if k.shape[2] != start + q.shape[2]:
-                raise UsageError(f"the cache has {k.shape[2] - q.shape[2]} positions, but the next is {start}")
+            return cache.attend(self.index, start, q, k, v, self._score_scale, self._window)
         return attention(q, k, v, self._score_scale, self._window, xp=self._xp)
 
     def _heads(self, x: Any, heads: int) -> Any:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from tenpak.decoder.layers import attention
+from tenpak.errors import UsageError
+
 
 class Cache:
     """Grows as blocks append to it; it belongs to one batch of sequences of equal length."""
@@ -29,6 +32,20 @@ class Cache:
             held[layer][:, :, start:end] = new
         self._lengths[layer] = end
         return self._keys[layer][:, :, :end], self._values[layer][:, :, :end]
+
+    def attend(self, layer: int, start: int, q: Any, k: Any, v: Any, scale: float, window: int | None) -> Any:
+        """Adds keys and values at positions `start …`; their queries' attention over all, [batch, T, heads · head_dim].
+
+        Raises:
+            UsageError: `start` is not where the layer's tokens end.
+        """
+        self._check_start(layer, start)
+        k, v = self.append(layer, k, v)
+        return attention(q, k, v, scale, window, xp=self._xp)
+
+    def _check_start(self, layer: int, start: int) -> None:
+        if self._lengths[layer] != start:
+            raise UsageError(f"the cache has {self._lengths[layer]} positions, but the next is {start}")
 
     def truncate(self, length: int) -> None:
         """Forgets positions from `length` on."""

@@ -13,6 +13,7 @@ from tenpak.decoder import gpt2, llama
 from tenpak.decoder.block import Block
 from tenpak.decoder.cache import Cache
 from tenpak.decoder.config import Config
+from tenpak.decoder.kv import QuantizedCache, checked_kv
 from tenpak.decoder.layers import LayerNorm, RMSNorm, Rotary
 from tenpak.decoder.linear import Linear
 from tenpak.decoder.source import Source, open_source
@@ -46,6 +47,8 @@ class Decoder:
         self.source = source
         #: The array module, NumPy or CuPy.
         self.xp = xp
+        #: Where linear layers are computed: `cpu`, `cuda`, or what took them over.
+        self.device = "cpu" if xp is np else "cuda"
         try:
             self.config = Config.parse(source.config)
         except (InputError, UnsupportedError) as error:
@@ -56,7 +59,7 @@ class Decoder:
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], *, xp: Any = np) -> Decoder:
-        """Opens a `.tenpak`, a Hugging Face folder, or a weight file with `config.json` beside it.
+        """Opens a `.tenpak`, a Hugging Face folder, a GGUF file, or a weight file with `config.json` beside it.
 
         Raises:
             StorageError: It cannot be read.
@@ -133,9 +136,15 @@ class Decoder:
         """All layers, loaded once and kept."""
         return [self.block(index) for index in range(self.config.layers)]
 
-    def cache(self) -> Cache:
-        """An empty cache for `hidden` and `logits`."""
-        return Cache(self.config.layers, xp=self.xp)
+    def cache(self, kv: str | None = None) -> Cache:
+        """An empty cache for `hidden` and `logits`.
+
+        Args:
+            kv: "fp16", "int8" or "int4", to read what a `tenpak.cuda.KVCache` of that kind would hold; None for FP32.
+        """
+        if kv is None:
+            return Cache(self.config.layers, xp=self.xp)
+        return QuantizedCache(self.config.layers, checked_kv(kv), xp=self.xp)
 
     def hidden(self, tokens: ArrayLike, cache: Cache | None = None) -> Any:
         """What the head is given for tokens [batch, T] that follow those in the cache: [batch, T, width]."""

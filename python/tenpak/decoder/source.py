@@ -39,12 +39,15 @@ class Source(Protocol):
     def read(self, name: str) -> NDArray[np.float32]:
         """One tensor in the shape in which it is stored; each call reads it again."""
 
+    def file(self, name: str) -> bytes | None:
+        """One of the small files, if there is one of that name."""
+
     def digest(self) -> str:
         """What the weights are, in hexadecimal: an artifact's root, or BLAKE3 of all tensors."""
 
 
 def open_source(path: str | os.PathLike[str]) -> Source:
-    """Opens a `.tenpak`, a Hugging Face folder, or a weight file with `config.json` beside it.
+    """Opens a `.tenpak`, a Hugging Face folder, a GGUF file, or a weight file with `config.json` beside it.
 
     Raises:
         StorageError: It cannot be read.
@@ -62,15 +65,17 @@ class ArtifactSource:
     def __init__(self, path: str) -> None:
         self.path = path
         self.artifact = _artifact.open(path)
-        text = self._file("config.json")
+        text = self.file("config.json")
         if text is None:
+            if "gguf_metadata.json" in self.artifact.files:
+                raise UnsupportedError(f"{path}: it comes from a GGUF file of a kind that cannot be run")
             raise InputError(f"{path}: no config.json is embedded; compress the model's folder, which has it")
         self.config: dict[str, Any] = _object(path, text)
         self.shapes = {name: self.artifact.info(name).shape for name in self.artifact}
 
     @property
     def tokenizer_json(self) -> bytes | None:
-        return self._file("tokenizer.json")
+        return self.file("tokenizer.json")
 
     def read(self, name: str) -> NDArray[np.float32]:
         return self.artifact.read(name, np.float32)
@@ -78,7 +83,7 @@ class ArtifactSource:
     def digest(self) -> str:
         return self.artifact.root
 
-    def _file(self, name: str) -> bytes | None:
+    def file(self, name: str) -> bytes | None:
         return self.artifact.file(name) if name in self.artifact.files else None
 
 
@@ -88,10 +93,12 @@ class ModelSource:
     def __init__(self, path: str) -> None:
         self.path = path
         self._core = _core.Model(path)
-        if self._core.format() == "GGUF":
-            raise UnsupportedError(f"{path}: GGUF models cannot be run; give the Hugging Face folder they came from")
-        self._beside = None if os.path.isdir(path) else Path(path).parent
-        text = self._file("config.json")
+        holds_all = os.path.isdir(path) or self._core.format() == "GGUF"
+        self._beside = None if holds_all else Path(path).parent
+        text = self.file("config.json")
+        if text is None and self._core.format() == "GGUF":
+            # The first note says why.
+            raise UnsupportedError(next(iter(self._core.notes()), f"{path}: the model cannot be run"))
         if text is None:
             where = "in this folder" if self._beside is None else "beside this file"
             raise InputError(f"{path}: there is no config.json {where}, which says how to run the weights")
@@ -100,7 +107,7 @@ class ModelSource:
 
     @property
     def tokenizer_json(self) -> bytes | None:
-        return self._file("tokenizer.json")
+        return self.file("tokenizer.json")
 
     def read(self, name: str) -> NDArray[np.float32]:
         out = np.empty(self.shapes[name], np.float32)
@@ -110,7 +117,7 @@ class ModelSource:
     def digest(self) -> str:
         return self._core.digest()
 
-    def _file(self, name: str) -> bytes | None:
+    def file(self, name: str) -> bytes | None:
         if self._beside is None:
             return self._core.sidecar(name)
         beside = self._beside / name

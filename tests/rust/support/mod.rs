@@ -1,6 +1,8 @@
 //! Small artifacts to test on, and a way to change an artifact's index and seal it again.
 #![allow(dead_code, reason = "each test binary uses some of it")]
 
+pub mod gguf;
+pub mod models;
 pub mod reseal;
 
 use std::borrow::Cow;

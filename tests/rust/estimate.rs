@@ -7,8 +7,8 @@ use serde_json::{Value, json};
 use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::path::PathBuf;
+use tenpak::estimate::importance;
 use tenpak::input::{Model, Sidecar, TensorInfo};
-use tenpak::mean_field::importance;
 use tenpak::tensor::{Dtype, Encoding, Tensor};
 use tenpak::{Error, Kind, Result};
 
@@ -185,121 +185,113 @@ fn llama(family: &str, activation: &str, biases: bool, dtype: Dtype) -> InMemory
 
 // The formulas.
 
-/// (mean, variance) of each channel.
-type Moments = Vec<(f64, f64)>;
+const TOKENS: usize = 128;
 
-fn added(a: &Moments, b: &Moments) -> Moments {
-    a.iter().zip(b).map(|(a, b)| (a.0 + b.0, a.1 + b.1)).collect()
+/// Channels of each token.
+type Batch = Vec<Vec<f64>>;
+
+fn added(a: &Batch, b: &Batch) -> Batch {
+    a.iter().zip(b).map(|(a, b)| a.iter().zip(b).map(|(a, b)| a + b).collect()).collect()
 }
 
-fn embedding(model: &InMemory, name: &str, frequency: impl Fn(usize) -> f64) -> Moments {
+/// The rows of an embedding that `choose` picks for each token out of so many.
+fn embedding(model: &InMemory, name: &str, choose: impl Fn(usize, usize) -> usize) -> Batch {
     let table = model.widened(name);
     let rows = table.len() / WIDTH;
-    let total: f64 = (0..rows).map(&frequency).sum();
-    (0..WIDTH)
-        .map(|j| {
-            let mean: f64 = (0..rows).map(|i| frequency(i) / total * table[i * WIDTH + j]).sum();
-            (mean, (0..rows).map(|i| frequency(i) / total * (table[i * WIDTH + j] - mean).powi(2)).sum())
-        })
-        .collect()
+    (0..TOKENS).map(|t| table[choose(t, rows) * WIDTH..][..WIDTH].to_vec()).collect()
 }
 
-fn normed(x: &Moments, weight: &[f64], bias: Option<&[f64]>) -> Moments {
-    let n = x.len() as f64;
-    let centre = if bias.is_some() { x.iter().map(|c| c.0).sum::<f64>() / n } else { 0.0 };
-    let scale = (x.iter().map(|c| (c.0 - centre).powi(2) + c.1).sum::<f64>() / n).sqrt();
-    let channel = |j: usize| {
-        let bias = bias.map_or(0.0, |b| b[j]);
-        ((x[j].0 - centre) / scale * weight[j] + bias, x[j].1 / scale.powi(2) * weight[j].powi(2))
+/// Zipf's law, drawn at the multiples of the golden ratio.
+fn frequent(t: usize, rows: usize) -> usize {
+    let golden = (5f64.sqrt() - 1.0) / 2.0;
+    let frequency = |id: usize| 1.0 / (id as f64 + 10.0);
+    let total: f64 = (0..rows).map(frequency).sum();
+    let mut left = ((t as f64 + 0.5) * golden).fract() * total;
+    (0..rows)
+        .find(|id| {
+            left -= frequency(*id);
+            left <= 0.0
+        })
+        .unwrap_or(rows - 1)
+}
+
+fn spread(t: usize, rows: usize) -> usize {
+    t * rows / TOKENS
+}
+
+fn normed(x: &Batch, weight: &[f64], bias: Option<&[f64]>) -> Batch {
+    let token = |x: &Vec<f64>| {
+        let n = x.len() as f64;
+        let centre = if bias.is_some() { x.iter().sum::<f64>() / n } else { 0.0 };
+        let scale = (x.iter().map(|x| (x - centre).powi(2)).sum::<f64>() / n).sqrt();
+        let bias = |j: usize| bias.map_or(0.0, |b| b[j]);
+        x.iter().enumerate().map(|(j, x)| (x - centre) / scale * weight[j] + bias(j)).collect()
     };
-    (0..x.len()).map(channel).collect()
+    x.iter().map(token).collect()
 }
 
 /// `in_out`: how the weight is held.
-fn linear(model: &InMemory, name: &str, x: &Moments, in_out: bool) -> Moments {
+fn linear(model: &InMemory, name: &str, x: &Batch, in_out: bool) -> Batch {
     let weight = model.widened(&format!("{name}.weight"));
     let bias = format!("{name}.bias");
     let bias = model.index(&bias).map(|_| model.widened(&bias));
-    let n = weight.len() / x.len();
-    let w = |o: usize, i: usize| if in_out { weight[i * n + o] } else { weight[o * x.len() + i] };
-    let output = |o: usize| {
-        let mean: f64 = (0..x.len()).map(|i| w(o, i) * x[i].0).sum();
-        let variance = (0..x.len()).map(|i| w(o, i).powi(2) * x[i].1).sum();
-        (mean + bias.as_ref().map_or(0.0, |b| b[o]), variance)
+    let token = |x: &Vec<f64>| {
+        let n = weight.len() / x.len();
+        let w = |o: usize, i: usize| if in_out { weight[i * n + o] } else { weight[o * x.len() + i] };
+        let output = |o: usize| {
+            (0..x.len()).map(|i| w(o, i) * x[i]).sum::<f64>() + bias.as_ref().map_or(0.0, |b| b[o])
+        };
+        (0..n).map(output).collect()
     };
-    (0..n).map(output).collect()
+    x.iter().map(token).collect()
 }
 
-/// Nodes and weights of Gauss-Hermite quadrature with 15 nodes: roots of the Hermite polynomial by bisection.
-fn quadrature() -> Vec<(f64, f64)> {
-    const N: usize = 15;
-    let hermite = |n: usize, x: f64| {
-        let mut last = (1.0, x);
-        (1..n).for_each(|k| last = (last.1, x * last.1 - k as f64 * last.0));
-        last.1
-    };
-    let factorial: f64 = (1..=N).map(|k| k as f64).product();
-    let mut out = Vec::new();
-    for i in -700..700 {
-        let (mut low, mut high) = ((f64::from(i) + 0.5) * 0.01, (f64::from(i) + 1.5) * 0.01);
-        if hermite(N, low).signum() == hermite(N, high).signum() {
-            continue;
-        }
-        for _ in 0..60 {
-            let middle = 0.5 * (low + high);
-            let same = hermite(N, low).signum() == hermite(N, middle).signum();
-            if same { low = middle } else { high = middle }
-        }
-        out.push((low, factorial / (N as f64 * hermite(N - 1, low)).powi(2)));
-    }
-    assert_eq!(out.len(), N);
-    assert!((out.iter().map(|n| n.1).sum::<f64>() - 1.0).abs() < 1e-12);
-    out
+/// Each position reads the mean of all values up to its own.
+fn attended(values: &Batch) -> Batch {
+    let mean = |t: usize, j: usize| values[..=t].iter().map(|v| v[j]).sum::<f64>() / (t + 1) as f64;
+    (0..TOKENS).map(|t| (0..values[t].len()).map(|j| mean(t, j)).collect()).collect()
 }
 
-fn through(x: &Moments, activation: &str) -> Moments {
-    let f = |x: f64| match activation {
+fn through(x: &Batch, activation: &str) -> Batch {
+    let f = |x: &f64| match activation {
         "relu" => x.max(0.0),
         "silu" => x / (1.0 + (-x).exp()),
         _ => 0.5 * x * (1.0 + ((2.0 / std::f64::consts::PI).sqrt() * (x + 0.044715 * x.powi(3))).tanh()),
     };
-    let nodes = quadrature();
-    let channel = |&(mean, variance): &(f64, f64)| {
-        let first: f64 = nodes.iter().map(|(x, w)| w * f(mean + variance.sqrt() * x)).sum();
-        let spread = |(x, w): &(f64, f64)| w * (f(mean + variance.sqrt() * x) - first).powi(2);
-        (first, nodes.iter().map(spread).sum())
-    };
-    x.iter().map(channel).collect()
+    x.iter().map(|token| token.iter().map(f).collect()).collect()
 }
 
-fn times(a: &Moments, b: &Moments) -> Moments {
-    let channel =
-        |(a, b): (&(f64, f64), &(f64, f64))| (a.0 * b.0, a.1 * b.1 + a.1 * b.0.powi(2) + b.1 * a.0.powi(2));
-    a.iter().zip(b).map(channel).collect()
+fn times(a: &Batch, b: &Batch) -> Batch {
+    a.iter().zip(b).map(|(a, b)| a.iter().zip(b).map(|(a, b)| a * b).collect()).collect()
 }
 
-fn relative(x: &Moments) -> Vec<f64> {
-    let powered: Vec<f64> = x.iter().map(|c| (c.0.powi(2) + c.1).powf(0.75)).collect();
-    let mean = powered.iter().sum::<f64>() / powered.len() as f64;
-    powered.iter().map(|p| (p / mean).max(1e-6)).collect()
+fn columns(x: &Batch, chosen: impl Iterator<Item = usize> + Clone) -> Batch {
+    x.iter().map(|token| chosen.clone().map(|j| token[j]).collect()).collect()
+}
+
+fn relative(x: &Batch) -> Vec<f64> {
+    let square = |j: usize| x.iter().map(|token| token[j].powi(2)).sum::<f64>();
+    let squares: Vec<f64> = (0..x[0].len()).map(square).collect();
+    let mean = squares.iter().sum::<f64>() / squares.len() as f64;
+    squares.iter().map(|s| (s / mean).max(1e-6)).collect()
 }
 
 type Expected = BTreeMap<String, Vec<f64>>;
 
 fn expected_gpt2(model: &InMemory, prefix: &str, activation: &str) -> Expected {
     let mut out = Expected::new();
-    let tokens = embedding(model, &format!("{prefix}wte.weight"), |id| 1.0 / (id as f64 + 10.0));
-    let mut state = added(&tokens, &embedding(model, &format!("{prefix}wpe.weight"), |_| 1.0));
+    let tokens = embedding(model, &format!("{prefix}wte.weight"), frequent);
+    let mut state = added(&tokens, &embedding(model, &format!("{prefix}wpe.weight"), spread));
     for layer in 0..LAYERS {
         let at = format!("{prefix}h.{layer}");
-        let norm = |name: &str, state: &Moments| {
+        let norm = |name: &str, state: &Batch| {
             let [weight, bias] = ["weight", "bias"].map(|part| model.widened(&format!("{at}.{name}.{part}")));
             normed(state, &weight, Some(&bias))
         };
         let x = norm("ln_1", &state);
         out.insert(format!("{at}.attn.c_attn.weight"), relative(&x));
         let values = linear(model, &format!("{at}.attn.c_attn"), &x, true);
-        let mixed = values[2 * WIDTH..].iter().map(|v| (v.0, v.1 * 0.3)).collect();
+        let mixed = attended(&columns(&values, 2 * WIDTH..3 * WIDTH));
         state = added(&state, &linear(model, &format!("{at}.attn.c_proj"), &mixed, true));
         let x = norm("ln_2", &state);
         out.insert(format!("{at}.mlp.c_fc.weight"), relative(&x));
@@ -311,18 +303,18 @@ fn expected_gpt2(model: &InMemory, prefix: &str, activation: &str) -> Expected {
 
 fn expected_llama(model: &InMemory, activation: &str) -> Expected {
     let mut out = Expected::new();
-    let mut state = embedding(model, "model.embed_tokens.weight", |id| 1.0 / (id as f64 + 10.0));
+    let mut state = embedding(model, "model.embed_tokens.weight", frequent);
     for layer in 0..LAYERS {
         let at = format!("model.layers.{layer}");
         let norm =
-            |name: &str, state: &Moments| normed(state, &model.widened(&format!("{at}.{name}.weight")), None);
+            |name: &str, state: &Batch| normed(state, &model.widened(&format!("{at}.{name}.weight")), None);
         let x = norm("input_layernorm", &state);
         for name in ["q_proj", "k_proj", "v_proj"] {
             out.insert(format!("{at}.self_attn.{name}.weight"), relative(&x));
         }
         let values = linear(model, &format!("{at}.self_attn.v_proj"), &x, false);
         let queries = (0..HEADS).flat_map(|h| (0..HEAD).map(move |i| h / (HEADS / SHARED) * HEAD + i));
-        let mixed = queries.map(|v| (values[v].0, values[v].1 * 0.3)).collect();
+        let mixed = attended(&columns(&values, queries));
         state = added(&state, &linear(model, &format!("{at}.self_attn.o_proj"), &mixed, false));
         let x = norm("post_attention_layernorm", &state);
         for name in ["gate_proj", "up_proj"] {
@@ -450,10 +442,14 @@ fn a_tensor_that_is_missing_or_strange_leaves_no_estimate() {
                 none(&model.reshaped(&name, &other), &name);
             }
             if read {
-                let len: usize = shape.iter().product();
+                // Of embeddings the first token's row is read; the last element is among the values of c_attn.
+                let last = match &name[..] {
+                    n if n.ends_with("wpe.weight") => WIDTH - 1,
+                    n if n.contains("wte") || n.contains("embed") => frequent(0, VOCABULARY) * WIDTH + 1,
+                    _ => shape.iter().product::<usize>() - 1,
+                };
                 for value in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
-                    // The last element is among the values of c_attn.
-                    none(&model.with(&name, len - 1, value), &name);
+                    none(&model.with(&name, last, value), &name);
                 }
             }
         }

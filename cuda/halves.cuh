@@ -1,0 +1,116 @@
+// Products of weights and tokens in the tensor cores' FP16 or BF16 instruction, mma.m16n8k16, for few tokens.
+//
+// Weights become the type of the activations, and tokens are the instruction's 8 columns, so that eight cost what one
+// does. -DCOLUMNS, tiles of 8 tokens.
+#pragma once
+#include "tokens.cuh"
+
+namespace tenpak {
+
+constexpr int TOKENS = 8 * COLUMNS;
+// Independent sums for the two halves of a tile: a chain of dependent products would be all latency.
+constexpr int CHAINS = COLUMNS <= 2 ? 2 : 1;
+
+__device__ __forceinline__ void multiply(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+#if BF16
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+#else
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+#endif
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+struct Products {
+    using Tile = Layout::Tile;
+
+    const u8* x[COLUMNS];  // this lane's tokens, from its first columns on
+    float sums[CHAINS][COLUMNS][4];
+
+    // A row of x in shared memory is longer by 64 bytes: eight lanes that read two rows then meet all 32 banks.
+    static __device__ __forceinline__ int row_bytes(int tiles) { return tiles * TILE_COLS * 2 + 64; }
+
+    // x to shared memory, by asynchronous copies where it is aligned. They go first, so that they are there first.
+    struct Staging {
+        XSlice from;
+
+        __device__ __forceinline__ explicit Staging(const XSlice& from) : from(from) {}
+        __device__ __forceinline__ void begin(u8* to, int row_bytes) {
+            const bool vectors = from.aligned(16);
+            for (int row = 0; row < from.tokens; ++row) {
+                const u16* values = from.x + row * from.stride + from.first_column;
+                u8* line = to + row * row_bytes;
+                if (vectors) {
+                    for (int c = threadIdx.x * 8; c < from.columns; c += THREADS * 8) {
+                        const int bytes = from.first_column + c < from.k ? 16 : 0;
+                        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
+                                     :: "r"(shared_address(line + 2 * c)), "l"(bytes ? values + c : from.x), "r"(bytes) : "memory");
+                    }
+                } else {
+                    for (int c = threadIdx.x; c < from.columns; c += THREADS)
+                        reinterpret_cast<u16*>(line)[c] = from.first_column + c < from.k ? values[c] : (u16)0;
+                }
+            }
+        }
+        __device__ __forceinline__ void end(u8*, int) {}
+    };
+
+    __device__ __forceinline__ Products(const u8* staged, int row_bytes, int tokens, int, int lane) {
+#pragma unroll
+        for (int column = 0; column < COLUMNS; ++column)
+            x[column] = staged + min(column * 8 + lane / 4, tokens - 1) * row_bytes + lane % 4 * 16;
+    }
+
+    __device__ __forceinline__ void clear() {
+#pragma unroll
+        for (int chain = 0; chain < CHAINS; ++chain)
+#pragma unroll
+            for (int column = 0; column < COLUMNS; ++column)
+#pragma unroll
+                for (int i = 0; i < 4; ++i) sums[chain][column][i] = 0.0f;
+    }
+
+    template <int J>
+    static __device__ __forceinline__ Tile read_tile(const u8* stage, int lane) {
+        return read_stage<J>(stage, lane);
+    }
+
+    // Half a tile times its columns of x, for all tokens.
+    template <int HALF>
+    __device__ __forceinline__ void multiply_half(const Tile& tile, const Layout::Rows& rows, int offset) {
+        u32 a[2][4];
+        fragments<HALF>(tile, rows, a);
+#pragma unroll
+        for (int column = 0; column < COLUMNS; ++column) {
+            const uint4 b = *reinterpret_cast<const uint4*>(x[column] + offset + 64 * HALF);
+            tenpak::multiply(sums[HALF % CHAINS][column], a[0], b.x, b.y);
+            tenpak::multiply(sums[HALF % CHAINS][column], a[1], b.z, b.w);
+        }
+    }
+
+    // Tiles `tile` and tile + 1 of the slice's `count`.
+    __device__ __forceinline__ void multiply(const Tile& first, const Tile& second, const Layout::Rows& rows, int tile, int count) {
+        const int offset = tile * (TILE_COLS * 2);
+        if (tile < count) {
+            multiply_half<0>(first, rows, offset);
+            multiply_half<1>(first, rows, offset);
+        }
+        if (tile + 1 < count) {
+            multiply_half<0>(second, rows, offset + TILE_COLS * 2);
+            multiply_half<1>(second, rows, offset + TILE_COLS * 2);
+        }
+    }
+
+    // Rows g and g + 8 times tokens 2t and 2t + 1 of a column.
+    __device__ __forceinline__ float4 sum(int column, int) const {
+        const float(&s)[4] = sums[0][column];
+        float4 total = make_float4(s[0], s[1], s[2], s[3]);
+        if (CHAINS == 2) {
+            const float(&other)[4] = sums[CHAINS - 1][column];
+            add(total, make_float4(other[0], other[1], other[2], other[3]));
+        }
+        return total;
+    }
+};
+
+}  // namespace tenpak
