@@ -1,5 +1,6 @@
 # What people do here. CI calls the same targets.
 SHELL := /bin/bash
+comma := ,
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -8,8 +9,12 @@ FUZZ_RUNS ?= 10000000
 FUZZ_TARGETS := artifact safetensors gguf json
 
 QUALITY ?=
+# FEATURES=gpu builds and tests with wgpu, too.
+FEATURES ?=
+MATURIN := build --release --out target/wheels $(if $(FEATURES),--features python$(comma)$(FEATURES))
+CARGO_FEATURES := $(if $(FEATURES),--features $(FEATURES))
 
-.PHONY: help demo dev torch test lint cargo-test pytest test-gpu fuzz bench quality docs wheel clean
+.PHONY: help demo dev torch test lint cargo-test pytest test-gpu test-wgpu fuzz bench quality docs wheel clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -26,7 +31,7 @@ demo: $(BIN)/python ## install Tenpak into .venv, then compress, inspect, verify
 
 dev: $(BIN)/python ## install the release wheel with everything that the tests need
 	$(BIN)/pip install --quiet 'maturin>=1.9,<2'
-	rm -rf target/wheels && $(BIN)/maturin build --release --quiet --out target/wheels
+	rm -rf target/wheels && $(BIN)/maturin $(MATURIN) --quiet
 	$(BIN)/pip install --quiet --force-reinstall --no-deps target/wheels/*.whl
 	$(BIN)/pip install --quiet "$$(echo target/wheels/*.whl)[dev]"
 
@@ -37,7 +42,7 @@ test: dev lint cargo-test pytest ## build, lint and run every test
 
 lint: ## formatting, clippy, ruff, types and the extension's stub
 	cargo fmt --check
-	cargo clippy --all-targets --quiet -- -D warnings
+	cargo clippy --all-targets --quiet $(CARGO_FEATURES) -- -D warnings
 	PYO3_PYTHON=$(abspath $(BIN)/python) cargo clippy --features python --quiet -- -D warnings
 	$(BIN)/ruff check python tests
 	$(BIN)/ruff format --check python tests
@@ -45,7 +50,7 @@ lint: ## formatting, clippy, ruff, types and the extension's stub
 	$(BIN)/python -m mypy.stubtest tenpak._core
 
 cargo-test: ## the Rust tests
-	cargo test
+	cargo test $(CARGO_FEATURES)
 
 pytest: ## the Python tests, on the installed wheel
 	$(BIN)/python -m pytest tests/python -q -rs
@@ -53,6 +58,11 @@ pytest: ## the Python tests, on the installed wheel
 test-gpu: ## the tests that need an NVIDIA GPU, CuPy and torch, with PYTHON, which must have them, on the package in python/
 	PYTHONPATH=python TENPAK_REQUIRE=cuda,nvrtc,torch $(PYTHON) -m pytest -q \
 		tests/python/test_cuda_codec.py tests/python/test_cuda_matmul.py tests/python/test_torch_linear.py
+
+test-wgpu: ## the tests of wgpu, which need a GPU with a Vulkan driver, or Debian's mesa-vulkan-drivers
+	$(MAKE) dev FEATURES=gpu
+	cargo test --features gpu --test wgpu
+	TENPAK_REQUIRE=wgpu $(BIN)/python -m pytest tests/python/test_wgpu.py -q -rs
 
 fuzz: ## FUZZ_RUNS executions of each reader under a coverage-guided fuzzer
 	command -v cargo-fuzz > /dev/null || cargo install --quiet cargo-fuzz
@@ -77,9 +87,9 @@ docs: dev ## write the generated pages of docs/
 	$(BIN)/tenpak codecs --markdown > docs/codecs.md
 	$(BIN)/python tests/bench/quality_page.py
 
-wheel: $(BIN)/python ## a wheel for this platform, for every Python from 3.11 on
+wheel: $(BIN)/python ## a wheel for this platform with everything in it, for every Python from 3.11 on
 	$(BIN)/pip install --quiet 'maturin>=1.9,<2'
-	$(BIN)/maturin build --release --out target/wheels
+	$(BIN)/maturin build --release --out target/wheels --features python,gpu
 
 clean: ## remove what was built
 	rm -rf target $(VENV) tiny-llama.tenpak tiny-llama-restored tests/fuzz/target

@@ -13,6 +13,7 @@
 //! - [`estimate`]: the same estimated from the weights alone, where there are no statistics.
 //! - [`plan`] and [`pipeline`]: which tensor gets which codec, and a whole model through all of the above.
 //! - [`delta`]: models as differences from a base, and back.
+//! - [`wgpu_gemm`]: products with quantised weights on any GPU (feature `gpu`); it knows only [`codec`].
 
 pub mod artifact;
 pub mod atomic;
@@ -29,6 +30,7 @@ pub mod plan;
 mod python;
 pub mod runner;
 pub mod tensor;
+pub mod wgpu_gemm;
 
 pub use artifact::ArtifactFile;
 pub use error::{Error, Kind, Result};

@@ -11,6 +11,7 @@ mod kernels;
 mod memory;
 mod model;
 mod progress;
+mod wgpu;
 
 use crate::calibration::{Calibration, Encoder, importance_of};
 use crate::codec::{self, Codec, Factor, OutputError, Per};
@@ -338,6 +339,8 @@ fn _core(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add_class::<artifact::ArtifactFile>()?;
     m.add_class::<delta::DeltaModel>()?;
     m.add_class::<model::Model>()?;
+    m.add_class::<wgpu::WgpuContext>()?;
+    m.add_class::<wgpu::WgpuWeight>()?;
     m.add_function(wrap_pyfunction!(codecs, m)?)?;
     m.add_function(wrap_pyfunction!(compress, m)?)?;
     m.add_function(wrap_pyfunction!(decode, m)?)?;
@@ -352,5 +355,6 @@ fn _core(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add_function(wrap_pyfunction!(output_format, m)?)?;
     m.add_function(wrap_pyfunction!(part_shapes, m)?)?;
     m.add_function(wrap_pyfunction!(simd, m)?)?;
+    m.add_function(wrap_pyfunction!(wgpu::wgpu_adapters, m)?)?;
     Ok(())
 }

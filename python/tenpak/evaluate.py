@@ -88,7 +88,7 @@ def evaluate(
     against: str | os.PathLike[str] | Decoder | None = None,
     context: int | None = None,
     windows: int | None = None,
-    device: Device = "cpu",
+    device: Device | Literal["wgpu"] = "cpu",
     batch: int | None = None,
     kv: KVType | None = None,
     progress: Progress | None = None,
@@ -104,7 +104,8 @@ def evaluate(
         against: The original, in any of the forms that `model` has.
         context: Tokens in a window; None for 1024, or as many as the models were made for.
         windows: The most windows to use, from the start; None for all.
-        device: Where to compute, for models that are not open yet; `cuda` needs CuPy.
+        device: Where to compute, for models that are not open yet; `cuda` needs CuPy, `wgpu` a `.tenpak`, whose
+            quantised layers it runs on the default GPU of `tenpak.wgpu` (the original stays on the CPU).
         batch: Windows that are computed at once; None for 1 on the CPU and 8 elsewhere.
         kv: Read keys and values from a cache of that kind at every position, "fp16", "int8" or "int4"; without
             `against`, the model is then compared with itself with an FP16 cache ("fp16": with FP32). None for FP32.
@@ -120,8 +121,8 @@ def evaluate(
         if value is not None and value < least:
             raise UsageError(f"{name} {value} is too small; give at least {least}")
     kv = None if kv is None else checked_kv(kv)
-    xp = array_module(device)
-    decoder = model if isinstance(model, Decoder) else Decoder.open(model, xp=xp)
+    xp = array_module("cpu" if device == "wgpu" else device)
+    decoder = model if isinstance(model, Decoder) else open_on(model, device)
     original = against if against is None or isinstance(against, Decoder) else Decoder.open(against, xp=xp)
     original_kv: KVType | None = None
     if original is None and kv is not None:
@@ -171,7 +172,7 @@ def evaluate(
         )
     return EvalReport(
         model=decoder.source.path,
-        device="cpu" if decoder.xp is np else "cuda",
+        device=decoder.device,
         context=parts.shape[1],
         windows=len(parts),
         predicted=len(parts) * (parts.shape[1] - 1),
@@ -181,6 +182,17 @@ def evaluate(
         seconds=seconds,
         tokens_per_second=parts.size / seconds,
     )
+
+
+def open_on(model: str | os.PathLike[str], device: str) -> Decoder:
+    """Opens a model with its weights on a device: `cpu`, `cuda`, or `wgpu`, which takes quantised layers alone."""
+    if device != "wgpu":
+        return Decoder.open(model, xp=array_module(device))
+    from tenpak import wgpu
+
+    decoder = Decoder.open(model)
+    wgpu.place(decoder)
+    return decoder
 
 
 def array_module(device: str) -> Any:

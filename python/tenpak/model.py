@@ -24,7 +24,7 @@ from tenpak.decoder import Decoder
 from tenpak.decoder.kv import KVType, checked_kv
 from tenpak.detokenize import TextStream
 from tenpak.errors import InputError, UsageError
-from tenpak.evaluate import array_module
+from tenpak.evaluate import open_on
 from tenpak.sampling import Sampling, choose
 
 #: Text, messages of a chat, or tokens.
@@ -84,7 +84,7 @@ class Model:
         cls,
         path: str | os.PathLike[str],
         *,
-        device: Literal["auto", "cpu", "cuda"] = "auto",
+        device: Literal["auto", "cpu", "cuda", "wgpu"] = "auto",
         kv: KVType | None = None,
     ) -> Model:
         """Opens a `.tenpak`, a Hugging Face folder, a GGUF file, or a weight file with `config.json` beside it.
@@ -92,20 +92,21 @@ class Model:
         Args:
             path: The model.
             device: `cpu` computes in FP32 with NumPy; `cuda` keeps a `.tenpak`'s weights quantised in the memory of
-                an NVIDIA GPU, and needs CuPy; `auto` takes the GPU where there is one.
+                an NVIDIA GPU, and needs CuPy; `wgpu` runs a `.tenpak`'s quantised layers on any GPU, in wheels that
+                have `tenpak.wgpu`; `auto` takes an NVIDIA GPU where there is one.
             kv: Read keys and values from a cache of that kind; None for exact ones.
 
         Raises:
             UsageError: A wrong option, or a package that is missing.
             StorageError, InputError, ArtifactError, UnsupportedError: As for `Decoder.open`.
         """
-        if device not in ("auto", "cpu", "cuda"):
-            raise UsageError(f"unknown device {device!r}; choose auto, cpu or cuda")
+        if device not in ("auto", "cpu", "cuda", "wgpu"):
+            raise UsageError(f"unknown device {device!r}; choose auto, cpu, cuda or wgpu")
         if kv is not None:
             kv = checked_kv(kv)
         if device == "auto":
             device = "cuda" if _has_gpu() else "cpu"
-        decoder = Decoder.open(path, xp=array_module(device))
+        decoder = open_on(path, device)
         if device == "cuda":
             from tenpak.cuda.place import place
 
@@ -114,7 +115,8 @@ class Model:
 
     @property
     def device(self) -> str:
-        return "cpu" if self.decoder.xp is np else "cuda"
+        """Where the decoder computes: `cpu`, `cuda` or `wgpu`."""
+        return self.decoder.device
 
     @cached_property
     def has_chat(self) -> bool:

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tenpak
+from tenpak import wgpu
 
 ROOT = Path(__file__).resolve().parents[2]
 DATA = ROOT / "tests" / "data"
@@ -46,12 +47,20 @@ def _missing_nvrtc() -> str | None:
     return None
 
 
+def _missing_wgpu() -> str | None:
+    try:
+        return None if wgpu.adapters() else "no GPU for wgpu; Debian's mesa-vulkan-drivers has a software one"
+    except tenpak.UnsupportedError as error:
+        return str(error)
+
+
 #: Parts that a machine may lack: each says what is absent, or None.
 PARTS = {
     "torch": lambda: _missing("torch,hf", "torch", "transformers"),
     "c++": lambda: None if shutil.which("c++") or shutil.which("g++") else "no C++ compiler",
     "cuda": _missing_cuda,
     "nvrtc": _missing_nvrtc,
+    "wgpu": _missing_wgpu,
     "text": lambda: _missing("text", "tokenizers"),
     "reference": lambda: (
         None if REFERENCE.is_dir() else f"no reference models at {REFERENCE}; TENPAK_REFERENCE says where they are"

@@ -11,10 +11,12 @@ import argparse
 import importlib.metadata
 import os
 import platform
+from dataclasses import asdict
 from typing import Any
 
-from tenpak import __version__, _core
+from tenpak import __version__, _core, wgpu
 from tenpak.cli.table import pairs, print_json, table
+from tenpak.errors import UnsupportedError
 
 #: Packages, what they are for, and the extra that brings them.
 _OPTIONAL = (
@@ -47,8 +49,9 @@ def run(arguments: argparse.Namespace) -> None:
     for packages, purpose, needs in _OPTIONAL:
         found = next((f"{p} {v}" for p in packages if (v := _version(p))), None)
         optional.append({"for": purpose, "installed": found, "install": f"pip install '{needs}'"})
+    gpus, without = _adapters()
     if arguments.json:
-        print_json(about | {"optional": optional})
+        print_json(about | {"optional": optional, "wgpu": [asdict(gpu) for gpu in gpus], "wgpu_missing": without})
         return
     rows = [(name, str(value)) for name, value in about.items() if name not in ("simd", "simd_available")]
     rows.append(("simd", f"{used} (this machine has {', '.join(available)}; TENPAK_SIMD chooses)"))
@@ -60,6 +63,25 @@ def run(arguments: argparse.Namespace) -> None:
             [[o["for"] or "", o["installed"] or "no", o["install"] or ""] for o in optional],
         )
     )
+
+    print()
+    if without is not None:
+        print(f"GPUs for tenpak.wgpu and --device wgpu: {without}")
+        return
+    features = ("half", "subgroups", "timestamps")
+    rows_of_gpus = [
+        [gpu.name, gpu.backend, gpu.kind, gpu.driver, ", ".join(f for f in features if getattr(gpu, f))] for gpu in gpus
+    ]
+    print(table(["GPU for tenpak.wgpu", "through", "kind", "driver", "has"], rows_of_gpus))
+
+
+def _adapters() -> tuple[list[wgpu.Adapter], str | None]:
+    """The GPUs that wgpu finds, or why there are none."""
+    try:
+        gpus = wgpu.adapters()
+    except UnsupportedError as error:
+        return [], str(error)
+    return gpus, None if gpus else "none found; install its Vulkan driver"
 
 
 def _version(package: str) -> str | None:

@@ -10,7 +10,8 @@ The model is a .tenpak or .gguf file, a Hugging Face folder, or a .safetensors f
 GPT-2, Llama, Mistral, Qwen2 or Qwen3 kind; it is computed in FP32. The text is cut into windows of --context tokens,
 each predicted without those before it. ± is the standard error over windows; that of the change in perplexity compares
 window with window. KL divergence is KL(original || model), in nats per position. --kv reads keys and values from a
-quantised cache at every position, as generation does, and compares with an FP16 cache unless --against is given.
+quantised cache at every position, as generation does, and compares with an FP16 cache unless --against is given. With
+--device wgpu the quantised layers of a .tenpak run on any GPU that Vulkan, Metal or DX12 reach, the rest on the CPU.
 
 exit codes: 0 done; 2 a wrong request, a text too short, a package that is missing; 3 a model or text that cannot be
 read; 4 a damaged artifact; 5 a kind of model that cannot be run; 6 the file system refused; 130 interrupted
@@ -35,7 +36,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--context", type=int, metavar="N", help="tokens in a window (1024, or the model's most)")
     parser.add_argument("--windows", type=int, metavar="N", help="the most windows to use, from the start (all)")
     parser.add_argument("--batch", type=int, metavar="N", help="windows computed at once (1 on the CPU, 8 elsewhere)")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to compute (%(default)s)")
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda", "wgpu"), default="cpu", help="where to compute (%(default)s)"
+    )
     parser.add_argument("--kv", choices=KV_TYPES, help="read keys and values from a cache of that kind (FP32)")
     progress.add_arguments(parser)
 

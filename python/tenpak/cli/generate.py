@@ -54,7 +54,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--echo", action="store_true", help="print the prompt before the text")
     parser.add_argument("--kv", choices=KV_TYPES, help="keep keys and values in so many bits (exact)")
     parser.add_argument(
-        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute (%(default)s)"
+        "--device",
+        choices=("auto", "cpu", "cuda", "wgpu"),
+        default="auto",
+        help="where to compute (an NVIDIA GPU if there is one; wgpu: quantised layers on any GPU)",
     )
     parser.add_argument("--quiet", "-q", action="store_true", help="no notes on standard error")
 

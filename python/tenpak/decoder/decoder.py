@@ -48,6 +48,8 @@ class Decoder:
         self.source = source
         #: The array module, NumPy or CuPy.
         self.xp = xp
+        #: Where linear layers are computed: `cpu`, `cuda`, or what took them over.
+        self.device = "cpu" if xp is np else "cuda"
         try:
             self.config = Config.parse(source.config)
         except (InputError, UnsupportedError) as error:
