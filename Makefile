@@ -50,14 +50,16 @@ lint: ## formatting, clippy, ruff, types and the extension's stub
 	$(BIN)/python -m mypy.stubtest tenpak._core
 
 cargo-test: ## the Rust tests
-	cargo test $(CARGO_FEATURES)
+	cargo test
+	$(if $(FEATURES),cargo test $(CARGO_FEATURES))
 
 pytest: ## the Python tests, on the installed wheel
 	$(BIN)/python -m pytest tests/python -q -rs
 
 test-gpu: ## the tests that need an NVIDIA GPU, CuPy and torch, with PYTHON, which must have them, on the package in python/
 	PYTHONPATH=python TENPAK_REQUIRE=cuda,nvrtc,torch $(PYTHON) -m pytest -q \
-		tests/python/test_cuda_codec.py tests/python/test_cuda_matmul.py tests/python/test_torch_linear.py
+		tests/python/test_cuda_codec.py tests/python/test_cuda_matmul.py tests/python/test_cuda_attention.py \
+		tests/python/test_torch_linear.py
 
 test-wgpu: ## the tests of wgpu, which need a GPU with a Vulkan driver, or Debian's mesa-vulkan-drivers
 	$(MAKE) dev FEATURES=gpu

@@ -254,7 +254,7 @@ impl Network<'_> {
             "relu" => |x| x.max(0.0),
             // The exact one differs from this by less than the estimate does from the truth.
             "gelu" | "gelu_new" | "gelu_pytorch_tanh" => {
-                |x| x / (1.0 + (-1.595_769_1 * (x + 0.044_715 * x * x * x)).exp())
+                |x| x / (1.0 + (-1.595_769 * (x + 0.044_715 * x * x * x)).exp())
             }
             _ => return Err(Stop::Unknown),
         })
