@@ -147,7 +147,9 @@ impl Writer {
             ))));
         }
         let order: Vec<_> = entry.parts_in_order().iter().map(|(part, _)| (*part).to_owned()).collect();
-        if entry.known_codec().is_some() && !order.iter().eq(parts.iter().map(|(part, _)| part)) {
+        let known = entry.is_kept() || entry.known_codec().is_some();
+        let in_order = order.iter().eq(parts.iter().map(|(part, _)| part));
+        if order.len() != parts.len() || (known && !in_order) {
             return Err(place(Error::usage(format!("the parts are not {}", order.join(", ")))));
         }
         for (part, bytes) in parts {
