@@ -150,7 +150,7 @@ def test_the_extension_has_every_source():
         assert _core.cuda_source(path.name) == path.read_text(), (
             f"{path.name} is older in the extension: build it again"
         )
-    with pytest.raises(tenpak.UsageError, match=r"no CUDA source \"x\.cu\"; there are append\.cu, "):
+    with pytest.raises(tenpak.UsageError, match=r"no CUDA source \"x\.cu\"; there are activation\.cuh, "):
         _core.cuda_source("x.cu")
 
 

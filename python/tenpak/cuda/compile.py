@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from tenpak import _core
+from tenpak.cuda.launch import Kernel
 from tenpak.errors import StorageError, TenpakError, UnsupportedError
 
 #: Macros by name; their values are written as they are.
@@ -27,7 +28,13 @@ Defines = Mapping[str, object]
 OLDEST = 80
 
 #: Sources whose results must be the core's, bit for bit.
-_EXACT = frozenset({"decode.cu", "encode.cu"})
+_EXACT = frozenset({"decode.cu", "embed.cu", "encode.cu"})
+
+#: Sources whose kernels always wait for what was launched before them (cuda/overlap.cuh); others do with -DOVERLAP=1.
+_WAITING = frozenset({"append.cu", "attention.cu", "embed.cu", "gate.cu", "norm.cu", "product.cu", "sample.cu"})
+
+#: The first compute capability whose launches may overlap.
+_OVERLAPS_FROM = 90
 
 #: Sources with instructions that only this architecture's own machine code may have, and that architecture.
 _SPECIFIC = {"prefill.cu": "sm_90a"}
@@ -179,9 +186,10 @@ def compile_to_cubin(name: str, defines: Defines, arch: str) -> bytes:
 
 
 def function(name: str, kernel: str, defines: Defines, device: int) -> Any:
-    """A kernel on a device, as CuPy's function: called with grid, block, arguments, bytes of shared memory, stream.
+    """A kernel on a device, called as CuPy's functions are: grid, block, arguments, bytes of shared memory, stream.
 
     It may use all the shared memory that the device gives a block. Kept for each device: later calls only look it up.
+    Inside `tenpak.cuda.launch.overlapping` its launches may begin before those before them have ended, if it can wait.
     """
     return _function(name, kernel, tuple(sorted(defines.items())), device)
 
@@ -200,7 +208,8 @@ def _function(name: str, kernel: str, defines: tuple[tuple[str, object], ...], d
         static = driver.funcGetAttribute(driver.CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES, loaded.ptr)
         most = here.attributes["MaxSharedMemoryPerBlockOptin"] - static
         driver.funcSetAttribute(loaded.ptr, driver.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, most)
-    return loaded
+    waits = name in _WAITING or ("OVERLAP", 1) in defines
+    return Kernel(loaded) if waits and int(here.compute_capability) >= _OVERLAPS_FROM else loaded
 
 
 def _headers(name: str) -> dict[str, str]:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import cupy
 import numpy as np
@@ -63,6 +63,44 @@ class Device:
     shared: int  # bytes a block may have
     shared_all: int  # bytes of a multiprocessor
     hopper: bool
+
+
+#: What a product writes: the activations' type, FP32, or FP32 that it is added to; numbered by cuda/skinny.cu.
+Output = Literal["activations", "float32", "added"]
+OUTPUTS: tuple[Output, ...] = get_args(Output)
+#: As cuda/activation.cuh numbers them.
+ACTIVATIONS = ("none", "silu", "gelu_tanh", "gelu", "relu")
+
+
+@dataclass(frozen=True)
+class Finish:
+    """What becomes of the sums of up to `FEW` tokens, for a decoder's step (cuda/skinny.cu)."""
+
+    #: What y is.
+    output: Output = "activations"
+    #: A function of the outputs, by its name in `ACTIVATIONS`.
+    activation: str = "none"
+    #: Whether each sixteen outputs are eight gates, which are activated, and the eight that they multiply; y then has
+    #: half as many.
+    gated: bool = False
+    #: Whether the launch may begin before the one before it has ended (`tenpak.cuda.launch.overlapping`).
+    overlaps: bool = False
+
+    @property
+    def defines(self) -> dict[str, object]:
+        """Macros of cuda/skinny.cu, of those only that are not its defaults."""
+        values = {
+            "OUTPUT": OUTPUTS.index(self.output),
+            "ACTIVATION": ACTIVATIONS.index(self.activation),
+            "GATED": int(self.gated),
+            "OVERLAP": int(self.overlaps),
+        }
+        return {name: value for name, value in values.items() if value}
+
+
+PLAIN = Finish()
+#: Tokens that a product with another `Finish` may have.
+FEW = 8
 
 
 @dataclass(frozen=True)
@@ -121,7 +159,9 @@ def _divide_up(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def _skinny(device: Device, layout: str, n: int, k: int, m: int, batch: int, bf16: bool, grouped: bool) -> Plan:
+def _skinny(
+    device: Device, layout: str, n: int, k: int, m: int, batch: int, bf16: bool, grouped: bool, finish: Finish
+) -> Plan:
     """`m` is the number of tokens a matrix, or, grouped, of all experts together."""
     strips, tiles, stage = _divide_up(n, TILE_ROWS), _divide_up(k, TILE_COLS), STAGE_BYTES[layout]
     average = _divide_up(m, batch) if grouped else m
@@ -173,6 +213,7 @@ def _skinny(device: Device, layout: str, n: int, k: int, m: int, batch: int, bf1
         "COLUMNS": columns,
         "BLOCKS": blocks,
         "INTEGER": integer,
+        **finish.defines,
     }
     # Slots of partial sums: one for each chunk of tokens of each matrix.
     slots = (m // chunk + batch if grouped else batch * _divide_up(m, chunk) + batch) if slices > 1 else 0
@@ -231,15 +272,25 @@ def _prefill(device: Device, layout: str, n: int, k: int, m: int, batch: int, bf
 
 
 @functools.lru_cache(maxsize=4096)
-def plan(device: int, layout: str, n: int, k: int, m: int, batch: int, bf16: bool, grouped: bool = False) -> Plan:
+def plan(
+    device: int,
+    layout: str,
+    n: int,
+    k: int,
+    m: int,
+    batch: int,
+    bf16: bool,
+    grouped: bool = False,
+    finish: Finish = PLAIN,
+) -> Plan:
     """The kernel and configuration for a product of `m` tokens with a weight [batch, n, k]."""
     here = device_of(device)
     if here.hopper and not grouped:
         # x of 16 tokens: 32 bytes a column.
-        fits = m <= 8 or (m <= 16 and 32 * k <= 160 << 10 and n * k < LARGE)
+        fits = m <= FEW or (m <= 16 and 32 * k <= 160 << 10 and n * k < LARGE)
         if not fits:
             return _prefill(here, layout, n, k, m, batch, bf16)
-    return _skinny(here, layout, n, k, m, batch, bf16, grouped)
+    return _skinny(here, layout, n, k, m, batch, bf16, grouped, finish)
 
 
 def launch(
@@ -254,17 +305,18 @@ def launch(
     bias: int = 0,
     offsets: int = 0,
     workspace: Workspace | None = None,
+    finish: Finish = PLAIN,
 ) -> None:
     """Launches y = x Wᵀ + bias on addresses of device memory, for callers that have their own arrays.
 
     `x` [m, k] (or [batch, m, k]; with `offsets`, all experts' tokens [m, k]) with rows of `x_stride` elements (k), `y`
     [m, n] alike, in FP16 or BF16; `bias` [n] (or [batch, n]) of the same type, or 0; `offsets` int32 [batch + 1] or 0;
     `stream` a CuPy stream of the weight's device; `workspace` what the plan asks for, or None for the stream's own.
-    Checks nothing.
+    With another `finish`, y is what that says, and there are at most `FEW` tokens. Checks nothing.
     """
     n, k = w.shape
     batch = max(w.batch, 1)
-    p = plan(w.device, w.layout, n, k, m, batch, bf16, offsets != 0)
+    p = plan(w.device, w.layout, n, k, m, batch, bf16, offsets != 0, finish)
     if workspace is None:
         workspace = workspace_of(w.device, stream.ptr)
         workspace.reserve(p.partial_bytes, p.counters)
