@@ -67,7 +67,7 @@ def test_tables_can_be_looked_up_in_halves():
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-@pytest.mark.parametrize("dim", [64, 80, 96, 128, 256])
+@pytest.mark.parametrize("dim", [32, 64, 80, 96, 128, 256])
 def test_the_cache_and_attention_compile_for_every_head(arch, dim):
     prefill = kernels.compile_to_cubin("attention_prefill.cu", {"DIM": dim, "BF16": 1}, arch)
     assert prefill.startswith(b"\x7fELF")

@@ -44,6 +44,7 @@ WARP = """
 #define __forceinline__ inline
 #define __launch_bounds__(...)
 #define __shared__ static
+#define __constant__ static
 typedef unsigned char u8;
 typedef unsigned short u16;
 typedef unsigned int u32;
@@ -245,7 +246,7 @@ void launch(void (*kernel)(A...), void** a, const unsigned* grid, unsigned threa
 def _library(name: str, defines: tuple[tuple[str, object], ...], kernel: str) -> ctypes.CDLL:
     folder = Path(tempfile.gettempdir()) / "tenpak-warps-on-cpu"
     # Kernels may be named like functions of the C library.
-    flags = ["-O1", "-w", "-Wl,-Bsymbolic"]
+    flags = ["-O1", "-w", "-Wl,-Bsymbolic", "-include", "warp.cuh"]
     flags += [o for o in kernels.options(name, dict(defines), "sm_80") if o.startswith(("-std", "-D"))]
     files = dict(kernels._headers(name))
     files |= {"warp.cuh": WARP, "floats.cuh": '#pragma once\n#include "warp.cuh"\n'}

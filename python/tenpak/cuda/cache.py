@@ -26,7 +26,7 @@ from tenpak.decoder.kv import BITS, RECENT, TILE, KVType, checked_kv
 from tenpak.errors import UsageError
 
 #: Head sizes that the kernels are tested with.
-HEAD_DIMS = (64, 80, 96, 128, 256)
+HEAD_DIMS = (32, 64, 80, 96, 128, 256)
 
 _THREADS = 128
 
@@ -98,7 +98,7 @@ class KVCache:
     Args:
         layers: The model's layers.
         kv_heads: Heads of keys and values.
-        head_dim: Channels of a head: 64, 80, 96, 128 or 256.
+        head_dim: Channels of a head: one of `HEAD_DIMS`.
         max_tokens: Tokens of a sequence, rounded up to a multiple of 16. Memory for all is taken at once.
         dtype: "int8", "int4" or "fp16".
         batch: Sequences.

@@ -109,9 +109,7 @@ def product(weight: Any, x: Any, y: Any, bias: Any, output: Output) -> None:
 
 def sampling_bytes(sampling: Sampling) -> Any:
     """What `sample` reads of a `Sampling`, as bytes for the device."""
-    # So cold that its inverse is no number any more: the likeliest.
-    inverse = 1 / sampling.temperature if sampling.temperature else 0.0
-    inverse = inverse if inverse <= float(np.finfo(np.float32).max) else 0.0
+    inverse = min(1 / sampling.temperature, float(np.finfo(np.float32).max)) if sampling.temperature else 0.0
     fields = [("inverse", "<f4"), ("top_k", "<i4"), ("top_p", "<f8"), ("seed", "<u8")]
     values = (inverse, min(sampling.top_k, 2**31 - 1), sampling.top_p, sampling.seed)
     return np.frombuffer(np.array([values], fields).tobytes(), np.uint8)

@@ -84,19 +84,22 @@ class Projection:
         self._one(weight, bias, x, h, "added")
         return None
 
-    def activated(self, out: Any, x: Any, activation: str) -> None:
-        """out = activation(y) [m, n]; of two weights, the activated first one's y times the second's: [m, n / 2]."""
+    def activated(self, out: Any, x: Any, activation: str, y: Any) -> None:
+        """out = activation(y) [m, n]; of two weights, the activated first one's y times the second's: [m, n / 2].
+
+        `y`, FP16 [m, n], is overwritten: memory for what is written between product and activation.
+        """
         if len(self._weights) == 1 and len(x) <= FEW and isinstance(self._weights[0], QuantizedWeight):
             finish = Finish(activation=activation, gated=self.in_turns, overlaps=True)
             _launch(self._weights[0], self._biases[0], x, out, finish)
         elif len(self._weights) == 1:
-            glue.gate(self(x), out, activation, in_turns=self.in_turns)
+            self.into(y, x)
+            glue.gate(y, out, activation, in_turns=self.in_turns)
         else:
-            n = self._weights[0].shape[0]
-            y = cupy.empty((2, len(x), n), cupy.float16)
-            for one, weight, bias in zip(y, self._weights, self._biases, strict=True):
-                self._one(weight, bias, x, one, "activations")
-            glue.gate(y[0], out, activation, others=y[1])
+            halves = y.reshape(2, len(x), -1)
+            for half, weight, bias in zip(halves, self._weights, self._biases, strict=True):
+                self._one(weight, bias, x, half, "activations")
+            glue.gate(halves[0], out, activation, others=halves[1])
 
     def _one(self, weight: Any, bias: Any, x: Any, y: Any, output: Output) -> None:
         packed, whole = isinstance(weight, QuantizedWeight), bool(y.flags.c_contiguous)
@@ -166,7 +169,7 @@ def _read(artifact: ArtifactFile, name: str, axis: int) -> Any:
 
 def _join(arrays: Sequence[Any], turns: bool) -> Any:
     """Arrays [rows, …] one after another, or in turns of eight rows."""
-    xp = np if isinstance(arrays[0], np.ndarray) else cupy
+    xp = cupy if isinstance(arrays[0], cupy.ndarray) else np
     if not turns:
         return xp.concatenate(arrays)
     rest = arrays[0].shape[1:]

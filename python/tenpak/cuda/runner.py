@@ -67,23 +67,22 @@ class _Buffers:
     x: Any
     qkv: Any
     mixed: Any
+    up: Any
     inner: Any
 
     @classmethod
     def of(cls, config: Config, tokens: int) -> _Buffers:
         heads = config.heads * config.head_dim
+        gates = 1 if config.family == "gpt2" else 2
         half = cupy.float16
         return cls(
             cupy.empty((tokens, config.width), cupy.float32),
             cupy.empty((tokens, config.width), half),
             cupy.empty((tokens, heads + 2 * config.kv_heads * config.head_dim), half),
             cupy.empty((tokens, heads), half),
+            cupy.empty((tokens, gates * config.intermediate), half),
             cupy.empty((tokens, config.intermediate), half),
         )
-
-    @property
-    def nbytes(self) -> int:
-        return sum(array.nbytes for array in (self.h, self.x, self.qkv, self.mixed, self.inner))
 
 
 class Runner:
@@ -96,6 +95,7 @@ class Runner:
     Raises:
         ArtifactError: The file is damaged.
         InputError: Its tensors do not fit its config.
+        UsageError: The GPU's memory is too small.
     """
 
     def __init__(self, decoder: Decoder, kv: KVType | None = None) -> None:
@@ -171,7 +171,7 @@ class Runner:
 
         Raises:
             InputError: The model's scores are no numbers.
-            UsageError: Another text was begun before this one ended.
+            UsageError: Another text was begun before this one ended, or the GPU's memory is too small.
         """
         self._texts += 1
         text = self._texts
@@ -197,8 +197,12 @@ class Runner:
 
     @contextmanager
     def _here(self) -> Iterator[None]:
-        with cupy.cuda.Device(self.device), self._stream:
-            yield
+        try:
+            with cupy.cuda.Device(self.device), self._stream:
+                yield
+        except cupy.cuda.memory.OutOfMemoryError as error:
+            remedy = "choose a smaller codec, a smaller --kv, or fewer tokens"
+            raise UsageError(f"{self.path}: the GPU's memory is too small ({error}); {remedy}") from None
 
     def _fetch(self, slot: int) -> None:
         """Copies the chosen token to the host, without waiting."""
@@ -254,7 +258,7 @@ class Runner:
                 self._attend(index, layer, buffers, fresh and count > 1)
                 added = layer.out.add_to(h, buffers.mixed)
                 glue.norm(layer.block.mlp_norm, h, added, x)
-                layer.up.activated(buffers.inner, x, config.activation)
+                layer.up.activated(buffers.inner, x, config.activation, buffers.up)
                 added = layer.down.add_to(h, buffers.inner)
             if choose:
                 last = slice(count - 1, count)
