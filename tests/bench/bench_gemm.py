@@ -24,7 +24,7 @@ from typing import Any
 import cupy
 import torch
 from harness import machine, report
-from tenpak.cuda import products
+from tenpak.cuda import plans, products
 
 SHAPES = [(4096, 4096), (4096, 11008), (11008, 4096), (8192, 28672)]  # K x N
 TOKENS = [1, 2, 4, 8, 16, 32, 64, 128, 256, 1024, 2048]
@@ -141,7 +141,7 @@ def multiply(w: Any, x: torch.Tensor, y: torch.Tensor) -> None:
 def time_ours(copies: list[Any], x: torch.Tensor, y: torch.Tensor) -> float:
     """Microseconds of the kernel that `matmul` takes for these tokens."""
     ring = [copies[i % len(copies)] for i in range(max(len(copies), 8))]
-    if x.shape[0] >= products.DENSE_FROM[products.device_of(copies[0].device).hopper]:
+    if x.shape[0] >= plans.DENSE_FROM[products.device_of(copies[0].device).hopper]:
         arrays = cupy.asarray(x), cupy.asarray(y)
         stream = cupy.cuda.ExternalStream(torch.cuda.current_stream().cuda_stream)
         return eager_us([partial(products.matmul, arrays[0], w, None, arrays[1], stream) for w in ring])

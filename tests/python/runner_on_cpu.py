@@ -153,6 +153,7 @@ def runner_on_cpu() -> Iterator[SimpleNamespace]:
         Event=_Event,
         get_current_stream=_Stream,
         alloc_pinned_memory=bytearray,
+        memory=SimpleNamespace(OutOfMemoryError=MemoryError),
         runtime=SimpleNamespace(getDevice=lambda: 0, memcpyAsync=copy, memcpyDeviceToHost=2),
     )
     sys.modules["cupy"] = cupy

@@ -248,7 +248,7 @@ def _library(name: str, defines: tuple[tuple[str, object], ...], kernel: str) ->
     # Kernels may be named like functions of the C library.
     flags = ["-O1", "-w", "-Wl,-Bsymbolic", "-include", "warp.cuh"]
     flags += [o for o in kernels.options(name, dict(defines), "sm_80") if o.startswith(("-std", "-D"))]
-    files = dict(kernels._headers(name))
+    files = dict(kernels.headers(name))
     files |= {"warp.cuh": WARP, "floats.cuh": '#pragma once\n#include "warp.cuh"\n'}
     launcher = (
         f'extern "C" void launch(void** a, const unsigned* g, unsigned t, unsigned s) '

@@ -1,8 +1,9 @@
 """Kernels from CUDA sources: NVRTC's options, a cache on disk, and functions loaded on a device.
 
 A kernel is compiled at its first use, in a second or so, and its machine code kept under ~/.cache/tenpak (or
-`TENPAK_CACHE_DIR`; an empty one keeps nothing). Nothing but `function` needs a GPU. `TENPAK_CUDA_DIR` names a folder
-whose sources are taken instead of those in the package.
+`TENPAK_CACHE_DIR`; an empty one keeps nothing). Nothing but `function` needs a GPU. `TENPAK_CUBIN_DIR` names a folder
+with machine code that `tenpak.cuda.ahead` has made, which is taken where it has a kernel; `TENPAK_CUDA_DIR` one whose
+sources are taken instead of those in the package.
 """
 
 from __future__ import annotations
@@ -173,13 +174,17 @@ def compile_to_cubin(name: str, defines: Defines, arch: str) -> bytes:
         UnsupportedError: There is no NVRTC, or it does not know the architecture.
         TenpakError: The source does not compile; the text is NVRTC's log.
     """
-    text, headers = source(name), _headers(name)
+    folder = os.environ.get("TENPAK_CUBIN_DIR")
+    if folder:
+        with contextlib.suppress(FileNotFoundError):
+            return (Path(folder) / ahead_name(name, defines, arch)).read_bytes()
+    text, includes = source(name), headers(name)
     told = options(name, defines, arch)
     compiler = _compiler()
-    kept = _cache_file(name, [compiler.version, *told, text, *(part for item in headers.items() for part in item)])
+    kept = _cache_file(name, [compiler.version, *told, text, *(part for item in includes.items() for part in item)])
     if kept is not None and (cubin := _read(kept)) is not None:
         return cubin
-    cubin = compiler.compile(name, text, headers, told)
+    cubin = compiler.compile(name, text, includes, told)
     if kept is not None:
         _write(kept, cubin)
     return cubin
@@ -212,7 +217,13 @@ def _function(name: str, kernel: str, defines: tuple[tuple[str, object], ...], d
     return Kernel(loaded) if waits and int(here.compute_capability) >= _OVERLAPS_FROM else loaded
 
 
-def _headers(name: str) -> dict[str, str]:
+def ahead_name(name: str, defines: Defines, arch: str) -> str:
+    """What a kernel's machine code is called in `TENPAK_CUBIN_DIR`: by all that it is made of but the compiler."""
+    parts = [*options(name, defines, arch), source(name), *(part for item in headers(name).items() for part in item)]
+    return f"{Path(name).stem}-{arch}-{_digest(parts)}.cubin"
+
+
+def headers(name: str) -> dict[str, str]:
     """The headers that a source includes, and those that they include, by name."""
     found: dict[str, str] = {}
     waiting = _INCLUDE.findall(source(name))
@@ -241,8 +252,11 @@ def _cache_file(name: str, parts: list[str]) -> Path | None:
         except RuntimeError:  # no home
             return None
         folder = os.fspath(Path(base) / "tenpak")
-    key = hashlib.blake2b("\0".join(parts).encode(), digest_size=20).hexdigest()
-    return Path(folder) / f"{Path(name).stem}-{key}.cubin"
+    return Path(folder) / f"{Path(name).stem}-{_digest(parts)}.cubin"
+
+
+def _digest(parts: list[str]) -> str:
+    return hashlib.blake2b("\0".join(parts).encode(), digest_size=20).hexdigest()
 
 
 def _read(path: Path) -> bytes | None:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from tenpak.cuda.compile import function
-from tenpak.cuda.products import ACTIVATIONS, OUTPUTS, Output
+from tenpak.cuda.plans import ACTIVATIONS, OUTPUTS, Output
 from tenpak.sampling import Sampling
 
 _THREADS = 512
@@ -50,7 +50,7 @@ def gate(y: Any, out: Any, activation: str, *, in_turns: bool = False, others: A
         y: FP16 [tokens, inner], or `in_turns` [tokens, 2 · inner].
         out: FP16 [tokens, inner].
         activation: One of `ACTIVATIONS`.
-        in_turns: Whether y holds both, as `tenpak.cuda.products.Finish.gated` says.
+        in_turns: Whether y holds both, as `tenpak.cuda.plans.Finish.gated` says.
         others: What the activated y multiplies, like it; or None.
     """
     gated = 1 if in_turns else 0 if others is None else 2

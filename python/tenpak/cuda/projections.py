@@ -16,7 +16,8 @@ import numpy as np
 from tenpak.artifact import ArtifactFile
 from tenpak.codecs import find as codec_named
 from tenpak.cuda import glue, layouts
-from tenpak.cuda.products import FEW, Finish, Output, launch, matmul
+from tenpak.cuda.plans import FEW, Finish, Output
+from tenpak.cuda.products import launch, matmul
 from tenpak.cuda.weight import KEEP, QuantizedWeight
 
 #: Rows of a gate that lie together.

@@ -17,8 +17,9 @@ import numpy as np
 
 from tenpak.cuda import glue
 from tenpak.cuda.attention import attend, prefill
-from tenpak.cuda.cache import HEAD_DIMS, KVCache, RotaryTable
+from tenpak.cuda.cache import KVCache, RotaryTable
 from tenpak.cuda.launch import overlapping
+from tenpak.cuda.plans import HEAD_DIMS
 from tenpak.cuda.projections import Projection, weight_of
 from tenpak.decoder import Block, Config, Decoder
 from tenpak.decoder.kv import KVType
@@ -105,7 +106,8 @@ class Runner:
         self.path = source.path
         self.kv: KVType = kv or "fp16"
         self.device = int(cupy.cuda.runtime.getDevice())
-        self._stream = cupy.cuda.Stream(non_blocking=True)
+        #: Where everything is queued.
+        self.stream = cupy.cuda.Stream(non_blocking=True)
         artifact, axis = source.artifact, config.input_axis
         with self._here():
             self._layers = []
@@ -140,12 +142,13 @@ class Runner:
             self._scores = cupy.empty((1, config.vocab), cupy.float32)
             self._how = cupy.zeros(len(glue.sampling_bytes(Sampling())), cupy.uint8)
             self._token = cupy.zeros(1, cupy.int32)
-        self._stream.synchronize()
+        self.stream.synchronize()
         self._host = _pinned(2)
         self._events = [cupy.cuda.Event(disable_timing=True) for _ in range(2)]
         self._cache: KVCache | None = None
         self._rotary: RotaryTable | None = None
-        self._graph: Any = None
+        #: The captured step: embeds the last token, and chooses the next.
+        self.graph: Any = None
         self._texts = 0
 
     @property
@@ -185,7 +188,7 @@ class Runner:
                     raise UsageError("another text was begun; a model writes one at a time")
                 self._fetch(i % 2)
                 if i + 1 < most:
-                    self._graph.launch(self._stream)
+                    self.graph.launch(self.stream)
             self._events[i % 2].synchronize()
             token = int(self._host[i % 2])
             if token < 0:
@@ -198,7 +201,7 @@ class Runner:
     @contextmanager
     def _here(self) -> Iterator[None]:
         try:
-            with cupy.cuda.Device(self.device), self._stream:
+            with cupy.cuda.Device(self.device), self.stream:
                 yield
         except cupy.cuda.memory.OutOfMemoryError as error:
             remedy = "choose a smaller codec, a smaller --kv, or fewer tokens"
@@ -208,8 +211,8 @@ class Runner:
         """Copies the chosen token to the host, without waiting."""
         runtime = cupy.cuda.runtime
         to = self._host.ctypes.data + slot * self._host.itemsize
-        runtime.memcpyAsync(to, self._token.data.ptr, self._token.nbytes, runtime.memcpyDeviceToHost, self._stream.ptr)
-        self._events[slot].record(self._stream)
+        runtime.memcpyAsync(to, self._token.data.ptr, self._token.nbytes, runtime.memcpyDeviceToHost, self.stream.ptr)
+        self._events[slot].record(self.stream)
 
     def _reserve(self, tokens: int) -> None:
         """A cache for so many tokens, and the step captured over it."""
@@ -218,22 +221,22 @@ class Runner:
         config = self.config
         room = min(-(-tokens // _ROOM) * _ROOM, max(config.max_positions, tokens))
         # The old one goes first, so that both need not fit.
-        self._stream.synchronize()
-        self._graph = self._cache = self._rotary = None
+        self.stream.synchronize()
+        self.graph = self._cache = self._rotary = None
         self._cache = KVCache(config.layers, config.kv_heads, config.head_dim, room, self.kv, device=self.device)
         if config.rope is not None:
             self._rotary = RotaryTable(frequencies(config.rope, config.head_dim), self._cache.max_tokens)
         # Once as it is, which compiles kernels and makes the stream's workspace, as a capture could not.
         self._run(self._token, self._step, fresh=False)
-        self._stream.synchronize()
-        self._stream.begin_capture()
+        self.stream.synchronize()
+        self.stream.begin_capture()
         try:
             self._run(self._token, self._step, fresh=False)
         except BaseException:
             with suppress(Exception):
-                self._stream.end_capture()
+                self.stream.end_capture()
             raise
-        self._graph = self._stream.end_capture()
+        self.graph = self.stream.end_capture()
 
     def _prompt(self, prompt: Any) -> None:
         """Computes a prompt from an empty cache on, and chooses the token after it."""
