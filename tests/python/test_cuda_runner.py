@@ -214,3 +214,24 @@ def test_one_text_at_a_time(gpu, tmp_path):
     with pytest.raises(tenpak.UsageError, match="another text was begun"):
         next(first)
     assert len(list(second)) == 2
+
+
+@pytest.mark.parametrize("name", ["tiny-gpt2", "tiny-llama"])
+def test_perplexity_on_a_gpu_is_the_cpus(tmp_path, name):
+    require("cuda")
+    path = compressed(tmp_path, name, "int4_g32_fp16_v1")
+    tokens = np.random.default_rng(0).integers(0, 2048, 1024)
+    here, there = (tenpak.evaluate(path, tokens, context=256, device=device).perplexity for device in ("cpu", "cuda"))
+    assert there.value == pytest.approx(here.value, rel=1e-3)
+
+
+def test_a_model_on_a_gpu_writes_what_it_writes_on_the_cpu(tmp_path):
+    require("cuda")
+    require("text")
+    path = compressed(tmp_path, "tiny-llama", "int8_sym_v1")
+    texts = [
+        tenpak.Model.open(path, device=device).generate("It was a dark and stormy", max_tokens=12, temperature=0).tokens
+        for device in ("cpu", "cuda")
+    ]
+    # After a token that was nearly a tie everything may differ.
+    assert texts[0][:4] == texts[1][:4]
