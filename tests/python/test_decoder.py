@@ -17,7 +17,7 @@ import tenpak
 from support import DATA, REFERENCE, gaussian, require
 from tenpak import _core
 from tenpak.decoder import Cache, Config, Decoder, Rope, layers
-from tenpak.errors import InputError, StorageError, UnsupportedError, UsageError
+from tenpak.errors import ArtifactError, InputError, StorageError, UnsupportedError, UsageError
 
 LLAMA = {
     "model_type": "llama",
@@ -252,6 +252,16 @@ def test_layers_that_see_a_window_are_those_of_the_config():
         ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, UnsupportedError, "'dynamic'"),
         ({"rope_scaling": {"rope_type": "linear"}}, InputError, "factor is missing"),
         ({"rope_scaling": LLAMA3 | {"high_freq_factor": 1.0}}, InputError, "high_freq_factor"),
+        ({"rope_scaling": LLAMA3 | {"high_freq_factor": "4"}}, InputError, "high_freq_factor '4'"),
+        ({"rope_scaling": "linear"}, InputError, "rope_scaling 'linear' is no object"),
+        ({"rope_theta": 1e308}, InputError, "rope_theta"),
+        ({"rms_norm_eps": "small"}, InputError, "rms_norm_eps 'small'"),
+        ({"rms_norm_eps": -1.0}, InputError, "rms_norm_eps -1.0"),
+        ({"num_hidden_layers": 10**18}, InputError, "num_hidden_layers"),
+        ({"head_dim": 10**18}, InputError, "head_dim"),
+        ({"hidden_act": ["silu"]}, UnsupportedError, "hidden_act"),
+        ({"eos_token_id": "</s>"}, InputError, "eos_token_id '</s>' is no token"),
+        ({"bos_token_id": 1.5}, InputError, "bos_token_id 1.5 is no token"),
         ({"hidden_act": "quick_gelu"}, UnsupportedError, "hidden_act 'quick_gelu'"),
         ({"quantization_config": {"quant_method": "gptq"}}, UnsupportedError, "quantization_config"),
         ({"num_hidden_layers": None}, InputError, "num_hidden_layers is missing"),
@@ -328,6 +338,12 @@ def test_sources_say_what_they_lack(tmp_path, small):
     tenpak.compress(small, tmp_path / "bare.tenpak")
     with pytest.raises(InputError, match=r"no config\.json is embedded"):
         Decoder.open(tmp_path / "bare.tenpak")
+    tenpak.delta(DATA / "tiny-llama", DATA / "tiny-llama", tmp_path / "delta.tenpak")
+    with pytest.raises(UsageError, match=r"is a delta; .*materialize"):
+        Decoder.open(tmp_path / "delta.tenpak")
+    (tmp_path / "damaged.tenpak").write_bytes(b"?" * 999)
+    with pytest.raises(ArtifactError, match=r"no \.tenpak artifact"):
+        Decoder.open(tmp_path / "damaged.tenpak")
 
 
 def _require_tokenizers(model: Decoder) -> None:

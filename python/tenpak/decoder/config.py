@@ -5,7 +5,6 @@ The defaults of absent keys are those of transformers' configuration classes.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -25,6 +24,11 @@ _ACTIVATIONS: dict[str, Activation] = {
     "silu": "silu",
     "swish": "silu",
 }
+
+#: What claims may reach before any weight has been compared with them.
+_MOST_LAYERS = _MOST_HEAD_DIM = 1 << 16
+#: Numbers must be FP32's.
+_MOST = 3e38
 
 _LLAMA_DEFAULTS: dict[str, Any] = {
     "rms_norm_eps": 1e-6,
@@ -123,7 +127,7 @@ class Config:
 
 
 def _gpt2(config: Mapping[str, Any]) -> Config:
-    width, heads, layers = (_size(config, key) for key in ("n_embd", "n_head", "n_layer"))
+    width, heads, layers = _size(config, "n_embd"), _size(config, "n_head"), _size(config, "n_layer", _MOST_LAYERS)
     _divides(config, "n_head", "n_embd")
     inner = config.get("n_inner")
     scale = (width // heads) ** -0.5 if config.get("scale_attn_weights", True) else 1.0
@@ -139,7 +143,7 @@ def _gpt2(config: Mapping[str, Any]) -> Config:
         intermediate=4 * width if inner is None else _size(config, "n_inner"),
         vocab=_size(config, "vocab_size"),
         max_positions=_size({"n_positions": 1024, **config}, "n_positions"),
-        norm_eps=float(config.get("layer_norm_epsilon", 1e-5)),
+        norm_eps=_epsilon("layer_norm_epsilon", config.get("layer_norm_epsilon", 1e-5)),
         activation=_activation(config, "activation_function", "gelu_new"),
         tied=bool(config.get("tie_word_embeddings", True)),
         qkv_bias=True,
@@ -149,21 +153,22 @@ def _gpt2(config: Mapping[str, Any]) -> Config:
         rope=None,
         windows=(None,) * layers,
         score_scales=tuple(scale / (i + 1 if by_layer else 1) for i in range(layers)),
-        bos=config.get("bos_token_id"),
-        eos=_ids(config.get("eos_token_id")),
+        bos=next(iter(_ids(config, "bos_token_id")), None),
+        eos=_ids(config, "eos_token_id"),
     )
 
 
 def _llama(kind: str, given: Mapping[str, Any]) -> Config:
     config = {**_LLAMA_DEFAULTS, **_TYPE_DEFAULTS[kind], **given}
-    width, heads, layers = (_size(config, key) for key in ("hidden_size", "num_attention_heads", "num_hidden_layers"))
+    width, heads = _size(config, "hidden_size"), _size(config, "num_attention_heads")
+    layers = _size(config, "num_hidden_layers", _MOST_LAYERS)
     if config.get("num_key_value_heads") is None:
         config["num_key_value_heads"] = heads
     _divides(config, "num_key_value_heads", "num_attention_heads")
     if config.get("head_dim") is None:
         _divides(config, "num_attention_heads", "hidden_size")
         config["head_dim"] = width // heads
-    head_dim = _size(config, "head_dim")
+    head_dim = _size(config, "head_dim", _MOST_HEAD_DIM)
     if head_dim % 2:
         raise InputError(f"config.json: head_dim {head_dim} is odd, so that it cannot be rotated")
     attention_bias = bool(config["attention_bias"])
@@ -178,7 +183,7 @@ def _llama(kind: str, given: Mapping[str, Any]) -> Config:
         intermediate=_size(config, "intermediate_size"),
         vocab=_size(config, "vocab_size"),
         max_positions=_size(config, "max_position_embeddings"),
-        norm_eps=float(config["rms_norm_eps"]),
+        norm_eps=_epsilon("rms_norm_eps", config["rms_norm_eps"]),
         activation=_activation(config, "hidden_act", "silu"),
         tied=bool(config["tie_word_embeddings"]),
         # Transformers gives Qwen2 these biases, and Mistral none, whatever the config says.
@@ -189,14 +194,16 @@ def _llama(kind: str, given: Mapping[str, Any]) -> Config:
         rope=_rope(config),
         windows=_windows(kind, config, layers),
         score_scales=(head_dim**-0.5,) * layers,
-        bos=config.get("bos_token_id"),
-        eos=_ids(config.get("eos_token_id")),
+        bos=next(iter(_ids(config, "bos_token_id")), None),
+        eos=_ids(config, "eos_token_id"),
     )
 
 
 def _rope(config: Mapping[str, Any]) -> Rope:
     # Newer configs hold theta among `rope_parameters`, older ones beside `rope_scaling`.
     given = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(given, Mapping):
+        raise InputError(f"config.json: rope_scaling {given!r} is no object")
     theta = given.get("rope_theta", config.get("rope_theta", 10000.0))
     partial = given.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
     if partial not in (None, 1, 1.0):
@@ -210,15 +217,16 @@ def _rope(config: Mapping[str, Any]) -> Rope:
     if kind == "linear":
         return Rope(_positive("rope_theta", theta), "linear", _positive("factor", given.get("factor")))
     if kind == "llama3":
-        if not _positive("low_freq_factor", given.get("low_freq_factor")) < given.get("high_freq_factor", 0):
+        low, high = (_positive(key, given.get(key)) for key in ("low_freq_factor", "high_freq_factor"))
+        if not low < high:
             raise InputError("config.json: high_freq_factor must be greater than low_freq_factor")
         original = given.get("original_max_position_embeddings", config["max_position_embeddings"])
         return Rope(
             _positive("rope_theta", theta),
             "llama3",
             _positive("factor", given.get("factor")),
-            _positive("low_freq_factor", given.get("low_freq_factor")),
-            _positive("high_freq_factor", given.get("high_freq_factor")),
+            low,
+            high,
             int(_positive("original_max_position_embeddings", original)),
         )
     raise UnsupportedError(f"config.json: rotary scaling {kind!r} cannot be run; default, linear, llama3 can")
@@ -235,29 +243,34 @@ def _windows(kind: str, config: Mapping[str, Any], layers: int) -> tuple[int | N
     types = config.get("layer_types")
     if types is None:
         first = config.get("max_window_layers", 28)
+        if not isinstance(first, int):
+            raise InputError(f"config.json: max_window_layers {first!r} is no integer")
         types = ["sliding_attention" if i >= first else "full_attention" for i in range(layers)]
-    if len(types) != layers:
-        raise InputError(f"config.json: layer_types has {len(types)} entries for {layers} layers")
+    if not isinstance(types, list) or len(types) != layers:
+        entries = len(types) if isinstance(types, list) else "no"
+        raise InputError(f"config.json: layer_types has {entries} entries for {layers} layers")
     return tuple(window if layer == "sliding_attention" else None for layer in types)
 
 
 def _activation(config: Mapping[str, Any], key: str, default: str) -> Activation:
     name = config.get(key, default)
-    if name not in _ACTIVATIONS:
+    if not isinstance(name, str) or name not in _ACTIVATIONS:
         raise UnsupportedError(f"config.json: {key} {name!r} cannot be run; {', '.join(_ACTIVATIONS)} can")
     return _ACTIVATIONS[name]
 
 
-def _size(config: Mapping[str, Any], key: str) -> int:
+def _size(config: Mapping[str, Any], key: str, most: int | None = None) -> int:
     value = config.get(key)
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         what = "is missing" if value is None else f"{value!r} is no positive integer"
         raise InputError(f"config.json: {key} {what}")
+    if most is not None and value > most:
+        raise InputError(f"config.json: {key} {value} is too large; at most {most} can be run")
     return value
 
 
 def _positive(key: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < _MOST:
         what = "is missing" if value is None else f"{value!r} is no positive number"
         raise InputError(f"config.json: {key} {what}")
     return float(value)
@@ -268,7 +281,14 @@ def _divides(config: Mapping[str, Any], part: str, whole: str) -> None:
         raise InputError(f"config.json: {whole} {config[whole]} is no multiple of {part} {config[part]}")
 
 
-def _ids(value: Any) -> tuple[int, ...]:
-    if value is None:
-        return ()
-    return tuple(value) if isinstance(value, list) else (value,)
+def _epsilon(key: str, value: Any) -> float:
+    return 0.0 if value == 0 and not isinstance(value, bool) else _positive(key, value)
+
+
+def _ids(config: Mapping[str, Any], key: str) -> tuple[int, ...]:
+    value = config.get(key)
+    found = [] if value is None else value if isinstance(value, list) else [value]
+    for token in found:
+        if isinstance(token, bool) or not isinstance(token, int):
+            raise InputError(f"config.json: {key} {token!r} is no token")
+    return tuple(found)

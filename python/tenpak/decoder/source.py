@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from tenpak import _core
 from tenpak import artifact as _artifact
-from tenpak.errors import InputError, StorageError, UnsupportedError
+from tenpak.errors import InputError, StorageError, UnsupportedError, UsageError
 
 _MAGIC = b"\x89TPK"
 
@@ -54,6 +54,7 @@ def open_source(path: str | os.PathLike[str]) -> Source:
         InputError: It is no model, or it has no `config.json`.
         ArtifactError: The artifact is damaged.
         UnsupportedError: A format whose models cannot be run.
+        UsageError: A delta, which is a model only together with its base.
     """
     path = os.fspath(path)
     return ArtifactSource(path) if _is_artifact(path) else ModelSource(path)
@@ -65,6 +66,11 @@ class ArtifactSource:
     def __init__(self, path: str) -> None:
         self.path = path
         self.artifact = _artifact.open(path)
+        if self.artifact.delta is not None:
+            raise UsageError(
+                f"{path}: this file is a delta; `tenpak materialize --base BASE --delta {path} --output MODEL` "
+                "restores the model"
+            )
         text = self.file("config.json")
         if text is None:
             if "gguf_metadata.json" in self.artifact.files:
@@ -128,6 +134,9 @@ class ModelSource:
 
 
 def _is_artifact(path: str) -> bool:
+    if path.endswith(".tenpak") and os.path.isfile(path):
+        # Also where the first bytes are damaged, so that the message is about an artifact.
+        return True
     try:
         with open(path, "rb") as file:
             return file.read(len(_MAGIC)) == _MAGIC
