@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import datetime
+from types import FrameType
 from typing import Any
 
 from tenpak.decoder.source import Source
@@ -12,6 +15,9 @@ from tenpak.errors import InputError, UsageError
 
 #: A message: its `role` ("system", "user" or "assistant") and `content`.
 Message = Mapping[str, str]
+
+#: The most lines of Python that rendering may take; templates of well-known models take a few hundred for a message.
+_STEPS = 2_000_000
 
 
 def template(source: Source) -> str | None:
@@ -43,7 +49,6 @@ def render(source: Source, messages: Sequence[Message]) -> str:
     if text is None:
         raise UsageError(f"{source.path}: the model has no chat template; give the prompt as it is, without chat")
     try:
-        from jinja2 import TemplateError
         from jinja2.sandbox import ImmutableSandboxedEnvironment
     except ImportError:
         raise UsageError("chat templates need the package jinja2; pip install 'tenpak[text]'") from None
@@ -57,17 +62,45 @@ def render(source: Source, messages: Sequence[Message]) -> str:
 
     config = _config(source)
     try:
-        return environment.from_string(text).render(
-            messages=[dict(message) for message in messages],
-            add_generation_prompt=True,
-            raise_exception=refuse,
-            strftime_now=lambda form: datetime.now().strftime(form),
-            **{name: _token(config.get(name)) for name in ("bos_token", "eos_token", "unk_token", "pad_token")},
-        )
+        compiled = environment.from_string(text)
+        with _bounded():
+            return compiled.render(
+                messages=[dict(message) for message in messages],
+                add_generation_prompt=True,
+                raise_exception=refuse,
+                strftime_now=lambda form: datetime.now().strftime(form),
+                **{name: _token(config.get(name)) for name in ("bos_token", "eos_token", "unk_token", "pad_token")},
+            )
     except _Refused as error:
         raise UsageError(f"{source.path}: its chat template refuses: {error}") from None
-    except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError) as error:
-        raise InputError(f"{source.path}: its chat template is broken: {error}") from error
+    except Exception as error:
+        # A template is somebody else's program: it may fail in any way, deep recursion and lack of memory among them.
+        reason = str(error) or type(error).__name__
+        raise InputError(f"{source.path}: its chat template is broken: {reason}") from error
+
+
+@contextmanager
+def _bounded() -> Iterator[None]:
+    """Stops a template that loops without end: the sandbox bounds single ranges, and not loops in loops."""
+    steps = 0
+
+    def step(_frame: FrameType, _event: str, _argument: object) -> Any:
+        nonlocal steps
+        steps += 1
+        if steps > _STEPS:
+            raise _Endless("it does not come to an end")
+        return step
+
+    before = sys.gettrace()
+    sys.settrace(step)
+    try:
+        yield
+    finally:
+        sys.settrace(before)
+
+
+class _Endless(Exception):
+    """A template took more than `_STEPS`."""
 
 
 class _Refused(Exception):

@@ -226,6 +226,21 @@ def test_a_template_is_looked_for_in_every_place_and_stays_in_its_sandbox(chatty
         render(open_source(chatty), [])
 
 
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for a in range(9999) %}{% for b in range(9999) %}{% set c = b %}{% endfor %}{% endfor %}" * 9,
+        "{% macro again() %}{{ again() }}{% endmacro %}{{ again() }}",
+        "{{ messages[0]['content'] ~ undefined_name.what }}",
+        "{{ 1 / 0 }}",
+    ],
+)
+def test_whatever_a_template_does_wrong_is_one_sentence(chatty, template):
+    (chatty / "chat_template.jinja").write_text(template)
+    with pytest.raises(InputError, match=r"its chat template is broken: ."):
+        render(open_source(chatty), [{"role": "user", "content": "x"}])
+
+
 def test_a_model_without_a_template_does_not_chat(model):
     with pytest.raises(UsageError, match="no chat template"):
         tenpak.Model.open(model, device="cpu").generate("Hi", chat=True)
