@@ -88,6 +88,23 @@ pub fn plan(model: &dyn Model, options: &Options) -> Result<Vec<Decision>> {
     Ok(decisions)
 }
 
+/// What people have asked for in vain: a misspelt rule must not pass in silence.
+pub fn notes(model: &dyn Model, options: &Options) -> Vec<String> {
+    let unused = |pattern: &Regex| !model.tensors().iter().any(|info| pattern.is_match(&info.name));
+    let rules = options.rules.iter().map(|(pattern, _)| ("rule", pattern));
+    let axes = options.axes.iter().map(|(pattern, _)| ("input axis", pattern));
+    rules
+        .chain(axes)
+        .filter(|(_, pattern)| unused(pattern))
+        .map(|(what, pattern)| {
+            format!(
+                "the {what} for {:?} matches no tensor; --dry-run --tensors lists their names",
+                pattern.as_str()
+            )
+        })
+        .collect()
+}
+
 fn decide(info: &TensorInfo, layouts: &Layouts, options: &Options) -> Result<Decision> {
     let role = role(info);
     let axis = match options.axes.iter().find(|(pattern, _)| pattern.is_match(&info.name)) {
@@ -229,13 +246,15 @@ fn has_conv1d_biases(tensors: &[TensorInfo]) -> bool {
 
 /// Turns weights that equal an earlier one, byte for byte, into second names for it.
 fn find_tied(model: &dyn Model, decisions: &mut [Decision]) -> Result<()> {
-    let mut alike: HashMap<(&[usize], &'static str), Vec<usize>> = HashMap::new();
+    // By their beginnings, too: models of many experts have tens of thousands of matrices of one shape, too many to
+    // compare each with each.
+    let mut alike: HashMap<(&[usize], &'static str, Vec<u8>), Vec<usize>> = HashMap::new();
     for (i, info) in model.tensors().iter().enumerate() {
         // Norms and biases are often equal without being tied.
         if info.shape.len() < 2 || info.shape.contains(&0) {
             continue;
         }
-        let earlier = alike.entry((&info.shape, info.encoding.name())).or_default();
+        let earlier = alike.entry((&info.shape, info.encoding.name(), model.beginning(i)?)).or_default();
         for &j in earlier.iter() {
             if same_treatment(&decisions[i], &decisions[j]) && model.same(i, j)? {
                 decisions[i].action = Action::Alias(j);

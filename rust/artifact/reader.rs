@@ -69,11 +69,12 @@ impl ArtifactFile {
     /// As [`ArtifactFile::open`].
     pub fn open_with(path: &Path, limits: &Limits) -> Result<ArtifactFile> {
         let cannot = |e: std::io::Error| Error::io("cannot open", path, &e);
-        let file = File::open(path).map_err(cannot)?;
-        let about = file.metadata().map_err(cannot)?;
-        if !about.is_file() {
+        // Before it is opened, which a pipe that nobody writes to would never end.
+        if !path.metadata().map_err(cannot)?.is_file() {
             return Err(Error::usage(format!("{} is no file; give a .tenpak file", path.display())));
         }
+        let file = File::open(path).map_err(cannot)?;
+        let about = file.metadata().map_err(cannot)?;
         let source = if about.len() == 0 {
             // An empty file cannot be mapped.
             Source::Memory(Vec::new())

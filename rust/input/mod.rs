@@ -42,6 +42,9 @@ pub struct Sidecar {
     pub bytes: Vec<u8>,
 }
 
+/// Enough bytes to tell matrices of trained weights apart.
+pub const BEGINNING: usize = 64;
+
 /// An open model.
 pub trait Model: Send + Sync {
     /// The format's name, for people.
@@ -68,6 +71,18 @@ pub trait Model: Send + Sync {
     /// If there is no such tensor.
     fn same(&self, a: usize, b: usize) -> Result<bool> {
         Ok(self.read(a)?.bytes == self.read(b)?.bytes)
+    }
+
+    /// The first bytes of what [`Model::same`] compares, at most [`BEGINNING`]: tensors whose beginnings differ differ.
+    ///
+    /// # Errors
+    /// As [`Model::read`].
+    ///
+    /// # Panics
+    /// If there is no such tensor.
+    fn beginning(&self, index: usize) -> Result<Vec<u8>> {
+        let bytes = self.read(index)?.bytes;
+        Ok(bytes[..bytes.len().min(BEGINNING)].to_vec())
     }
 
     /// The files that must travel with the weights.

@@ -50,6 +50,7 @@ struct Job<'a> {
     sidecars: Vec<Sidecar>,
     codec: &'a Codec,
     calibrated: Calibrated<'a>,
+    notes: Vec<String>,
 }
 
 /// A tensor on its way to the writer.
@@ -107,7 +108,15 @@ impl<'a> Job<'a> {
     fn new(model: &'a dyn Model, options: &CompressOptions<'a>) -> Result<Self> {
         let decisions = plan::plan(model, &options.plan)?;
         let calibrated = Calibrated::new(options.calibration, options.estimate, model, &decisions)?;
-        Ok(Job { model, decisions, sidecars: model.sidecars()?, codec: options.plan.codec, calibrated })
+        let notes = plan::notes(model, &options.plan);
+        Ok(Job {
+            model,
+            decisions,
+            sidecars: model.sidecars()?,
+            codec: options.plan.codec,
+            calibrated,
+            notes,
+        })
     }
 
     fn tensors(&self) -> impl Iterator<Item = (usize, &TensorInfo, &Decision)> {
@@ -360,7 +369,13 @@ impl<'a> Job<'a> {
             seconds,
             gigabytes_per_second: gigabytes_per_second(weights, seconds),
             simd: Level::detect().name(),
-            notes: self.model.notes().into_iter().chain(self.calibrated.notes()).collect(),
+            notes: self
+                .model
+                .notes()
+                .into_iter()
+                .chain(self.notes.clone())
+                .chain(self.calibrated.notes())
+                .collect(),
         }
     }
 }

@@ -35,6 +35,12 @@ pub fn decompress(
 ) -> Result<DecompressReport> {
     let start = Instant::now();
     refuse_overwriting_input(target, &[artifact.path().to_owned()])?;
+    if artifact.delta().is_some() {
+        let shown = artifact.path().display();
+        return Err(Error::usage(format!(
+            "{shown}: this file is a delta; `tenpak materialize --base BASE --delta {shown} --output MODEL` restores it"
+        )));
+    }
     let format = options.format.unwrap_or_else(|| Format::of(target));
     let mut entries: Vec<(&str, &Entry)> = artifact.tensors().iter().map(|e| (e.name.as_str(), e)).collect();
     for alias in artifact.aliases().keys() {
@@ -84,7 +90,7 @@ pub fn decompress(
                     let len = entry.elements().checked_mul(item.dtype.size() as u64);
                     let len = len
                         .and_then(|n| usize::try_from(n).ok())
-                        .ok_or_else(|| Error::artifact("too large"))?;
+                        .ok_or_else(|| named(Error::artifact("too large"), name))?;
                     let mut bytes: Vec<u8> = used.try_recv().unwrap_or_default();
                     if bytes.capacity() < len {
                         bytes = crate::runner::zeroed(len);
@@ -102,7 +108,7 @@ pub fn decompress(
                         }
                     }
                     Err(error) => {
-                        decoded = Err(named(error, name));
+                        decoded = Err(error);
                         break;
                     }
                 }

@@ -309,5 +309,7 @@ def test_the_console_script(tmp_path: Path, tuned: Path) -> None:
     tenpak_command("materialize", "-b", BASE, "-d", delta, "-o", back, code=2)
     tenpak_command("materialize", "-b", BASE, "-d", delta, "-o", tmp_path / "x.tenpak", code=2)
     tenpak_command("delta", "-b", BASE, "-i", tuned, "-o", tuned / "model.safetensors", "-f", code=2)
-    tenpak_command("decompress", "-i", delta, "-o", tmp_path / "no", code=2)
+    refused = tenpak_command("decompress", "-i", delta, "-o", tmp_path / "no", code=2).err
+    assert refused.count("materialize") == 1
+    assert "tensor" not in refused, "it is about the file"
     assert not (tmp_path / "no").exists()

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import time
 
 import numpy as np
 import pytest
@@ -126,6 +127,27 @@ def test_strict_names_what_would_be_left_out_before_any_work(tmp_path, llama):
     assert files_in(tmp_path) == {"fine.tenpak"}
     for rule in ("keep", "int8_sym_v1"):
         tenpak.compress(arrays, tmp_path / "m.tenpak", strict=True, rules=[("conv", rule)], force=True)
+
+
+def test_options_for_names_that_no_tensor_has_are_noted(tmp_path):
+    arrays = {"linear.weight": gaussian(32, 64)}
+    options = {"rules": [("liner", "keep"), ("linear", "int8_sym_v1")], "input_axes": [("nowhere", 0)]}
+    for dry_run in (True, False):
+        notes = tenpak.compress(arrays, tmp_path / "m.tenpak", dry_run=dry_run, **options).notes
+        assert [note.split("; ")[0] for note in notes] == [
+            'the rule for "liner" matches no tensor',
+            'the input axis for "nowhere" matches no tensor',
+        ]
+
+
+def test_thousands_of_matrices_of_one_shape_take_no_time_to_tell_apart(tmp_path):
+    """As in models of many experts; comparing each with each took half a minute."""
+    arrays = {f"experts.{i}.weight": np.full((2, 16), i, np.float32) for i in range(15_000)}
+    arrays["again.weight"] = arrays["experts.7.weight"]
+    began = time.process_time()
+    report = tenpak.compress(arrays, tmp_path / "m.tenpak", dry_run=True)
+    assert time.process_time() - began < 8
+    assert [t.name for t in report.tensors if t.codec == "alias"] == ["again.weight"]
 
 
 def test_tied_weights_are_stored_once(tmp_path):

@@ -16,7 +16,7 @@ mod tokenizer;
 mod translate;
 
 use super::source::Source;
-use super::{Model, Sidecar, TensorInfo};
+use super::{BEGINNING, Model, Sidecar, TensorInfo};
 use crate::error::Result;
 use crate::tensor::Tensor;
 use cursor::Cursor;
@@ -85,6 +85,11 @@ impl Model for Gguf {
         // Tensors that lie differently are never tied, and those that lie alike need not be arranged to see it.
         let bytes = |index: usize| &self.source[self.model.data[index].clone()];
         Ok(self.model.orders[a] == self.model.orders[b] && bytes(a) == bytes(b))
+    }
+
+    fn beginning(&self, index: usize) -> Result<Vec<u8>> {
+        let bytes = &self.source[self.model.data[index].clone()];
+        Ok(bytes[..bytes.len().min(BEGINNING)].to_vec())
     }
 
     fn sidecars(&self) -> Result<Vec<Sidecar>> {
