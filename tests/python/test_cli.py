@@ -15,8 +15,9 @@ import reseal
 import tenpak
 from plain_reader import crc32c
 from support import COMMAND, DATA, files_in, gaussian, tenpak_command, write_bundle
+from tenpak import cli
 
-COMMANDS = ["compress", "decompress", "inspect", "verify", "eval", "bench", "codecs", "doctor"]
+COMMANDS = [module.__name__.rsplit(".", 1)[1] for module in cli._COMMANDS]
 UP = "model.layers.0.mlp.up_proj.weight"
 
 
@@ -49,6 +50,28 @@ def test_wrong_command_lines_are_usage_errors(arguments):
     assert done.returncode == 2
     assert "usage: tenpak" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_commands_and_their_summaries_stand_in_one_line():
+    text = tenpak_command("--help").out
+    assert "materialize  restore a fine-tune" in text
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes here")
+def test_a_pipe_that_nobody_writes_to_is_refused(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for command in (["inspect"], ["verify"], ["compress", "-o", tmp_path / "m.tenpak", "-i"]):
+        done = subprocess.run([*COMMAND, *command, tmp_path / "pipe"], capture_output=True, check=False, timeout=30)
+        assert done.returncode == 2
+
+
+def test_names_that_the_terminal_lacks_are_escaped(tmp_path, llama):
+    tenpak_command("compress", "-i", llama, "-o", tmp_path / "ünï.tenpak")
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii:strict"}
+    done = subprocess.run(
+        [*COMMAND, "inspect", tmp_path / "ünï.tenpak"], capture_output=True, text=True, check=True, env=environment
+    )
+    assert "\\xfcn\\xef.tenpak" in done.stdout
 
 
 def test_a_session(tmp_path, llama):

@@ -6,6 +6,7 @@ Data goes to standard output, progress and messages to standard error.
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import signal
 import sys
@@ -62,13 +63,23 @@ exit codes:
 """
 
 
+class _Help(argparse.RawDescriptionHelpFormatter):
+    """Keeps paragraphs as they are written; a name as long as `materialize` leaves room for its summary."""
+
+    def add_argument(self, action: argparse.Action) -> None:
+        super().add_argument(action)
+        if isinstance(action, argparse._SubParsersAction):
+            # argparse forgets that commands are indented below their heading.
+            self._action_max_length += 2
+
+
 def parser() -> argparse.ArgumentParser:
     """The parser of all commands."""
     main = argparse.ArgumentParser(
         prog="tenpak",
         description="Shrink language-model weights to one small file, and read them back.",
         epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=_Help,
     )
     main.add_argument("--version", action="version", version=f"tenpak {__version__}")
     commands = main.add_subparsers(dest="command", metavar="COMMAND", required=True)
@@ -80,7 +91,7 @@ def parser() -> argparse.ArgumentParser:
             help=summary.split(": ", 1)[1],
             description=summary.split(": ", 1)[1],
             epilog=rest,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
+            formatter_class=_Help,
         )
         module.add_arguments(command)
         command.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
@@ -90,6 +101,10 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the console script; returns its exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            # A name that the terminal's encoding lacks is no reason to fail.
+            stream.reconfigure(errors="backslashreplace")
     arguments = parser().parse_args(argv)
     codes = dict(_core.exit_codes())
     previous = signal.signal(signal.SIGTERM, _terminate)
