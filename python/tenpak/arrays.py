@@ -11,6 +11,7 @@ from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from tenpak import _core, dtypes
 from tenpak.errors import UsageError
+from tenpak.threads import checked_threads
 
 
 @dataclass
@@ -111,7 +112,7 @@ def encode(
         None if moment is None else moment.reshape(-1).view(np.uint8),
         tokens,
         measure,
-        threads or 0,
+        checked_threads(threads),
         buffers,
     )
     relative = (error / norm if norm else 0.0) if measure else None
@@ -158,7 +159,7 @@ def decode(
         encoded.axis,
         parts,
         dtypes.name_of(out.dtype),
-        threads or 0,
+        checked_threads(threads),
         out.reshape(-1).view(np.uint8),
     )
     return out

@@ -14,6 +14,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from tenpak import _core, dtypes
 from tenpak.errors import UsageError
+from tenpak.threads import checked_threads
 
 if TYPE_CHECKING:
     from tenpak.delta import DeltaFile
@@ -151,7 +152,7 @@ class ArtifactFile:
         if wanted == "BF16":
             raise UsageError("NumPy has no bfloat16; read as float32 and convert")
         out = np.empty(info.shape, dtypes.stored(wanted))
-        self._open().decode(info.name, wanted, threads or 0, out.reshape(-1).view(np.uint8))
+        self._open().decode(info.name, wanted, checked_threads(threads), out.reshape(-1).view(np.uint8))
         return out
 
     def parts(self, name: str) -> dict[str, NDArray[Any]]:

@@ -15,6 +15,7 @@ from numpy.typing import ArrayLike, DTypeLike
 from tenpak import _core, dtypes
 from tenpak import artifact as _artifact
 from tenpak.errors import UsageError
+from tenpak.threads import checked_threads
 
 #: Called with weights done and in all, several times a second.
 Progress = Callable[[int, int], object]
@@ -193,7 +194,7 @@ def compress(
             embeddings,
             [(pattern, choice) for pattern, choice in rules],
             [(pattern, axis) for pattern, axis in input_axes],
-            threads or 0,
+            checked_threads(threads),
             force,
             strict,
             dry_run,
@@ -231,6 +232,7 @@ def _compress_with_own_text(
     progress: Progress | None,
     **options: Any,
 ) -> CompressReport:
+    checked_threads(options.get("threads"))
     if isinstance(src, Mapping):
         raise UsageError("calibration 'self' needs a model with config.json; give statistics, or a model's folder")
     if os.path.lexists(dst) and not force and not dry_run:
@@ -285,7 +287,9 @@ def decompress(
     if name is not None and name not in dtypes.WEIGHTS:
         raise UsageError(f"weights cannot be restored as {name}; use {', '.join(dtypes.WEIGHTS)}")
     report = json.loads(
-        _core.decompress(os.fspath(src), os.fspath(dst), format, name, threads or 0, force, shard_bytes, progress)
+        _core.decompress(
+            os.fspath(src), os.fspath(dst), format, name, checked_threads(threads), force, shard_bytes, progress
+        )
     )
     report["files"], report["files_left_out"] = tuple(report["files"]), tuple(report["files_left_out"])
     return DecompressReport(**report)

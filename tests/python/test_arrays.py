@@ -205,3 +205,22 @@ def test_what_cannot_be_decoded_is_refused():
     encoded.parts["codes"] = encoded.parts["codes"][:2]
     with pytest.raises(tenpak.UsageError, match="do not fit shape"):
         tenpak.decode(encoded)
+
+
+@pytest.mark.parametrize("threads", [-1, 0, 1 << 40, 1.5, "2"])
+def test_threads_are_a_sensible_number(tmp_path, threads):
+    """2^40 of them would keep the core busy for ever."""
+    array = np.ones((4, 32), np.float32)
+    encoded = tenpak.encode(array, "int8_sym_v1")
+    path = tmp_path / "m.tenpak"
+    tenpak.compress({"linear.weight": array}, path)
+    calls = [
+        lambda: tenpak.encode(array, "int8_sym_v1", threads=threads),
+        lambda: tenpak.decode(encoded, threads=threads),
+        lambda: tenpak.compress({"linear.weight": array}, path, force=True, threads=threads),
+        lambda: tenpak.decompress(path, tmp_path / "m.safetensors", threads=threads),
+        lambda: tenpak.load_state_dict(path, threads=threads),
+    ]
+    for call in calls:
+        with pytest.raises(tenpak.UsageError, match="give a number from 1 to 1024"):
+            call()

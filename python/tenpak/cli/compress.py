@@ -76,8 +76,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    if arguments.threads is not None and not 1 <= arguments.threads <= 1024:
-        raise UsageError(f"--threads {arguments.threads}: give a number from 1 to 1024")
     rules = [_pair("--rule", rule) for rule in arguments.rule]
     axes = [(pattern, _axis(text)) for pattern, text in (_pair("--input-axis", a) for a in arguments.input_axis)]
     with progress.ProgressLine("looking" if arguments.dry_run else "compressing", arguments) as line:

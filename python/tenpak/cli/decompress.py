@@ -34,8 +34,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    if arguments.threads is not None and not 1 <= arguments.threads <= 1024:
-        raise UsageError(f"--threads {arguments.threads}: give a number from 1 to 1024")
     with progress.ProgressLine("restoring", arguments) as line:
         report = tenpak.decompress(
             arguments.input,
