@@ -171,6 +171,8 @@ def compress(
         UnsupportedError: A format or dtype that is not read.
         StorageError: The file system refused.
     """
+    if encoder not in ("gptq", "diag"):
+        raise UsageError(f"unknown encoder {encoder!r}; choose gptq or diag")
     if calibration == "self":
         return _compress_with_own_text(
             src,

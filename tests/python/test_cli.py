@@ -65,6 +65,25 @@ def test_a_pipe_that_nobody_writes_to_is_refused(tmp_path):
         assert done.returncode == 2
 
 
+def test_closed_and_full_streams_are_no_internal_errors(tmp_path, llama):
+    def shell(script: str) -> subprocess.CompletedProcess[str]:
+        words = [*COMMAND, "generate", str(llama), "-n", "1", "-q"]
+        return subprocess.run(["sh", "-c", script, *words], capture_output=True, text=True, check=False, timeout=60)
+
+    assert shell('"$0" "$@" -p x >&-').returncode == 0
+    closed = shell('"$0" "$@" -p - <&-')
+    assert (closed.returncode, closed.stderr) == (3, "tenpak: the prompt cannot be read: standard input is closed\n")
+    binary = shell('printf \'\\377\' | "$0" "$@" -p -')
+    assert binary.returncode == 3, binary.stderr
+    assert "no UTF-8" in binary.stderr
+    odd = shell('"$0" "$@" -p "$(printf \'\\377\')"')
+    assert odd.returncode == 2, odd.stderr
+    assert "no Unicode" in odd.stderr
+    if os.path.exists("/dev/full"):
+        full = shell('"$0" "$@" -p x > /dev/full')
+        assert (full.returncode, full.stderr) == (6, "tenpak: cannot write standard output: No space left on device\n")
+
+
 def test_names_that_the_terminal_lacks_are_escaped(tmp_path, llama):
     tenpak_command("compress", "-i", llama, "-o", tmp_path / "ünï.tenpak")
     environment = {**os.environ, "PYTHONIOENCODING": "ascii:strict"}

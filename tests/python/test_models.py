@@ -129,6 +129,11 @@ def test_strict_names_what_would_be_left_out_before_any_work(tmp_path, llama):
         tenpak.compress(arrays, tmp_path / "m.tenpak", strict=True, rules=[("conv", rule)], force=True)
 
 
+def test_an_encoder_must_be_known_even_where_nothing_is_calibrated(tmp_path):
+    with pytest.raises(tenpak.UsageError, match="unknown encoder 'best'; choose gptq or diag"):
+        tenpak.compress({"linear.weight": gaussian(32, 64)}, tmp_path / "m.tenpak", encoder="best")
+
+
 def test_options_for_names_that_no_tensor_has_are_noted(tmp_path):
     arrays = {"linear.weight": gaussian(32, 64)}
     options = {"rules": [("liner", "keep"), ("linear", "int8_sym_v1")], "input_axes": [("nowhere", 0)]}

@@ -101,6 +101,9 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the console script; returns its exit code."""
+    if sys.stdout is None:
+        # Closed by who called: what would be printed goes nowhere.
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
             # A name that the terminal's encoding lacks is no reason to fail.
@@ -123,7 +126,9 @@ def main(argv: list[str] | None = None) -> int:
     except MemoryError:
         return _fail("not enough memory", codes["StorageError"])
     except OSError as error:
-        return _fail(str(error), codes["StorageError"])
+        # Paths have been named where they were opened; without one it is what was printed.
+        message = str(error) if error.filename else f"cannot write standard output: {error.strerror}"
+        return _fail(message, codes["StorageError"])
     except SystemExit:
         raise
     except BaseException as error:

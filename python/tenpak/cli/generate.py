@@ -24,7 +24,7 @@ import sys
 import tenpak
 from tenpak.cli.table import count, duration, print_json
 from tenpak.decoder.kv import KV_TYPES
-from tenpak.errors import InputError
+from tenpak.errors import InputError, UsageError
 from tenpak.model import MAX_TOKENS, Generation
 
 
@@ -64,6 +64,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     prompt = _read() if arguments.prompt == "-" else arguments.prompt
+    for text in (prompt, arguments.system or "", *arguments.stop):
+        _refuse_broken(text)
     model = tenpak.Model.open(arguments.model, device=arguments.device, kv=arguments.kv)
     if model.device == "cpu" and not arguments.quiet:
         print("computing on the CPU with weights in FP32, the slow path; an NVIDIA GPU is faster", file=sys.stderr)
@@ -104,10 +106,20 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _read() -> str:
+    if sys.stdin is None:
+        raise InputError("the prompt cannot be read: standard input is closed")
     try:
-        return sys.stdin.read()
+        return sys.stdin.buffer.read().decode()
     except UnicodeDecodeError as error:
         raise InputError(f"the prompt on standard input is no UTF-8: {error}") from None
+
+
+def _refuse_broken(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        # Python keeps bytes of arguments that are no UTF-8 as lone surrogates.
+        raise UsageError(f"{text!r} is no Unicode text; write it as UTF-8") from None
 
 
 def _summary(done: Generation) -> str:

@@ -140,8 +140,8 @@ def _is_artifact(path: str) -> bool:
     try:
         with open(path, "rb") as file:
             return file.read(len(_MAGIC)) == _MAGIC
-    except OSError:
-        # A folder; or the core says in its own words what is wrong.
+    except (OSError, ValueError):
+        # A folder, or no path at all; or the core says in its own words what is wrong.
         return False
 
 
