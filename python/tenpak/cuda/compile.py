@@ -30,7 +30,7 @@ OLDEST = 80
 _EXACT = frozenset({"decode.cu", "encode.cu"})
 
 #: Sources with instructions that only this architecture's own machine code may have, and that architecture.
-_SPECIFIC = {"prefill.cu": "sm_90a"}
+_SPECIFIC = {"prefill.cu": "sm_90a", "wide.cu": "sm_90a"}
 
 _INCLUDE = re.compile(r'^#include "([^"]+)"', re.MULTILINE)
 
