@@ -330,10 +330,7 @@ prefill(const unsigned char* codes, const unsigned char* params, const unsigned 
                 if (!ends) {
                     const u32 last = work.owner(tile_end - 1);
                     if (thread == 0) {
-                        u32 seen;
-                        do {
-                            asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(seen) : "l"(counter) : "memory");
-                        } while (seen < last - share);
+                        while (load_acquire(counter) < last - share) {}
                         *counter = 0;
                     }
                     group_barrier(group);

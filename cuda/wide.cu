@@ -208,7 +208,7 @@ wide(const __grid_constant__ tenpak::TensorMap x, const unsigned char* codes, co
      float scale) {
     using namespace tenpak;
     extern __shared__ __align__(1024) u8 dynamic[];
-    __shared__ alignas(8) u64 barriers[2 * STAGES];
+    __shared__ u64 barriers[2 * STAGES];
     u8* const stages = dynamic + (0u - shared_address(dynamic)) % 1024;
     const u32 stages_address = keep_address(shared_address(stages));
     const u32 full = keep_address(shared_address(barriers)), empty = full + 8 * STAGES;

@@ -16,11 +16,13 @@ static SOURCES: &[(&str, &str)] = sources![
     "attention.cu",
     "attention_prefill.cu",
     "cache.cuh",
+    "columns.cuh",
     "decode.cu",
     "dense.cu",
     "encode.cu",
     "floats.cuh",
     "halves.cuh",
+    "hopper.cuh",
     "integers.cuh",
     "layouts.cuh",
     "pack.cu",
@@ -29,6 +31,7 @@ static SOURCES: &[(&str, &str)] = sources![
     "tokens.cuh",
     "warp.cuh",
     "weights.cuh",
+    "wide.cu",
 ];
 
 /// The text of a file of cuda/.
