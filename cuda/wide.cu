@@ -35,8 +35,8 @@ constexpr int CHUNK = TOKENS < 32 ? TOKENS : 32;
 constexpr int LINE_BYTES = 64 * 2 + 16, CHUNK_BYTES = CHUNK * LINE_BYTES;
 
 // The registers of a thread that multiplies, and of one that does not; all together no more than there were at launch.
-constexpr int MANY = GROUPS == 4 ? 104 : GROUPS == 3 ? 152 : 232;
-constexpr int FEW = GROUPS == 4 ? 64 : GROUPS == 3 ? 56 : 40;
+constexpr int MANY = GROUPS == 4 ? 112 : GROUPS == 3 ? 152 : 232;
+constexpr int FEW = GROUPS == 4 ? 32 : GROUPS == 3 ? 56 : 40;
 
 // ---- Work -------------------------------------------------------------------------------------------------------------
 

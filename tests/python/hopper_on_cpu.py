@@ -1,8 +1,8 @@
 """Runs `wide.cu` on the CPU: what Hopper's copy engine, barriers and warpgroup products do, in plain C++.
 
-Blocks run one after another, a block's threads are the fibers of warps_on_cpu, of which some warps wait at random. A copy happens at once or,
-as likely, at the last moment that the kernel allows, when somebody waits for its barrier; a product, which then reads
-shared memory, when its own group waits for it. So a stage that is read or released too early gives wrong sums.
+Blocks run one after another; their threads are the fibers of warps_on_cpu, some warps waiting at random. A copy happens
+at once or, as likely, at the last moment that the kernel allows, when somebody waits for its barrier; a product, which
+then reads shared memory, when its own group waits for it. So a stage read or released too early gives wrong sums.
 """
 
 from __future__ import annotations

@@ -14,6 +14,13 @@ pytestmark = pytest.mark.skipif(
     COMPILER is None or sys.maxsize < 2**32, reason="a C++ compiler, fibers and the linker's options of Linux"
 )
 
+#: Of two tiles of a strip, as tenpak.cuda.products has them (which needs CuPy).
+STAGE_BYTES = {
+    name: (1024 if about.code_bits == 4 else 2048)
+    + (0 if about.param is None else max(64, 2048 // about.group * about.param.itemsize))
+    + (32 if about.row_run else 0)
+    for name, about in layouts.LAYOUTS.items()
+}
 CODECS = {codec.layout: codec.name for codec in tenpak.codecs() if codec.layout in layouts.LAYOUTS}
 
 
@@ -102,3 +109,23 @@ def test_configurations(defines):
 def test_batches_and_rows_that_are_not_aligned():
     check("int4_g16_fp16", (21, 77, 200), 5, batch=3, **SMALL)
     check("int4_g128_fp16", (16, 16, 640), 3, batch=2, **{**SMALL, "STEP": 2})
+
+
+@pytest.mark.parametrize("layout", list(layouts.LAYOUTS))
+@pytest.mark.parametrize("m", [9, 16, 17, 64, 100, 130, 256, 700, 2048])
+@pytest.mark.parametrize(("n", "k"), [(8, 8), (4096, 4096), (11008, 4096), (28672, 8192)])
+def test_choices_fit(layout, m, n, k):
+    """What a launch needs of a choice: shared memory, blocks that all have something to do, tiles that are covered."""
+    from tenpak.cuda import wide as plans
+
+    stage = STAGE_BYTES[layout]
+    found = plans.choices(layout, stage, 132, 230400, n, k, m, 1)
+    assert found
+    for choice in found:
+        steps = (k + 64 * choice.step - 1) // (64 * choice.step)
+        assert choice.tiles == -(-n // choice.rows) * -(-m // choice.tokens)
+        assert 1 <= choice.grid <= min(132, choice.tiles * steps)
+        assert choice.stages >= 2
+        assert choice.shared <= 230400
+        sums = choice.blocks * choice.tokens // 2
+        assert sums + 70 <= {2: 232, 3: 152, 4: 112}[choice.groups]

@@ -4,7 +4,8 @@ The choices are measured ones (tests/bench/bench_gemm.py) and ship with the pack
 
 - up to 8 tokens, and 16 where x fits in shared memory: `skinny`, bound by memory (one or two tokens of `int4_lut16`:
   in integers);
-- more on Hopper: `prefill`, on its tensor cores' warpgroup instructions;
+- more on Hopper: `prefill`, on its tensor cores' warpgroup instructions, or from `WIDE_FROM` tokens on `wide`, which
+  the copy engine feeds;
 - `DENSE_FROM` tokens and more: the weight is unpacked, a part at a time, for cuBLAS.
 
 A plan is made once for each shape and kept; a call afterwards only launches. Nothing is allocated but `out`, except by
@@ -20,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import cupy
 import numpy as np
 
+from tenpak.cuda import tensormap, wide
 from tenpak.cuda.compile import function
 from tenpak.errors import UsageError
 
@@ -46,6 +48,8 @@ STAGE_BYTES = {
 INTEGER = {"int4_lut16": 2}
 #: Tokens from which unpacking the weight for cuBLAS is faster: on Hopper, and where only `skinny` runs.
 DENSE_FROM = {True: 512, False: 64}
+#: Tokens from which `wide` is faster than `prefill`, where the copy engine can read x. Not measured yet: never.
+WIDE_FROM = 1 << 62
 #: Bytes of a weight's rows that are unpacked at a time.
 DENSE_BYTES = 128 << 20
 #: Weights from which more tiles in flight pay for the shared memory they take.
@@ -77,6 +81,8 @@ class Plan:
     scalars: tuple[Any, ...]
     partial_bytes: int
     counters: int
+    #: Tokens of a box, where the kernel takes a map of x (tensormap.py) and not its address.
+    box: int = 0
 
 
 @functools.cache
@@ -230,16 +236,66 @@ def _prefill(device: Device, layout: str, n: int, k: int, m: int, batch: int, bf
     )
 
 
+def _wide(device: Device, layout: str, n: int, k: int, m: int, batch: int, bf16: bool, choice: wide.Choice) -> Plan:
+    defines = {
+        "LAYOUT": layout,
+        "BF16": int(bf16),
+        "GROUPS": choice.groups,
+        "BLOCKS": choice.blocks,
+        "TOKENS": choice.tokens,
+        "STEP": choice.step,
+        "STAGES": choice.stages,
+    }
+    int32 = np.int32
+    return Plan(
+        function("wide.cu", "wide", defines, device.number),
+        True,
+        (choice.grid, 1, 1),
+        (choice.threads,),
+        choice.shared,
+        (int32(batch), int32(m), int32(n), int32(_divide_up(k, TILE_COLS)), int32(_divide_up(k, 256))),
+        choice.partial_bytes,
+        choice.counters,
+        choice.tokens,
+    )
+
+
+def wide_choices(device: Device, layout: str, n: int, k: int, m: int, batch: int) -> tuple[wide.Choice, ...]:
+    """Configurations of `wide` for a product, the best estimate first."""
+    return wide.choices(layout, STAGE_BYTES[layout], device.multiprocessors, device.shared, n, k, m, batch)
+
+
 @functools.lru_cache(maxsize=4096)
-def plan(device: int, layout: str, n: int, k: int, m: int, batch: int, bf16: bool, grouped: bool = False) -> Plan:
-    """The kernel and configuration for a product of `m` tokens with a weight [batch, n, k]."""
+def plan(
+    device: int,
+    layout: str,
+    n: int,
+    k: int,
+    m: int,
+    batch: int,
+    bf16: bool,
+    grouped: bool = False,
+    in_boxes: bool = False,
+) -> Plan:
+    """The kernel and configuration for a product of `m` tokens with a weight [batch, n, k].
+
+    `in_boxes`: the copy engine can read x.
+    """
     here = device_of(device)
+    if here.hopper and not grouped and in_boxes and m >= WIDE_FROM:
+        return _wide(here, layout, n, k, m, batch, bf16, wide_choices(here, layout, n, k, m, batch)[0])
     if here.hopper and not grouped:
         # x of 16 tokens: 32 bytes a column.
         fits = m <= 8 or (m <= 16 and 32 * k <= 160 << 10 and n * k < LARGE)
         if not fits:
             return _prefill(here, layout, n, k, m, batch, bf16)
     return _skinny(here, layout, n, k, m, batch, bf16, grouped)
+
+
+def plan_for(w: QuantizedWeight, x: int, stride: int, m: int, bf16: bool, grouped: bool = False) -> Plan:
+    """The plan that `launch` takes for x at an address, rows `stride` elements apart: what workspace it will need."""
+    in_boxes = m >= WIDE_FROM and tensormap.fits(x, stride)
+    return plan(w.device, w.layout, *w.shape, m, max(w.batch, 1), bf16, grouped, in_boxes)
 
 
 def launch(
@@ -262,9 +318,27 @@ def launch(
     `stream` a CuPy stream of the weight's device; `workspace` what the plan asks for, or None for the stream's own.
     Checks nothing.
     """
-    n, k = w.shape
+    stride = w.shape[1] if x_stride is None else x_stride
+    p = plan_for(w, x, stride, m, bf16, offsets != 0)
+    run(p, w, x, y, m, stride, bf16=bf16, stream=stream, bias=bias, offsets=offsets, workspace=workspace)
+
+
+def run(
+    p: Plan,
+    w: QuantizedWeight,
+    x: int,
+    y: int,
+    m: int,
+    stride: int,
+    *,
+    bf16: bool,
+    stream: Any,
+    bias: int = 0,
+    offsets: int = 0,
+    workspace: Workspace | None = None,
+) -> None:
+    """`launch` of a plan made for this product."""
     batch = max(w.batch, 1)
-    p = plan(w.device, w.layout, n, k, m, batch, bf16, offsets != 0)
     if workspace is None:
         workspace = workspace_of(w.device, stream.ptr)
         workspace.reserve(p.partial_bytes, p.counters)
@@ -279,11 +353,17 @@ def launch(
         w.codes.nbytes // batch,
         0 if params is None else params.nbytes // batch,
         0 if row_params is None else row_params.nbytes // batch,
-        k if x_stride is None else x_stride,
     )
     partial, counters = workspace.partial.data.ptr, workspace.counters.data.ptr
-    pointers = (x, y, bias, partial, counters) if p.prefill else (x, y, bias, offsets, partial, counters)
-    arguments = (*weights, *pointers, *steps, *p.scalars, np.float32(w.scale))
+    arguments: tuple[Any, ...]
+    if p.box:
+        boxes = tensormap.map_of(x, w.shape[1], m, batch, stride, p.box, bf16)
+        arguments = (boxes, *weights, y, bias, partial, counters, *steps)
+    elif p.prefill:
+        arguments = (*weights, x, y, bias, partial, counters, *steps, stride)
+    else:
+        arguments = (*weights, x, y, bias, offsets, partial, counters, *steps, stride)
+    arguments = (*arguments, *p.scalars, np.float32(w.scale))
     p.function(p.grid, p.block, arguments, p.shared, stream)
 
 
