@@ -1,6 +1,6 @@
 // y = x Wᵀ for many tokens on Hopper, both operands brought by the copy engine.
 //
-// A block owns tiles of ROWS = 64 * BLOCKS * GROUPS rows by TOKENS tokens. One warp asks for copies, STAGES stages of STEP
+// A block owns tiles of ROWS = 64 * BLOCKS * GROUPS rows by TOKENS tokens. Four warps ask for copies, STAGES stages of STEP
 // times 64 columns ahead: boxes of x, swizzled as wgmma reads them, and each strip's run of packed weights. GROUPS
 // warpgroups turn weights into A operands (columns.cuh) and multiply; operands of sixteen columns are made while the last
 // three are multiplied. Those groups own nearly all registers, so that a block may have 256 tokens and each operand that is
@@ -16,7 +16,7 @@
 
 namespace tenpak {
 
-constexpr int CONSUMER_WARPS = 4 * GROUPS;
+constexpr int CONSUMER_WARPS = 4 * GROUPS, PRODUCER_WARPS = 4;
 constexpr int GROUP_STRIPS = 4 * BLOCKS, STRIPS = GROUPS * GROUP_STRIPS, ROWS = STRIPS * TILE_ROWS;
 
 // A stage: STEP boxes of x, then each strip's codes, parameters and super-scales.
@@ -27,7 +27,9 @@ constexpr int PIECES = 1 + (Columns::PARAM_BYTES(STEP) > 0) + (Columns::SUPER_BY
 constexpr int WEIGHTS_AT = STEP * X_BYTES;
 constexpr int BYTES_OF_STAGE = (WEIGHTS_AT + STRIPS * STRIP_BYTES + 1023) / 1024 * 1024;
 static_assert(X_BYTES % 1024 == 0, "the swizzle repeats every 1024 bytes");
+constexpr int PRODUCER_STRIPS = STRIPS / PRODUCER_WARPS;
 static_assert(STRIP_BYTES % 16 == 0, "the copy engine's unit");
+static_assert(PRODUCER_STRIPS * PIECES <= LANES && STEP <= PRODUCER_WARPS, "a copy a lane, a box a warp");
 
 // On the way to y a group's sums of 64 rows by CHUNK tokens lie in shared memory, longer by one chunk of sixteen bytes: eight
 // tokens then meet all banks.
@@ -111,20 +113,23 @@ struct Turn {
 
 // ---- Producer -----------------------------------------------------------------------------------------------------------
 
-// One step's copies, by the lanes of one warp; strips beyond the weight's are copies of its last.
+// A producer warp's part of one step's copies: its strips, those beyond the weight's being copies of its last, and, of the
+// first warps, a box of x each. The lanes of a warp ask one after another, so the warps share the work.
 __device__ __forceinline__ void copy_step(const TensorMap& x, const Weight& w, const Place& at, int strips, int step, u32 stage,
-                                          u32 barrier, u64 keep, int lane) {
+                                          u32 barrier, u64 keep, int producer, int lane) {
     const int k = STEP * step, count = STEP == 1 ? 1 : min(STEP, w.tiles - k);
-    const u32 params = Columns::PARAM_BYTES(count);
-    if (lane == 0) barrier_expect(barrier, count * X_BYTES + STRIPS * (count * Layout::CODE_BYTES + params + Columns::SUPER_BYTES));
+    const u32 codes = count * Layout::CODE_BYTES, params = Columns::PARAM_BYTES(count);
+    const bool box = producer < count;
+    if (lane == 0) {
+        barrier_expect(barrier, (box ? X_BYTES : 0) + PRODUCER_STRIPS * (codes + params + Columns::SUPER_BYTES));
+        if (box) copy_box(stage + producer * X_BYTES, x, (k + producer) * TILE_COLS, at.token, at.matrix, barrier, KEEP_LONG);
+    }
     __syncwarp();
-    if (lane < count) copy_box(stage + lane * X_BYTES, x, (k + lane) * TILE_COLS, at.token, at.matrix, barrier, KEEP_LONG);
-#pragma unroll
-    for (int first = 0; first < STRIPS * PIECES; first += LANES) {
-        const int i = first + lane, strip = min(at.strip + i % STRIPS, strips - 1), piece = i / STRIPS;
-        if (i >= STRIPS * PIECES) break;
+    if (lane < PRODUCER_STRIPS * PIECES) {
+        const int strip_of_stage = producer * PRODUCER_STRIPS + lane % PRODUCER_STRIPS, piece = lane / PRODUCER_STRIPS;
+        const int strip = min(at.strip + strip_of_stage, strips - 1);
         const u8* from = w.codes + (size_t)(u32)(strip * w.tiles + k) * Layout::CODE_BYTES;
-        u32 to = stage + WEIGHTS_AT + i % STRIPS * STRIP_BYTES, bytes = count * Layout::CODE_BYTES;
+        u32 to = stage + WEIGHTS_AT + strip_of_stage * STRIP_BYTES, bytes = codes;
         if (PIECES > 1 && piece == 1) {
             from = Columns::params(w, strip, k);
             to += PARAMS_AT;
@@ -223,7 +228,7 @@ wide(const __grid_constant__ tenpak::TensorMap x, const unsigned char* codes, co
 
     if (threadIdx.x == 0) {
         for (int i = 0; i < STAGES; ++i) {
-            barrier_init(full + 8 * i, 1);
+            barrier_init(full + 8 * i, PRODUCER_WARPS);
             barrier_init(empty + 8 * i, CONSUMER_WARPS);
         }
         barriers_ready();
@@ -236,21 +241,20 @@ wide(const __grid_constant__ tenpak::TensorMap x, const unsigned char* codes, co
     const int warp = __shfl_sync(~0u, threadIdx.x / LANES, 0), lane = lane_of_warp();
     if (warp >= CONSUMER_WARPS) {
         leave_registers<FEW>();
-        if (warp == CONSUMER_WARPS) {
-            Schedule schedule = own_schedule();
-            Segment segment;
-            // Weights that one tile reads are not read again.
-            const u64 keep = token_tiles == 1 ? KEEP_SHORT : KEEP_NORMAL;
-            Turn turn(1);  // all stages are empty
-            while (schedule.next(segment)) {
-                const Place at(segment.tile, row_tiles, token_tiles);
-                const Weight w = weight(at.matrix);
+        Schedule schedule = own_schedule();
+        Segment segment;
+        // Weights that one tile reads are not read again.
+        const u64 keep = token_tiles == 1 ? KEEP_SHORT : KEEP_NORMAL;
+        Turn turn(1);  // all stages are empty
+        while (schedule.next(segment)) {
+            const Place at(segment.tile, row_tiles, token_tiles);
+            const Weight w = weight(at.matrix);
 #pragma unroll 1
-                for (int step = segment.first; step < segment.first + segment.count; ++step) {
-                    barrier_wait(empty + 8 * turn.stage, turn.phase);
-                    copy_step(x, w, at, strips, step, stages_address + turn.stage * BYTES_OF_STAGE, full + 8 * turn.stage, keep, lane);
-                    turn.next();
-                }
+            for (int step = segment.first; step < segment.first + segment.count; ++step) {
+                barrier_wait(empty + 8 * turn.stage, turn.phase);
+                copy_step(x, w, at, strips, step, stages_address + turn.stage * BYTES_OF_STAGE, full + 8 * turn.stage, keep,
+                          warp - CONSUMER_WARPS, lane);
+                turn.next();
             }
         }
     } else {
