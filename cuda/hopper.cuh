@@ -77,6 +77,10 @@ struct alignas(64) TensorMap {
     u64 opaque[16];
 };
 
+__device__ __forceinline__ void prefetch_map(const TensorMap& map) {
+    asm volatile("prefetch.tensormap [%0];" :: "l"(&map) : "memory");
+}
+
 // How long L2 should keep what passes through it.
 constexpr u64 KEEP_SHORT = 0x12f0000000000000, KEEP_NORMAL = 0x1000000000000000, KEEP_LONG = 0x14f0000000000000;
 

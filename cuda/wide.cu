@@ -54,25 +54,33 @@ struct Schedule {
     u32 tiles;
     u32 shared_tiles;  // the first so many are cut into units
     u32 share;
-    u64 unit, end;     // what is left of this block's share of those
+    u32 unit, end;     // what is left of this block's share of those
     u32 whole;         // the next tile that is this block's alone
 
     __device__ __forceinline__ Schedule(u32 tiles, int steps) : steps(steps), tiles(tiles) {
         const u32 rest = tiles % gridDim.x;
         shared_tiles = rest == 0 ? 0 : tiles < gridDim.x ? rest : rest + gridDim.x;
         share = gridDim.x - 1 - blockIdx.x;
-        unit = share * units() / gridDim.x;
-        end = (share + 1) * units() / gridDim.x;
+        unit = begin(share);
+        end = begin(share + 1);
         whole = shared_tiles + blockIdx.x;
     }
-    __device__ __forceinline__ u64 units() const { return (u64)shared_tiles * steps; }
-    // Whose share a unit is in.
-    __device__ __forceinline__ u32 owner(u64 unit) const { return (u32)(((unit + 1) * gridDim.x - 1) / units()); }
+    // share * units / gridDim.x, in 32 bits.
+    __device__ __forceinline__ u32 begin(u32 share) const {
+        const u32 units = shared_tiles * steps, each = units / gridDim.x;
+        return share * each + share * (units - each * gridDim.x) / gridDim.x;
+    }
+    // The last share that has a part of a tile, from this block's on.
+    __device__ __forceinline__ u32 last_share(u32 tile) const {
+        u32 last = share;
+        while (begin(last + 1) < (tile + 1) * steps) ++last;
+        return last;
+    }
     __device__ __forceinline__ bool next(Segment& segment) {
         if (unit < end) {
-            segment.tile = (u32)(unit / steps);
-            segment.first = (int)(unit - (u64)segment.tile * steps);
-            segment.count = (int)min((u64)(steps - segment.first), end - unit);
+            segment.tile = unit / steps;
+            segment.first = (int)(unit - segment.tile * steps);
+            segment.count = min(steps - segment.first, (int)(end - unit));
             unit += segment.count;
             return true;
         }
@@ -227,6 +235,7 @@ wide(const __grid_constant__ tenpak::TensorMap x, const unsigned char* codes, co
     };
 
     if (threadIdx.x == 0) {
+        prefetch_map(x);
         for (int i = 0; i < STAGES; ++i) {
             barrier_init(full + 8 * i, PRODUCER_WARPS);
             barrier_init(empty + 8 * i, CONSUMER_WARPS);
@@ -327,7 +336,7 @@ wide(const __grid_constant__ tenpak::TensorMap x, const unsigned char* codes, co
                 continue;
             }
             if (segment.count < schedule.steps) {
-                const u32 last = schedule.owner((u64)(segment.tile + 1) * schedule.steps - 1);
+                const u32 last = schedule.last_share(segment.tile);
                 if (thread == 0) {
                     while (load_acquire(counter) < last - schedule.share) {}
                     *counter = 0;

@@ -188,6 +188,7 @@ inline void copy_run(u32 to, const u8* from, u32 bytes, u32 barrier, u64) {
     check(to % 16 == 0 && (u64)from % 16 == 0 && bytes % 16 == 0 && bytes > 0, "a copy is not made of sixteen bytes");
     ask_for({to, from, bytes}, barrier);
 }
+inline void prefetch_map(const TensorMap&) {}
 // In sixteen bytes each; those that reach beyond the matrix are zeros (the test's rows end between two).
 inline void copy_box(u32 to, const TensorMap& map, int column, int row, int matrix, u32 barrier, u64) {
     check(to % 1024 == 0, "a box is not aligned");
