@@ -35,6 +35,8 @@ static_assert(PRODUCER_STRIPS * PIECES <= LANES && STEP <= PRODUCER_WARPS, "a co
 // tokens then meet all banks.
 constexpr int CHUNK = TOKENS < 32 ? TOKENS : 32;
 constexpr int LINE_BYTES = 64 * 2 + 16, CHUNK_BYTES = CHUNK * LINE_BYTES;
+// While one is read the next is written.
+constexpr int CHUNKS = TOKENS > CHUNK ? 2 : 1;
 
 // The registers of a thread that multiplies, and of one that does not; all together no more than there were at launch.
 constexpr int MANY = GROUPS == 4 ? 112 : GROUPS == 3 ? 152 : 232;
@@ -175,10 +177,12 @@ __device__ __forceinline__ void store(const float (&sums)[SUMS], u8* staged, u16
     const bool vectors = n % 8 == 0 && (u64)y % 16 == 0;
     // Matrices of a store: rows g of eight tokens, rows g + 8, then both of the next eight.
     const u32 to = shared_address(staged) + (lane / 16 * 8 + lane % 8) * LINE_BYTES + warp * 32 + lane / 8 % 2 * 16;
+    // What was stored last has been read.
+    group_barrier(group);
 #pragma unroll
     for (int first = 0; first < TOKENS; first += CHUNK) {
         if (first >= tokens) break;
-        group_barrier(group);
+        const int chunk = first / CHUNK % CHUNKS * CHUNK_BYTES;
 #pragma unroll
         for (int token = 0; token < CHUNK; token += 16) {
             u32 pairs[4];
@@ -188,7 +192,7 @@ __device__ __forceinline__ void store(const float (&sums)[SUMS], u8* staged, u16
                 const float scale = i % 2 ? high : low, plus = i % 2 ? high_bias : low_bias;
                 pairs[i] = narrow(two[0] * scale + plus) | (u32)narrow(two[1] * scale + plus) << 16;
             }
-            store_transposed(to + token * LINE_BYTES, pairs[0], pairs[1], pairs[2], pairs[3]);
+            store_transposed(to + chunk + token * LINE_BYTES, pairs[0], pairs[1], pairs[2], pairs[3]);
         }
         group_barrier(group);
         const int here = min(CHUNK, tokens - first), r = first_row + thread % 8 * 8;
@@ -196,7 +200,7 @@ __device__ __forceinline__ void store(const float (&sums)[SUMS], u8* staged, u16
 #pragma unroll
         for (int token = thread / 8; token < CHUNK; token += 16) {
             if (token >= here) break;
-            const u8* from = staged + token * LINE_BYTES + thread % 8 * 16;
+            const u8* from = staged + chunk + token * LINE_BYTES + thread % 8 * 16;
             u16* line = y + (size_t)(first + token) * n + r;
             if (vectors) {
                 *reinterpret_cast<uint4*>(line) = read<uint4>(from);
@@ -271,7 +275,7 @@ wide(const __grid_constant__ tenpak::TensorMap x, const unsigned char* codes, co
         Schedule schedule = own_schedule();
         Segment segment;
         const int group = warp / 4, thread = threadIdx.x % 128;
-        u8* const staged = stages + STAGES * BYTES_OF_STAGE + group * CHUNK_BYTES;
+        u8* const staged = stages + STAGES * BYTES_OF_STAGE + group * CHUNKS * CHUNK_BYTES;
         // This warp's first strip in a stage; others follow four on.
         const u32 own = WEIGHTS_AT + (group * GROUP_STRIPS + warp % 4) * STRIP_BYTES;
         Turn turn(0);

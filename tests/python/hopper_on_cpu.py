@@ -19,8 +19,17 @@ import numpy as np
 from numpy.typing import NDArray
 from support import ROOT
 from tenpak.cuda import compile as kernels
+from tenpak.cuda import layouts
+from tenpak.cuda import wide as plans
 from warps_on_cpu import COMPILER, WARP
 
+#: Of two tiles of a strip, as tenpak.cuda.products has them (which needs CuPy).
+STAGE_BYTES = {
+    name: (1024 if about.code_bits == 4 else 2048)
+    + (0 if about.param is None else max(64, 2048 // about.group * about.param.itemsize))
+    + (32 if about.row_run else 0)
+    for name, about in layouts.LAYOUTS.items()
+}
 #: Stands in for what cuda/layouts.cuh says in assembly: its sections on copies and on pairs of floats.
 PAIRS = """
 typedef unsigned int u32;
@@ -37,8 +46,12 @@ inline int __shfl_sync(u32, int x, int lane) { return (int)tenpak::share<1>({(u6
 namespace tenpak {
 // Shared arrays that are not dynamic have addresses by their distance from this.
 static u64 pinned;
+// Others are in a launch's dynamic shared memory.
+static u32 first_shared, shared_size;
 inline u8* at_shared(u32 address) {
-    return address >> 31 ? (u8*)&pinned + ((long long)address - 0xc0000000ll) : (u8*)(u64)address;
+    if (address >> 31) return (u8*)&pinned + ((long long)address - 0xc0000000ll);
+    if (address < first_shared || address >= first_shared + shared_size) abort();
+    return (u8*)(u64)address;
 }
 inline u32 shared_address(const void* p) {
     return (u64)p >> 31 ? (u32)((long long)((u8*)p - (u8*)&pinned) + 0xc0000000ll) : (u32)(u64)p;
@@ -125,6 +138,8 @@ inline u8* memory() {
 // For each block anew.
 inline u8* dynamic_memory() {
     if (threadIdx.x == 0) {
+        first_shared = (u32)(u64)memory();
+        shared_size = dynamic.size() - 16;
         memset(memory(), 0xff, 230 << 10);
         counters.clear();
         under_way.clear();
@@ -331,6 +346,10 @@ def wide(
     arrays = [aligned(part) for part in packed]
     y = aligned(np.full((batch, m, n), 0x7FFF, np.uint16))
     groups, blocks, tokens = (int(str(defines[name])) for name in ("GROUPS", "BLOCKS", "TOKENS"))
+    step, stages = int(str(defines["STEP"])), int(str(defines["STAGES"]))
+    layout = str(defines["LAYOUT"])
+    strip = plans.strip_bytes(layout, STAGE_BYTES[layout], step)
+    fixed, stage = plans.shared_bytes(groups, blocks, tokens, step, strip)
     tiles = -(-k // 64)
     rows = 64 * groups * blocks
     partial = aligned(np.full(grid * rows * tokens, np.nan, np.float32))
@@ -357,6 +376,6 @@ def wide(
     ]
     pointers = (ctypes.c_void_p * len(given))(*(value.ctypes.data for value in given))
     library = _library(tuple(sorted(defines.items())))
-    library.launch(pointers, (ctypes.c_uint * 3)(grid, 1, 1), 128 * groups + 128, 0)
+    library.launch(pointers, (ctypes.c_uint * 3)(grid, 1, 1), 128 * groups + 128, fixed + stages * stage)
     assert not arrived.any(), "counters are not zero again"
     return y

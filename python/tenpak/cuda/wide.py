@@ -70,6 +70,13 @@ def strip_bytes(layout: str, stage: int, step: int) -> int:
     return stage if step == 2 else ONE_TILE.get(layout, stage // 2)
 
 
+def shared_bytes(groups: int, blocks: int, tokens: int, step: int, strip: int) -> tuple[int, int]:
+    """Shared memory of a block: what it has anyway, and what each stage adds; `strip` is `strip_bytes`."""
+    stage = _up(step * tokens * TILE_COLS * 2 + 4 * groups * blocks * strip, 1024) * 1024
+    # To begin at a multiple of 1024, and what y's rows pass through (CHUNKS * CHUNK_BYTES of wide.cu).
+    return 1024 + groups * min(tokens, 64) * (64 * 2 + 16), stage
+
+
 @functools.cache
 def choices(
     layout: str, stage: int, multiprocessors: int, shared: int, n: int, k: int, m: int, batch: int
@@ -106,9 +113,9 @@ def _of_shape(
     groups, blocks, tokens = shape
     step = 2 if tokens <= 64 else 1
     rows, strips = 64 * groups * blocks, 4 * groups * blocks
-    weights = strips * strip_bytes(layout, stage, step)
-    stage_bytes = _up(step * tokens * TILE_COLS * 2 + weights, 1024) * 1024
-    fixed = 1024 + groups * min(tokens, 32) * (64 * 2 + 16)
+    strip = strip_bytes(layout, stage, step)
+    weights = strips * strip
+    fixed, stage_bytes = shared_bytes(groups, blocks, tokens, step, strip)
     stages = min(MOST_STAGES, (shared - fixed) // stage_bytes)
     if stages < 2:
         return []
