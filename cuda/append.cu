@@ -5,6 +5,7 @@
 // the tiles that are in the ring and then writes the newest there, since both may take the same places; the other blocks
 // quantise tiles that are all new. -DBITS (of codes: 4, 8; or 16), -DBF16, -DDIM, -DRECENT.
 #include "cache.cuh"
+#include "overlap.cuh"
 
 namespace tenpak {
 
@@ -133,6 +134,8 @@ extern "C" __global__ void __launch_bounds__(tenpak::THREADS)
            int ring_tiles, int half, int positions, float eps) {
     using namespace tenpak;
     __shared__ float lines[WARPS][PER_LANE * LANES];
+    let_next_begin();
+    wait_for_previous();
     const int lane = threadIdx.x % LANES, warp = threadIdx.x / LANES, sequence = blockIdx.z;
     const int start = lengths[sequence], count = counts ? min(max(counts[sequence], 0), tokens) : tokens;
     const int total = start + count;
@@ -226,6 +229,8 @@ extern "C" __global__ void __launch_bounds__(tenpak::THREADS)
 
 // Adds the new tokens to the lengths, up to `most`.
 extern "C" __global__ void __launch_bounds__(1024) advance(int* lengths, const int* counts, int tokens, int sequences, int most) {
+    tenpak::let_next_begin();
+    tenpak::wait_for_previous();
     const int i = blockIdx.x * blockDim.x + threadIdx.x;
     if (i < sequences) lengths[i] = min(lengths[i] + (counts ? min(max(counts[i], 0), tokens) : tokens), most);
 }

@@ -10,6 +10,7 @@
 // Grid: x splits, y (kv head, eight columns), z sequences. -DBITS (of codes: 4, 8;
 // or 16), -DBF16, -DWARPS, -DSTAGES, -DBLOCKS (of a multiprocessor, for the register budget).
 #include "cache.cuh"
+#include "overlap.cuh"
 
 namespace tenpak {
 
@@ -145,6 +146,8 @@ extern "C" __global__ void __launch_bounds__(tenpak::THREADS, BLOCKS)
            u32* counters, long long q_sequence, long long q_token, int tokens, int heads, int kv_heads, int capacity,
            int ring_tiles, int window, float scale) {
     using namespace tenpak;
+    let_next_begin();
+    wait_for_previous();
     const int lane = threadIdx.x % LANES, warp = threadIdx.x / LANES, sequence = blockIdx.z;
     const int group = heads / kv_heads, wanted = tokens * group, chunks = (wanted + COLUMNS - 1) / COLUMNS;
     const int kv_head = blockIdx.y / chunks, first_column = blockIdx.y % chunks * COLUMNS;

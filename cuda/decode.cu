@@ -66,18 +66,6 @@ decode_packed(const unsigned int* codes, const unsigned char* params, const unsi
     const u64 thread = (u64)blockIdx.x * blockDim.x + threadIdx.x;
     if (thread >= rows * shape.runs()) return;
     const Place at(thread, shape);
-    const u32* word = codes + packed_word(at, shape);
-    u64 natural = 0;
-    if constexpr (Layout::CODE_BITS == 4) {
-        for (int i = 0; i < RUN; ++i) natural |= (u64)exchanged(*word >> (4 * nibble(i)) & 15) << (4 * i);
-    } else {
-        natural = ((u64)word[1] << 32 | word[0]) ^ 0x8080808080808080ull;
-    }
-    Layout::Param param{};
-    Layout::RowParam row_param{};
-    if constexpr (HAS_PARAMS)
-        param = reinterpret_cast<const Layout::Param*>(params)[packed_group<Layout::GROUP>(at, shape)];
-    if constexpr (HAS_ROW_PARAMS)
-        row_param = reinterpret_cast<const Layout::RowParam*>(row_params)[packed_row<Layout>(at, shape)];
-    store(static_cast<Out*>(out), at, shape, 1, natural, param, row_param, Exponent{factor, largest});
+    const PackedRun run(codes, params, row_params, at, shape);
+    store(static_cast<Out*>(out), at, shape, 1, run.codes, run.param, run.row_param, Exponent{factor, largest});
 }

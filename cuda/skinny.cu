@@ -10,7 +10,22 @@
 //
 // Grid: x strips (persistent), y slices of K, z matrices of a batch. -DWARPS, -DDEPTH, -DCOLUMNS (tiles of 8 tokens),
 // -DBLOCKS (a multiprocessor's blocks, for the register budget).
+//
+// A decoder's step ends its products here: -DOUTPUT=0 writes the activations' type, 1 FP32, 2 adds to FP32; -DACTIVATION
+// (activation.cuh); -DGATED=1 where each strip has eight rows of gates and then the eight rows that they multiply. With
+// -DOVERLAP=1 the first weights are on their way before the previous kernel has ended (overlap.cuh).
+#include "activation.cuh"
 #include "layouts.cuh"
+#include "overlap.cuh"
+#ifndef OUTPUT
+#define OUTPUT 0
+#endif
+#ifndef GATED
+#define GATED 0
+#endif
+#ifndef OVERLAP
+#define OVERLAP 0
+#endif
 #ifndef INTEGER
 #define INTEGER 0
 #endif
@@ -36,33 +51,60 @@ __device__ __forceinline__ void arrive_at(int barrier) {
     asm volatile("bar.arrive %0, %1;" :: "r"(barrier), "n"(THREADS + LANES) : "memory");
 }
 
+#if OUTPUT == 0
+using Out = u16;
+#else
+using Out = float;
+#endif
+
 struct Output {
-    u16* y;
+    Out* y;
     const u16* bias;
     int n;
     float scale;
 
+    __device__ __forceinline__ float finished(float sum, int row) const {
+        return sum * scale + (bias ? widen(bias[row]) : 0.0f);
+    }
+    static __device__ __forceinline__ void put(Out& to, float x) {
+#if OUTPUT == 0
+        to = narrow(x);
+#elif OUTPUT == 1
+        to = x;
+#else
+        to += x;
+#endif
+    }
     // One lane's four sums: rows g and g + 8 of the strip, tokens 2t and 2t + 1.
     __device__ __forceinline__ void store(const float4& sum, int strip, int token, int tokens, float low, float high, int lane) const {
         const int row = strip * TILE_ROWS + lane / 4;
         token += lane % 4 * 2;
         const float v[4] = {sum.x * low, sum.y * low, sum.z * high, sum.w * high};
+#if GATED
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            if (row + 8 >= n || token + i >= tokens) continue;
+            put(y[(size_t)(token + i) * (n / 2) + strip * 8 + lane / 4],
+                activate(finished(v[i], row)) * finished(v[2 + i], row + 8));
+        }
+#else
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
             const int r = row + i / 2 * 8, m = token + i % 2;
-            if (r < n && m < tokens) y[(size_t)m * n + r] = narrow(v[i] * scale + (bias ? widen(bias[r]) : 0.0f));
+            if (r < n && m < tokens) put(y[(size_t)m * n + r], activate(finished(v[i], r)));
         }
+#endif
     }
 };
 
 }  // namespace tenpak
 
 // x [batch, m, k] with rows of x_stride elements, or, with offsets [batch + 1], all experts' tokens one after another,
-// sorted by expert. y alike with rows of n. bias [batch, n] or null. slice: tiles of K for each block; partial
+// sorted by expert. y alike with rows of n, or n / 2 if gated. bias [batch, n] or null. slice: tiles of K for each block; partial
 // [slots, slices, strips, COLUMNS, lanes] float4 and arrived [slots, strips] serve slices > 1.
 extern "C" __global__ void __launch_bounds__((WARPS + (COLUMNS <= 2 ? 2 : 1)) * 32, BLOCKS)
 skinny(const unsigned char* codes, const unsigned char* params, const unsigned char* row_params, const unsigned short* x,
-       unsigned short* y, const unsigned short* bias, const int* offsets, float4* partial, unsigned int* arrived,
+       tenpak::Out* y, const unsigned short* bias, const int* offsets, float4* partial, unsigned int* arrived,
        long long codes_step, long long params_step, long long row_params_step, long long x_stride, int m, int n, int k,
        int tiles, int supers, int slice, float scale) {
     using namespace tenpak;
@@ -77,6 +119,7 @@ skinny(const unsigned char* codes, const unsigned char* params, const unsigned c
                         tiles, supers};
     const long long begin = offsets ? offsets[matrix] : (long long)matrix * m;
     const int total = offsets ? offsets[matrix + 1] - (int)begin : m;
+    if (OVERLAP) let_next_begin();
     if (total <= 0) return;
 
     const int row_bytes = Products::row_bytes(count);
@@ -96,7 +139,7 @@ skinny(const unsigned char* codes, const unsigned char* params, const unsigned c
         if (chunk) __syncthreads();
 
         if (warp >= WARPS) {
-            const Output out{y + (begin + token) * n, bias ? bias + (size_t)matrix * n : nullptr, n, scale};
+            const Output out{y + (begin + token) * (GATED ? n / 2 : n), bias ? bias + (size_t)matrix * n : nullptr, n, scale};
             const size_t slot = begin / TOKENS + matrix + chunk;
             __syncthreads();
             const int buffer = warp - WARPS;
@@ -143,8 +186,11 @@ skinny(const unsigned char* codes, const unsigned char* params, const unsigned c
 
         const XSlice slice_of_x{x + (begin + token) * x_stride, x_stride, tokens, k, first_tile * TILE_COLS, count * TILE_COLS};
         Products::Staging staging(slice_of_x);
-        staging.begin(staged_x, row_bytes);
-        commit_copies();
+        // x goes first, so that it is there first; or, where it is not written yet, the weights do.
+        if (!OVERLAP) {
+            staging.begin(staged_x, row_bytes);
+            commit_copies();
+        }
         // Where this warp's next copies come from, and how many tiles there are from there to the end of the slice.
         Source source(weight, blockIdx.x, first_tile + 2 * warp, lane);
         int strip_ahead = blockIdx.x, left = count - 2 * warp, steps_left = steps;
@@ -169,8 +215,13 @@ skinny(const unsigned char* codes, const unsigned char* params, const unsigned c
             turn_ahead();
         }
         Layout::Rows rows = Layout::rows(weight, blockIdx.x, lane);
+        if (OVERLAP) {
+            wait_for_previous();
+            staging.begin(staged_x, row_bytes);
+            commit_copies();
+        }
         staging.end(staged_x, row_bytes);
-        wait_for_copies<DEPTH>();
+        wait_for_copies<OVERLAP ? 0 : DEPTH>();
         __syncthreads();
 
         Products products(staged_x, row_bytes, tokens, count, lane);

@@ -73,6 +73,8 @@ __device__ __forceinline__ void wait() {
 
 __device__ __forceinline__ float exchange(float x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
 __device__ __forceinline__ float from_lane(float x, int lane) { return __shfl_sync(0xffffffffu, x, lane); }
+// From the lane that many below; its own value where there is none.
+__device__ __forceinline__ u64 from_lane_below(u64 x, int step) { return __shfl_up_sync(0xffffffffu, x, step); }
 __device__ __forceinline__ bool any(bool x) { return __any_sync(0xffffffffu, x); }
 
 // Bytes 0 and 1 (or 2 and 3) of x, each the lower byte of a half.

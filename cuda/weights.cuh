@@ -215,6 +215,25 @@ __device__ __forceinline__ u64 packed_word(const Place& at, Shape s) {
     if constexpr (Layout::CODE_BITS == 4) return at.tile(s) * 128 + lane * 4 + word;
     else return at.tile(s) * 256 + word / 2 * 128 + lane * 4 + word % 2 * 2;
 }
+
+// What rebuilds a run of a packed weight: its codes, in order, and their parameters.
+struct PackedRun {
+    u64 codes = 0;
+    Layout::Param param{};
+    Layout::RowParam row_param{};
+
+    __device__ __forceinline__ PackedRun(const u32* all_codes, const u8* params, const u8* row_params, const Place& at, Shape s) {
+        const u32* word = all_codes + packed_word(at, s);
+        if constexpr (Layout::CODE_BITS == 4) {
+            for (int i = 0; i < RUN; ++i) codes |= (u64)exchanged(*word >> (4 * nibble(i)) & 15) << (4 * i);
+        } else {
+            codes = ((u64)word[1] << 32 | word[0]) ^ 0x8080808080808080ull;
+        }
+        if constexpr (HAS_PARAMS) param = element<Layout::Param>(params, packed_group<Layout::GROUP>(at, s));
+        if constexpr (HAS_ROW_PARAMS) row_param = element<Layout::RowParam>(row_params, packed_row<Layout>(at, s));
+    }
+    __device__ __forceinline__ float value(int i) const { return Layout::value(code_of(codes, i), param, row_param); }
+};
 #endif
 
 }  // namespace tenpak

@@ -336,7 +336,7 @@ wide(const __grid_constant__ tenpak::TensorMap x, const unsigned char* codes, co
                                make_float4(sums[block][i], sums[block][i + 1], sums[block][i + 2], sums[block][i + 3]));
                 __threadfence();
                 group_barrier(group);
-                if (thread == 0) atomicAdd(counter, 1);
+                if (thread == 0) atomicAdd(counter, 1u);
                 continue;
             }
             if (segment.count < schedule.steps) {

@@ -185,13 +185,19 @@ def evaluate(
 
 
 def open_on(model: str | os.PathLike[str], device: str) -> Decoder:
-    """Opens a model with its weights on a device: `cpu`, `cuda`, or `wgpu`, which takes quantised layers alone."""
-    if device != "wgpu":
-        return Decoder.open(model, xp=array_module(device))
-    from tenpak import wgpu
+    """Opens a model on a device: `cpu`, `cuda`, or `wgpu`, which takes quantised layers alone.
 
-    decoder = Decoder.open(model)
-    wgpu.place(decoder)
+    On GPUs the weights of a `.tenpak` stay quantised.
+    """
+    decoder = Decoder.open(model, xp=array_module("cpu" if device == "wgpu" else device))
+    if device == "wgpu":
+        from tenpak import wgpu
+
+        wgpu.place(decoder)
+    elif device == "cuda":
+        from tenpak.cuda.place import place
+
+        place(decoder)
     return decoder
 
 

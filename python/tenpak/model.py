@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -24,8 +24,11 @@ from tenpak.decoder import Decoder
 from tenpak.decoder.kv import KVType, checked_kv
 from tenpak.detokenize import TextStream
 from tenpak.errors import InputError, UsageError
-from tenpak.evaluate import open_on
+from tenpak.evaluate import array_module, open_on
 from tenpak.sampling import Sampling, choose
+
+if TYPE_CHECKING:
+    from tenpak.cuda.runner import Runner
 
 #: Text, messages of a chat, or tokens.
 Prompt = str | Sequence[Message] | Sequence[int]
@@ -74,10 +77,12 @@ class Generation:
 class Model:
     """A decoder with its tokenizer."""
 
-    def __init__(self, decoder: Decoder, *, kv: KVType | None = None) -> None:
+    def __init__(self, decoder: Decoder, *, kv: KVType | None = None, runner: Runner | None = None) -> None:
         self.decoder = decoder
-        #: What keys and values are kept as; None for FP32.
+        #: What keys and values are kept as; None for FP32, or with a runner FP16.
         self.kv = kv
+        #: What writes in the decoder's place, from weights that stay quantised on an NVIDIA GPU.
+        self.runner = runner
 
     @classmethod
     def open(
@@ -92,8 +97,8 @@ class Model:
         Args:
             path: The model.
             device: `cpu` computes in FP32 with NumPy; `cuda` keeps a `.tenpak`'s weights quantised in the memory of
-                an NVIDIA GPU, and needs CuPy; `wgpu` runs a `.tenpak`'s quantised layers on any GPU, in wheels that
-                have `tenpak.wgpu`; `auto` takes an NVIDIA GPU where there is one.
+                an NVIDIA GPU, each step being one CUDA graph, and needs CuPy; `wgpu` runs a `.tenpak`'s quantised
+                layers on any GPU, in wheels that have `tenpak.wgpu`; `auto` takes an NVIDIA GPU where there is one.
             kv: Read keys and values from a cache of that kind; None for exact ones.
 
         Raises:
@@ -106,17 +111,26 @@ class Model:
             kv = checked_kv(kv)
         if device == "auto":
             device = "cuda" if _has_gpu() else "cpu"
-        decoder = open_on(path, device)
         if device == "cuda":
-            from tenpak.cuda.place import place
+            decoder = Decoder.open(path, xp=array_module(device))
+            from tenpak.cuda.runner import Runner, why_not
 
-            place(decoder)
-        return cls(decoder, kv=kv)
+            if why_not(decoder) is None:
+                return cls(decoder, kv=kv, runner=Runner(decoder, kv))
+        return cls(open_on(path, device), kv=kv)
 
     @property
     def device(self) -> str:
         """Where the decoder computes: `cpu`, `cuda` or `wgpu`."""
         return self.decoder.device
+
+    @property
+    def gpu_bytes(self) -> dict[str, int]:
+        """Bytes of GPU memory that weights and cache take, where a runner holds them; else nothing."""
+        if self.runner is None:
+            return {}
+        cache = self.runner.cache
+        return {"weights": self.runner.weight_bytes, "cache": 0 if cache is None else cache.nbytes}
 
     @cached_property
     def has_chat(self) -> bool:
@@ -219,6 +233,28 @@ class Model:
             messages.insert(0, {"role": "system", "content": system})
         return self.decoder.encode_text(_chat.render(self.decoder.source, messages))
 
+    def tokens(self, prompt: Sequence[int], sampling: Sampling, most: int) -> Iterator[int]:
+        """Up to `most` tokens after a prompt's, one by one; the caller says which of them ends a text.
+
+        Raises:
+            InputError: The model's scores are no numbers.
+            UsageError: On a GPU: another text was begun before this one ended, or there is too little memory.
+        """
+        if self.runner is not None:
+            yield from self.runner.tokens(prompt, sampling, most)
+            return
+        decoder = self.decoder
+        cache = decoder.cache(self.kv)
+        # Only the last position's scores are asked for.
+        for first in range(0, len(prompt), PROMPT_AT_ONCE):
+            hidden = decoder.hidden([prompt[first : first + PROMPT_AT_ONCE]], cache)
+        for i in range(most):
+            logits = decoder.head(hidden[:, -1])[0]
+            token = choose(logits if decoder.xp is np else logits.get(), sampling, len(prompt) + i)
+            yield token
+            if i + 1 < most:
+                hidden = decoder.hidden([[token]], cache)
+
     def _with_bos(self, text: str) -> list[int]:
         """A text's tokens after those that the model's tokenizer begins a text with."""
         ids: list[int] = list(self.decoder.tokenizer.encode(text, add_special_tokens=True).ids)
@@ -271,19 +307,13 @@ class Stream:
     def _run(
         self, model: Model, prompt: list[int], max_tokens: int, sampling: Sampling, stop: Sequence[str]
     ) -> Iterator[str]:
-        decoder, start = model.decoder, time.perf_counter()
-        ends, text = model.ends, TextStream(decoder.tokenizer, prompt, stop)
-        cache = decoder.cache(model.kv)
-        # Only the last position's scores are asked for.
-        for first in range(0, len(prompt), PROMPT_AT_ONCE):
-            hidden = decoder.hidden([prompt[first : first + PROMPT_AT_ONCE]], cache)
+        start = time.perf_counter()
+        ends, text = model.ends, TextStream(model.decoder.tokenizer, prompt, stop)
         written: list[int] = []
         pieces: list[str] = []
         finish: Finish = "length"
         prompt_seconds = 0.0
-        while True:
-            logits = decoder.head(hidden[:, -1])[0]
-            token = choose(logits if decoder.xp is np else logits.get(), sampling, len(prompt) + len(written))
+        for token in model.tokens(prompt, sampling, max_tokens):
             if not prompt_seconds:
                 prompt_seconds = time.perf_counter() - start
                 start = time.perf_counter()
@@ -298,9 +328,6 @@ class Stream:
             if text.stopped:
                 finish = "stop"
                 break
-            if len(written) == max_tokens:
-                break
-            hidden = decoder.hidden([[token]], cache)
         rest = text.finish()
         if rest:
             pieces.append(rest)

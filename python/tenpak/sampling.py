@@ -45,7 +45,8 @@ class Sampling:
 
 def uniform(seed: int, position: int) -> float:
     """The number from 0 to below 1 that decides the token at a position."""
-    bits = int(np.random.Philox(key=[seed, 0], counter=[position, 0, 0, 0]).random_raw())
+    key, counter = np.array([[seed, 0, 0, 0], [position, 0, 0, 0]], np.uint64)
+    bits = int(np.random.Philox(key=key[:2], counter=counter).random_raw())
     return (bits >> 11) * 2.0**-53
 
 

@@ -2,14 +2,18 @@
 
     python tests/bench/bench_codecs.py [--rows 4096] [--cols 4096] [--runs 7]
 
-A Gaussian FP32 matrix; every output is memory that was in use before. Ratios are to a peer of the same run,
-because the machine's speed changes from minute to minute. Left out: reading and writing files
-(bench_files.py), and what a model loses (docs/quality.md).
+One thread each: libgguf would otherwise take all cores. A Gaussian FP32 matrix; every output is memory that was in use
+before. Ratios are to a peer of the same run, because the machine's speed changes from minute to minute. Left out:
+reading and writing files (bench_files.py), and what a model loses (docs/quality.md).
 """
 
 from __future__ import annotations
 
 import argparse
+import os
+
+# Read when libgguf is loaded.
+os.environ["LIBGGUF_NUM_THREADS"] = "1"
 
 import libgguf
 import numpy as np

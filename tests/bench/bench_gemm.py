@@ -1,13 +1,14 @@
-"""Products with quantised weights beside cuBLAS FP16 and Humming, on one GPU, in one run.
+"""Products with quantised weights beside cuBLAS FP16, Humming, tinygemm and GemLite, on one GPU, in one run.
 
-    python tests/bench/bench_gemm.py [--layouts int4_g32_fp16] [--tokens 1,16,256] [--shapes 4096x4096] [--no-humming]
+    python tests/bench/bench_gemm.py [--layouts int4_g32_fp16] [--tokens 1,16] [--shapes 4096x4096] [--peers Humming]
 
-Needs CuPy and torch; Humming is measured where it is installed. Random packed weights: speed does not depend on what
-they hold, but correctness does, so every product is first compared with the unpacked weight's in FP32. Times are
-medians over replays of a CUDA graph that goes round copies of the weight larger than three times L2; products that
-unpack the weight for cuBLAS are not captured and are timed as a run of calls. `floor` is the time to read the weight
-once at the speed of a plain read of as many bytes, or to multiply at 790 TFLOP/s (both measured on an H200), whichever
-is longer. Left out: packing, and what a Python call costs outside a graph.
+Needs CuPy and torch, which has tinygemm; Humming and GemLite are measured where they are installed. Random packed
+weights: speed does not depend on what they hold, but correctness does, so every product is first compared with the
+unpacked weight's in FP32. Times are medians over replays of a CUDA graph that goes round copies of the weight larger
+than three times L2; products that unpack the weight for cuBLAS are not captured and are timed as a run of calls.
+`floor` is the time to read the weight once at the speed of a plain read of as many bytes, or to multiply at 790
+TFLOP/s (both measured on an H200), whichever is longer. Left out: packing, and what a Python call costs outside a
+graph.
 """
 
 from __future__ import annotations
@@ -23,8 +24,9 @@ from typing import Any
 
 import cupy
 import torch
+from gemm_peers import peers
 from harness import machine, report
-from tenpak.cuda import products
+from tenpak.cuda import plans, products
 
 SHAPES = [(4096, 4096), (4096, 11008), (11008, 4096), (8192, 28672)]  # K x N
 TOKENS = [1, 2, 4, 8, 16, 32, 64, 128, 256, 1024, 2048]
@@ -141,7 +143,7 @@ def multiply(w: Any, x: torch.Tensor, y: torch.Tensor) -> None:
 def time_ours(copies: list[Any], x: torch.Tensor, y: torch.Tensor) -> float:
     """Microseconds of the kernel that `matmul` takes for these tokens."""
     ring = [copies[i % len(copies)] for i in range(max(len(copies), 8))]
-    if x.shape[0] >= products.DENSE_FROM[products.device_of(copies[0].device).hopper]:
+    if x.shape[0] >= plans.DENSE_FROM[products.device_of(copies[0].device).hopper]:
         arrays = cupy.asarray(x), cupy.asarray(y)
         stream = cupy.cuda.ExternalStream(torch.cuda.current_stream().cuda_stream)
         return eager_us([partial(products.matmul, arrays[0], w, None, arrays[1], stream) for w in ring])
@@ -154,34 +156,10 @@ def time_cublas(dense: list[torch.Tensor], x: torch.Tensor, y: torch.Tensor) -> 
     return graph_us([partial(torch.mm, x, w.T, out=y) for w in ring])
 
 
-def time_humming(layers: list[Any], x: torch.Tensor, y: torch.Tensor) -> float:
-    """Microseconds of Humming's product."""
+def time_peer(layers: list[Any], x: torch.Tensor) -> float:
+    """Microseconds of another kernel's product."""
     ring = [layers[i % len(layers)] for i in range(max(len(layers), 8))]
-    return graph_us([partial(layer, x, outputs=y) for layer in ring])
-
-
-def humming(layout: str, n: int, k: int, copies: int) -> list[Any] | None:
-    """Humming's layers with the same bits, or None where it is missing or does not take the layout."""
-    if layout not in PAIRS or PAIRS[layout] < 32:
-        return None
-    try:
-        from humming.layer import HummingLayer
-    except ImportError:
-        return None
-    layers = []
-    config = {
-        "dtype": "uint4",
-        "weight_scale_group_size": PAIRS[layout],
-        "has_zero_point": True,
-        "is_fp_zero_point": True,
-    }
-    for _ in range(copies):
-        layer = HummingLayer(n, k, weight_config=dict(config), torch_dtype=torch.float16)
-        layer.load_from_unquantized(torch.randn(n, k, dtype=torch.float16) * 0.02)
-        layer = layer.cuda()
-        layer.transform()
-        layers.append(layer)
-    return layers
+    return graph_us([partial(layer, x) for layer in ring])
 
 
 def activations(m: int, n: int, k: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -201,9 +179,10 @@ def main() -> None:
     parser.add_argument("--layouts", default=",".join(LAYOUTS))
     parser.add_argument("--tokens", default=",".join(map(str, TOKENS)))
     parser.add_argument("--shapes", default=",".join(f"{k}x{n}" for k, n in SHAPES), help="K x N, with an x between")
-    parser.add_argument("--no-humming", action="store_true")
+    parser.add_argument("--peers", default="Humming,tinygemm,GemLite", help="other kernels, where they are installed")
     args = parser.parse_args()
     tokens = [int(m) for m in args.tokens.split(",")]
+    chosen = [peer for peer in peers() if peer.name in args.peers.split(",")]
     rows, notes = [], [f"{torch.cuda.get_device_name()}, torch {torch.__version__}, CuPy {cupy.__version__}"]
     for shape in args.shapes.split(","):
         k, n = map(int, shape.split("x"))
@@ -221,11 +200,13 @@ def main() -> None:
             products.unpack(weight, plain, False, cupy.cuda.get_current_stream())
             cupy.cuda.get_current_stream().synchronize()
             reference = torch.as_tensor(plain, device="cuda").float()
-            try:
-                peers = None if args.no_humming else humming(layout, n, k, len(copies))
-            except Exception as error:  # a peer that fails is a note, not a failed run
-                peers = None
-                notes.append(f"Humming, {layout}, {shape}: {type(error).__name__}: {error}"[:300])
+            others = {}
+            for peer in chosen:
+                if PAIRS.get(layout) in peer.groups:
+                    try:
+                        others[peer] = peer.layers(n, k, PAIRS[layout], len(copies))
+                    except Exception as error:  # a peer that fails is a note, not a failed run
+                        notes.append(f"{peer.name}, {layout}, {shape}: {type(error).__name__}: {error}"[:300])
             for m in tokens:
                 x, y = activations(m, n, k)
                 products.matmul(cupy.asarray(x), weight, out=cupy.asarray(y))
@@ -235,7 +216,13 @@ def main() -> None:
                 if not error < 2e-3:
                     raise SystemExit(f"{layout} {shape} M={m}: relative error {error}")
                 us = time_ours(copies, x, y)
-                peer = time_humming(peers, x, y) if peers else None
+                times = {}
+                for peer, layers in list(others.items()):
+                    try:
+                        times[f"x {peer.name}"] = time_peer(layers, x.to(peer.dtype)) / us
+                    except Exception as error:
+                        del others[peer]
+                        notes.append(f"{peer.name}, {layout}, {shape}, M={m}: {type(error).__name__}: {error}"[:300])
                 floor = floor_us(size, 2.0 * m * n * k)
                 rows.append(
                     {
@@ -246,13 +233,16 @@ def main() -> None:
                         "of floor": floor / us,
                         "x cuBLAS": cublas[m] / us,
                         "cuBLAS us": cublas[m],
-                        "x Humming": peer / us if peer else None,
                         "error": error,
+                        **times,
                     }
                 )
                 print(f"{layout} {shape} M={m}: {us:.2f} us, {cublas[m] / us:.2f} x cuBLAS", flush=True)
     report(
-        "gemm", machine(*installed("tenpak", "torch", "cupy-cuda12x", "cupy-cuda13x", "humming-kernels")), rows, notes
+        "gemm",
+        machine(*installed("tenpak", "torch", "cupy-cuda12x", "cupy-cuda13x", "humming-kernels", "gemlite")),
+        rows,
+        notes,
     )
 
 

@@ -19,17 +19,10 @@ import numpy as np
 from numpy.typing import NDArray
 from support import ROOT
 from tenpak.cuda import compile as kernels
-from tenpak.cuda import layouts
 from tenpak.cuda import wide as plans
+from tenpak.cuda.plans import STAGE_BYTES
 from warps_on_cpu import COMPILER, WARP
 
-#: Of two tiles of a strip, as tenpak.cuda.products has them (which needs CuPy).
-STAGE_BYTES = {
-    name: (1024 if about.code_bits == 4 else 2048)
-    + (0 if about.param is None else max(64, 2048 // about.group * about.param.itemsize))
-    + (32 if about.row_run else 0)
-    for name, about in layouts.LAYOUTS.items()
-}
 #: Stands in for what cuda/layouts.cuh says in assembly: its sections on copies and on pairs of floats.
 PAIRS = """
 typedef unsigned int u32;

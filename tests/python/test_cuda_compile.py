@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
+import shutil
 
 import pytest
 import tenpak
-from support import ROOT, require
+from support import DATA, ROOT, require
 from tenpak import _core
+from tenpak.cuda import ahead, layouts, plans
 from tenpak.cuda import compile as kernels
-from tenpak.cuda import layouts
 
 ARCHITECTURES = ["sm_80", "sm_90", "sm_90a", "sm_120"]
 LAYOUTS = list(layouts.LAYOUTS)
@@ -43,6 +44,26 @@ def defines_of(name: str, layout: str) -> list[dict[str, object]]:
     return [{"LAYOUT": layout, "BF16": bf16, **defines} for bf16 in (0, 1) for defines in configurations]
 
 
+#: What stands between a decoder's products, and what ends them there.
+STEP: list[tuple[str, dict[str, object]]] = [
+    *(("norm.cu", {"THREADS": 512, "BF16": bf16, "CENTRED": bf16}) for bf16 in (0, 1)),
+    *(("gate.cu", {"ACTIVATION": i, "BF16": i % 2, "GATED": i % 3}) for i in range(5)),
+    *(("embed.cu", {"LAYOUT": layout}) for layout in LAYOUTS),
+    *(("embed.cu", {"IN": kind}) for kind in (16, 32)),
+    *(("product.cu", {"IN": 16 << (i % 2), "BF16": 0, "OUTPUT": i}) for i in range(3)),
+    ("sample.cu", {"THREADS": 1024}),
+    *(
+        ("skinny.cu", {"LAYOUT": layout, "BF16": 0, **SKINNY[0], **finish.defines})
+        for layout in ("int4_g32_fp16", "int8_sym")
+        for finish in (
+            plans.Finish("float32", overlaps=True),
+            plans.Finish("added", overlaps=True),
+            plans.Finish(activation="silu", gated=True, overlaps=True),
+            plans.Finish(activation="gelu_tanh"),
+        )
+    ),
+]
+
 #: `prefill` and `wide` have Hopper's own instructions.
 BUILDS = [(name, arch) for name in ("pack.cu", "decode.cu", "dense.cu", "skinny.cu") for arch in ARCHITECTURES]
 BUILDS += [("prefill.cu", "sm_90a"), ("wide.cu", "sm_90a")]
@@ -52,6 +73,12 @@ BUILDS += [("prefill.cu", "sm_90a"), ("wide.cu", "sm_90a")]
 @pytest.mark.parametrize(("name", "arch"), BUILDS)
 def test_every_kernel_compiles_for_every_layout(name, arch, layout):
     for defines in defines_of(name, layout):
+        assert kernels.compile_to_cubin(name, defines, arch).startswith(b"\x7fELF")
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_a_decoders_step_compiles(arch):
+    for name, defines in STEP:
         assert kernels.compile_to_cubin(name, defines, arch).startswith(b"\x7fELF")
 
 
@@ -72,7 +99,7 @@ def test_tables_can_be_looked_up_in_halves():
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-@pytest.mark.parametrize("dim", [64, 80, 96, 128, 256])
+@pytest.mark.parametrize("dim", [32, 64, 80, 96, 128, 256])
 def test_the_cache_and_attention_compile_for_every_head(arch, dim):
     prefill = kernels.compile_to_cubin("attention_prefill.cu", {"DIM": dim, "BF16": 1}, arch)
     assert prefill.startswith(b"\x7fELF")
@@ -138,6 +165,64 @@ def test_machine_code_is_kept_by_what_it_is_made_of(tmp_path, monkeypatch):
     assert cubin() == first
 
 
+def test_machine_code_made_ahead_of_time_is_taken(tmp_path, monkeypatch, capsys):
+    model = tmp_path / "model.tenpak"
+    tenpak.compress(DATA / "tiny-llama", model, codec="int4_g32_fp16_v1")
+    assert ahead.main(["--list", str(model)]) == 0
+    listed = capsys.readouterr().out.splitlines()
+    assert len(listed) == len(set(listed))
+    assert "pack.cu -DLAYOUT=int4_g32_fp16" in listed
+    assert "pack.cu -DLAYOUT=int8_sym" in listed  # embeddings
+    assert not any("int4_lut16" in line or "DIM=64" in line for line in listed)
+    # What a decoder's step asks for, of heads, gates and norms too.
+    for part in (
+        "skinny.cu",
+        "-DGATED=1",
+        "-DOUTPUT=2",
+        "attention.cu -DBF16=0 -DBITS=8",
+        "sample.cu",
+        "norm.cu",
+        "embed.cu",
+    ):
+        assert any(part in line for line in listed), part
+
+    defines = {"LAYOUT": "int4_g32_fp16"}
+    ahead.compile_with_nvrtc(("pack.cu", tuple(defines.items())), "sm_90", tmp_path)
+    monkeypatch.setattr(kernels, "_compiler", lambda: pytest.fail("it was compiled"))
+    monkeypatch.setenv("TENPAK_CUBIN_DIR", str(tmp_path))
+    assert kernels.compile_to_cubin("pack.cu", defines, "sm_90").startswith(b"\x7fELF")
+    with pytest.raises(pytest.fail.Exception):
+        kernels.compile_to_cubin("pack.cu", defines, "sm_80")
+
+
+def test_nvcc_compiles_what_nvrtc_does(tmp_path):
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        pytest.skip("no nvcc")
+    for name in ("skinny.cu", "sample.cu"):
+        (tmp_path / name).write_text(kernels.source(name))
+        for header, text in kernels.headers(name).items():
+            (tmp_path / header).write_text(text)
+    skinny = {"LAYOUT": "int4_lut16", "BF16": 0, **INTEGER[0], "GATED": 1, "ACTIVATION": 1, "OVERLAP": 1}
+    for name, defines in (("skinny.cu", skinny), ("sample.cu", {"THREADS": 1024})):
+        ahead.compile_with_nvcc(nvcc, (name, tuple(defines.items())), "sm_90", tmp_path, tmp_path)
+        made = tmp_path / kernels.ahead_name(name, defines, "sm_90")
+        assert made.read_bytes().startswith(b"\x7fELF")
+
+
+def test_choices_made_ahead_are_those_of_products():
+    """For any number of tokens, whatever the shape."""
+    shapes = [(4096, 4096), (11008, 4096), (300, 8200)]
+    for capability, gpus in ahead.DEVICES.items():
+        made = set(ahead.builds(capability, shapes, ["int4_lut16"], [64]))
+        for about in gpus:
+            here = ahead.device(*about, capability)
+            for n, k in shapes:
+                for m in range(1, plans.DENSE_FROM[here.hopper]):
+                    plan = plans.choose(here, "int4_lut16", n, k, m)
+                    assert (plan.source, tuple(sorted(plan.defines.items()))) in made, (capability, n, k, m)
+
+
 def test_what_fails_to_compile_is_said_with_the_log(tmp_path, monkeypatch):
     (tmp_path / "pack.cu").write_text("this is no C++")
     monkeypatch.setenv("TENPAK_CUDA_DIR", str(tmp_path))
@@ -155,7 +240,7 @@ def test_the_extension_has_every_source():
         assert _core.cuda_source(path.name) == path.read_text(), (
             f"{path.name} is older in the extension: build it again"
         )
-    with pytest.raises(tenpak.UsageError, match=r"no CUDA source \"x\.cu\"; there are append\.cu, "):
+    with pytest.raises(tenpak.UsageError, match=r"no CUDA source \"x\.cu\"; there are activation\.cuh, "):
         _core.cuda_source("x.cu")
 
 

@@ -117,7 +117,8 @@ def test_products_of_every_shape(cupy, layout, dtype, n, k):
 @every_dtype
 def test_products_of_boxes(cupy, layout, dtype, monkeypatch):
     """wide.cu wherever the copy engine can read x, in every configuration it may choose for a shape; twice the same."""
-    from tenpak.cuda import products, tensormap
+    from tenpak.cuda import plans, products, tensormap
+    from tenpak.cuda.compile import function
 
     device = products.device_of(0)
     if not device.hopper:
@@ -130,20 +131,19 @@ def test_products_of_boxes(cupy, layout, dtype, monkeypatch):
             x = activations(cupy, *lead, m, k, dtype=dtype, seed=m)
             assert tensormap.fits(x.data.ptr, k)
             wanted, norm = exact(x, w, bias), expected_norm(x, w)
-            for choice in products.wide_choices(device, layout, n, k, m, max(batch, 1)):
-                plan = products._wide(device, layout, n, k, m, max(batch, 1), dtype == "bfloat16", choice)
+            bf16, stream = dtype == "bfloat16", cupy.cuda.get_current_stream()
+            for plan in plans.wide_plans(device, layout, n, k, m, max(batch, 1), bf16):
+                kernel = function(plan.source, plan.kernel, plan.defines, 0)
                 outputs = []
                 for _ in range(2):
                     out = poisoned(cupy, *lead, m, n, dtype=dtype)
-                    stream = cupy.cuda.get_current_stream()
                     addresses = (x.data.ptr, out.data.ptr)
-                    bf16 = dtype == "bfloat16"
-                    products.run(plan, w, *addresses, m, k, bf16=bf16, stream=stream, bias=bias.data.ptr)
+                    products.run((plan, kernel), w, *addresses, m, k, bf16=bf16, stream=stream, bias=bias.data.ptr)
                     outputs.append(out)
-                assert error(outputs[0], wanted, at_least=norm) < TOLERANCE[dtype], (m, choice)
-                assert bool((outputs[0].view(np.uint16) == outputs[1].view(np.uint16)).all()), (m, choice)
+                assert error(outputs[0], wanted, at_least=norm) < TOLERANCE[dtype], (m, plan)
+                assert bool((outputs[0].view(np.uint16) == outputs[1].view(np.uint16)).all()), (m, plan)
     # As `matmul` takes it once it is chosen; rows that do not fit take another kernel.
-    monkeypatch.setattr(products, "WIDE_FROM", 9)
+    monkeypatch.setattr(plans, "WIDE_FROM", 9)
     w = random_weight(layout, 130, 1001)
     for stride in (1001, 1008):
         x = activations(cupy, 40, stride, dtype=dtype)[:, :1001]

@@ -12,7 +12,7 @@ from tenpak.decoder.layers import attention
 MODELS = ROOT / "tests" / "data"
 
 
-@pytest.mark.parametrize("dim", [64, 80, 96, 128, 256])
+@pytest.mark.parametrize("dim", [32, 64, 80, 96, 128, 256])
 def test_the_hadamard_matrix_keeps_products(dim):
     matrix = kv.hadamard(dim)
     assert np.abs(matrix @ matrix.T - np.eye(dim)).max() < 1e-6

@@ -1,4 +1,4 @@
-"""Runs CUDA kernels whose warps work together on the CPU: attention and the cache, with no GPU.
+"""Runs CUDA kernels whose warps work together on the CPU: attention, the cache, a decoder's steps, with no GPU.
 
 A block's threads are fibers that take turns; where lanes of a warp exchange values (cuda/warp.cuh, which plain C++
 replaces here), each waits for the others. Copies in the background happen at the last moment that the kernel allows,
@@ -45,6 +45,7 @@ WARP = """
 #define __forceinline__ inline
 #define __launch_bounds__(...)
 #define __shared__ static
+#define __constant__ static
 typedef unsigned char u8;
 typedef unsigned short u16;
 typedef unsigned int u32;
@@ -86,7 +87,8 @@ inline Warp& warp_here() { return warps[threadIdx.x / 32]; }
 inline void __syncwarp() { arrive(warp_here().barrier, 32); }
 inline void __syncthreads() { arrive(block, blockDim.x); }
 inline void __threadfence() {}
-inline u32 atomicAdd(u32* at, u32 value) { u32 old = *at; *at += value; return old; }
+template <class T> T atomicAdd(T* at, T value) { T old = *at; *at += value; return old; }
+inline u64 __umul64hi(u64 a, u64 b) { return (u64)((unsigned __int128)a * b >> 64); }
 template <class T> T __ldcg(const T* at) { return *at; }
 
 namespace tenpak {
@@ -157,6 +159,11 @@ template <int PENDING> void wait() {
 }
 inline float exchange(float x, int mask) { return from_bits((u32)share<1>({to_bits(x)})[threadIdx.x % 32 ^ mask][0]); }
 inline float from_lane(float x, int lane) { return from_bits((u32)share<1>({to_bits(x)})[lane][0]); }
+inline u64 from_lane_below(u64 x, int step) {
+    auto all = share<1>({x});
+    const int lane = threadIdx.x % 32;
+    return lane < step ? x : all[lane - step][0];
+}
 inline bool any(bool x) {
     auto all = share<1>({(u64)x});
     bool result = false;
@@ -250,9 +257,10 @@ void launch(void (*kernel)(A...), void** a, const unsigned* grid, unsigned threa
 def _library(name: str, defines: tuple[tuple[str, object], ...], kernel: str) -> ctypes.CDLL:
     folder = Path(tempfile.gettempdir()) / "tenpak-warps-on-cpu"
     # Kernels may be named like functions of the C library.
-    flags = ["-O1", "-w", "-Wl,-Bsymbolic"]
+    flags = ["-O1", "-w", "-Wl,-Bsymbolic", "-include", "warp.cuh"]
     flags += [o for o in kernels.options(name, dict(defines), "sm_80") if o.startswith(("-std", "-D"))]
-    files = {"warp.cuh": WARP, "cache.cuh": (ROOT / "cuda" / "cache.cuh").read_text()}
+    files = dict(kernels.headers(name))
+    files |= {"warp.cuh": WARP, "floats.cuh": '#pragma once\n#include "warp.cuh"\n'}
     launcher = (
         f'extern "C" void launch(void** a, const unsigned* g, unsigned t, unsigned s) '
         f"{{ tenpak::launch({kernel}, a, g, t, s); }}\n"

@@ -9,63 +9,26 @@ from __future__ import annotations
 
 import functools
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import cupy
 import numpy as np
 
-from tenpak.cuda.cache import HEAD_DIMS, Heads, KVCache, is_bf16, tile_bytes
+from tenpak.cuda.cache import Heads, KVCache, is_bf16
 from tenpak.cuda.compile import function
+from tenpak.cuda.plans import HEAD_DIMS, AttentionPlan, choose_attention
 from tenpak.cuda.products import Workspace, device_of, workspace_of
 from tenpak.errors import UsageError
 
-#: Columns of a tensor core's product: heads of a group, times new tokens.
-COLUMNS = 8
-#: Shared memory that a block keeps for queries.
-_RESERVED = 12 << 10
 _QUERIES = 64  # of a block of attention_prefill.cu
 _LOG2E = math.log2(math.e)
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """A launch of attention.cu, without its pointers."""
-
-    defines: dict[str, object]
-    grid: tuple[int, int, int]
-    warps: int
-    shared: int
-    partial_bytes: int
-    counters: int
 
 
 @functools.lru_cache(maxsize=1024)
 def _plan(
     device: int, bits: int, head_dim: int, bf16: bool, batch: int, tokens: int, heads: int, kv_heads: int, capacity: int
-) -> _Plan:
-    here = device_of(device)
-    # Measured on an H200: one block a multiprocessor, for fewer splits to merge; of small tiles few in flight, but then
-    # many warps, whose registers are too few for heads of 256.
-    many = bits == 4 and head_dim <= 128
-    warps, tile = 16 if many else 8, tile_bytes(bits, head_dim)
-    most = here.shared_all - _RESERVED
-    while most // (warps * tile) < 2:
-        warps //= 2
-    stages = min(3 if many else 5, most // (warps * tile))
-    merge = warps * (COLUMNS * (head_dim + 4) + 2 * COLUMNS) * 4
-    shared = max(warps * stages * tile, merge)
-    rows = kv_heads * -(-tokens * heads // kv_heads // COLUMNS)
-    splits = max(1, min(here.multiprocessors // (rows * batch), -(-capacity // warps)))
-    part = (COLUMNS * head_dim + 2 * COLUMNS) * 4
-    return _Plan(
-        {"WARPS": warps, "STAGES": stages, "BLOCKS": 1},
-        (splits, rows, batch),
-        warps,
-        shared,
-        splits * rows * batch * part if splits > 1 else 0,
-        rows * batch,
-    )
+) -> AttentionPlan:
+    return choose_attention(device_of(device), bits, head_dim, bf16, batch, tokens, heads, kv_heads, capacity)
 
 
 def attend(
@@ -136,7 +99,7 @@ def attend(
             int32(0 if window is None else window),
             np.float32(_scale(scale, cache.head_dim) * _LOG2E),
         )
-        kernel = function("attention.cu", "attend", {**cache.defines(bf16), **plan.defines}, cache.device)
+        kernel = function("attention.cu", "attend", plan.defines, cache.device)
         kernel(plan.grid, (32 * plan.warps,), arguments, plan.shared, stream)
     return out
 
@@ -148,7 +111,7 @@ def prepare(cache: KVCache, heads: int, *, tokens: int = 1, bf16: bool = False, 
         stream = cupy.cuda.get_current_stream() if stream is None else stream
         with stream:
             workspace_of(cache.device, stream.ptr).reserve(plan.partial_bytes, plan.counters)
-        function("attention.cu", "attend", {**cache.defines(bf16), **plan.defines}, cache.device)
+        function("attention.cu", "attend", plan.defines, cache.device)
         function("append.cu", "append", cache.defines(bf16), cache.device)
         function("append.cu", "advance", cache.defines(False), cache.device)
 
@@ -218,7 +181,7 @@ def prefill(
     return out
 
 
-def _plan_of(cache: KVCache, tokens: int, heads: int, bf16: bool) -> _Plan:
+def _plan_of(cache: KVCache, tokens: int, heads: int, bf16: bool) -> AttentionPlan:
     return _plan(
         cache.device, cache.bits, cache.head_dim, bf16, cache.batch, tokens, heads, cache.kv_heads, cache.capacity
     )

@@ -22,18 +22,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tenpak.cuda.compile import function
+from tenpak.cuda.plans import HEAD_DIMS, cache_defines, tile_bytes
 from tenpak.decoder.kv import BITS, RECENT, TILE, KVType, checked_kv
 from tenpak.errors import UsageError
 
-#: Head sizes that the kernels are tested with.
-HEAD_DIMS = (64, 80, 96, 128, 256)
-
 _THREADS = 128
-
-
-def tile_bytes(bits: int, head_dim: int) -> int:
-    """Bytes of a tile of `TILE` tokens: keys, values, and for codes a scale and an offset of each."""
-    return 2 * TILE * head_dim * bits // 8 + (0 if bits == 16 else 2 * TILE * 4)
 
 
 class RotaryTable:
@@ -98,7 +91,7 @@ class KVCache:
     Args:
         layers: The model's layers.
         kv_heads: Heads of keys and values.
-        head_dim: Channels of a head: 64, 80, 96, 128 or 256.
+        head_dim: Channels of a head: one of `HEAD_DIMS`.
         max_tokens: Tokens of a sequence, rounded up to a multiple of 16. Memory for all is taken at once.
         dtype: "int8", "int4" or "fp16".
         batch: Sequences.
@@ -289,7 +282,7 @@ class KVCache:
 
     def defines(self, bf16: bool) -> dict[str, object]:
         """Macros of the kernels that read or write this cache."""
-        return {"BITS": self.bits, "DIM": self.head_dim, "RECENT": RECENT, "BF16": int(bf16)}
+        return cache_defines(self.bits, self.head_dim, bf16)
 
     def _check_layer(self, layer: int) -> None:
         if not 0 <= layer < self.layers:

@@ -1,8 +1,9 @@
 """Kernels from CUDA sources: NVRTC's options, a cache on disk, and functions loaded on a device.
 
 A kernel is compiled at its first use, in a second or so, and its machine code kept under ~/.cache/tenpak (or
-`TENPAK_CACHE_DIR`; an empty one keeps nothing). Nothing but `function` needs a GPU. `TENPAK_CUDA_DIR` names a folder
-whose sources are taken instead of those in the package.
+`TENPAK_CACHE_DIR`; an empty one keeps nothing). Nothing but `function` needs a GPU. `TENPAK_CUBIN_DIR` names a folder
+with machine code that `tenpak.cuda.ahead` has made, which is taken where it has a kernel; `TENPAK_CUDA_DIR` one whose
+sources are taken instead of those in the package.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from tenpak import _core
+from tenpak.cuda.launch import Kernel
 from tenpak.errors import StorageError, TenpakError, UnsupportedError
 
 #: Macros by name; their values are written as they are.
@@ -27,7 +29,13 @@ Defines = Mapping[str, object]
 OLDEST = 80
 
 #: Sources whose results must be the core's, bit for bit.
-_EXACT = frozenset({"decode.cu", "encode.cu"})
+_EXACT = frozenset({"decode.cu", "embed.cu", "encode.cu"})
+
+#: Sources whose kernels always wait for what was launched before them (cuda/overlap.cuh); others do with -DOVERLAP=1.
+_WAITING = frozenset({"append.cu", "attention.cu", "embed.cu", "gate.cu", "norm.cu", "product.cu", "sample.cu"})
+
+#: The first compute capability whose launches may overlap.
+_OVERLAPS_FROM = 90
 
 #: Sources with instructions that only this architecture's own machine code may have, and that architecture.
 _SPECIFIC = {"prefill.cu": "sm_90a", "wide.cu": "sm_90a"}
@@ -166,22 +174,27 @@ def compile_to_cubin(name: str, defines: Defines, arch: str) -> bytes:
         UnsupportedError: There is no NVRTC, or it does not know the architecture.
         TenpakError: The source does not compile; the text is NVRTC's log.
     """
-    text, headers = source(name), _headers(name)
+    folder = os.environ.get("TENPAK_CUBIN_DIR")
+    if folder:
+        with contextlib.suppress(FileNotFoundError):
+            return (Path(folder) / ahead_name(name, defines, arch)).read_bytes()
+    text, includes = source(name), headers(name)
     told = options(name, defines, arch)
     compiler = _compiler()
-    kept = _cache_file(name, [compiler.version, *told, text, *(part for item in headers.items() for part in item)])
+    kept = _cache_file(name, [compiler.version, *told, text, *(part for item in includes.items() for part in item)])
     if kept is not None and (cubin := _read(kept)) is not None:
         return cubin
-    cubin = compiler.compile(name, text, headers, told)
+    cubin = compiler.compile(name, text, includes, told)
     if kept is not None:
         _write(kept, cubin)
     return cubin
 
 
 def function(name: str, kernel: str, defines: Defines, device: int) -> Any:
-    """A kernel on a device, as CuPy's function: called with grid, block, arguments, bytes of shared memory, stream.
+    """A kernel on a device, called as CuPy's functions are: grid, block, arguments, bytes of shared memory, stream.
 
     It may use all the shared memory that the device gives a block. Kept for each device: later calls only look it up.
+    Inside `tenpak.cuda.launch.overlapping` its launches may begin before those before them have ended, if it can wait.
     """
     return _function(name, kernel, tuple(sorted(defines.items())), device)
 
@@ -200,10 +213,17 @@ def _function(name: str, kernel: str, defines: tuple[tuple[str, object], ...], d
         static = driver.funcGetAttribute(driver.CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES, loaded.ptr)
         most = here.attributes["MaxSharedMemoryPerBlockOptin"] - static
         driver.funcSetAttribute(loaded.ptr, driver.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, most)
-    return loaded
+    waits = name in _WAITING or ("OVERLAP", 1) in defines
+    return Kernel(loaded) if waits and int(here.compute_capability) >= _OVERLAPS_FROM else loaded
 
 
-def _headers(name: str) -> dict[str, str]:
+def ahead_name(name: str, defines: Defines, arch: str) -> str:
+    """What a kernel's machine code is called in `TENPAK_CUBIN_DIR`: by all that it is made of but the compiler."""
+    parts = [*options(name, defines, arch), source(name), *(part for item in headers(name).items() for part in item)]
+    return f"{Path(name).stem}-{arch}-{_digest(parts)}.cubin"
+
+
+def headers(name: str) -> dict[str, str]:
     """The headers that a source includes, and those that they include, by name."""
     found: dict[str, str] = {}
     waiting = _INCLUDE.findall(source(name))
@@ -232,8 +252,11 @@ def _cache_file(name: str, parts: list[str]) -> Path | None:
         except RuntimeError:  # no home
             return None
         folder = os.fspath(Path(base) / "tenpak")
-    key = hashlib.blake2b("\0".join(parts).encode(), digest_size=20).hexdigest()
-    return Path(folder) / f"{Path(name).stem}-{key}.cubin"
+    return Path(folder) / f"{Path(name).stem}-{_digest(parts)}.cubin"
+
+
+def _digest(parts: list[str]) -> str:
+    return hashlib.blake2b("\0".join(parts).encode(), digest_size=20).hexdigest()
 
 
 def _read(path: Path) -> bytes | None:

@@ -181,7 +181,8 @@ def matmul_cuda(
     if x.device != torch.device("cuda", torch.cuda.current_device()):
         with torch.cuda.device(x.device):
             return matmul_cuda(x, codes, params, row_params, layout, n, k, scale, bias)
-    from tenpak.cuda.products import DENSE_FROM, device_of, launch
+    from tenpak.cuda.plans import DENSE_FROM
+    from tenpak.cuda.products import device_of, launch
 
     compute = x.dtype if x.dtype in (torch.float16, torch.bfloat16) else torch.float16
     rows = x if x.dim() == 2 and x.dtype == compute else x.reshape(-1, k).to(compute)
@@ -217,7 +218,7 @@ def _workspace(weight: _Weight, rows: torch.Tensor, stride: int, bf16: bool, str
     from tenpak.cuda.products import plan_for, workspace_of
 
     device = rows.device
-    needs = plan_for(weight, rows.data_ptr(), stride, rows.shape[0], bf16)  # type: ignore[arg-type]
+    needs, _ = plan_for(weight, rows.data_ptr(), stride, rows.shape[0], bf16)  # type: ignore[arg-type]
     if torch.cuda.is_current_stream_capturing():
         return _Workspace(
             _Memory(torch.empty(needs.partial_bytes, dtype=torch.uint8, device=device)),

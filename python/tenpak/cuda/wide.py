@@ -10,8 +10,7 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 
-TILE_ROWS = 16
-TILE_COLS = 64
+from tenpak.cuda.layouts import TILE_COLS
 
 #: (GROUPS, BLOCKS, TOKENS) by the most tokens of a product that would take them: all fit in registers.
 SHAPES = (
@@ -46,6 +45,17 @@ class Choice:
     grid: int
     tiles: int
     cycles: float
+
+    @property
+    def defines(self) -> dict[str, object]:
+        """Macros of wide.cu."""
+        return {
+            "GROUPS": self.groups,
+            "BLOCKS": self.blocks,
+            "TOKENS": self.tokens,
+            "STEP": self.step,
+            "STAGES": self.stages,
+        }
 
     @property
     def rows(self) -> int:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from tenpak.decoder.cache import Cache
-from tenpak.decoder.layers import Rotary, attention
+from tenpak.decoder.layers import LayerNorm, RMSNorm, Rotary, attention
 from tenpak.decoder.linear import Linear
 from tenpak.decoder.weights import Weights
 
@@ -16,7 +16,23 @@ Observe = Callable[[tuple[str, ...], Any], object]
 
 
 class Block(ABC):
-    """One layer of a decoder."""
+    """One layer of a decoder.
+
+    Which linear layers it has is told by their names, in the order of use: those that share an input stand together.
+    """
+
+    #: The norms before attention and before the MLP.
+    attention_norm: RMSNorm | LayerNorm
+    mlp_norm: RMSNorm | LayerNorm
+    #: Norms of each query's and each key's elements, before rotation.
+    q_norm: RMSNorm | None = None
+    k_norm: RMSNorm | None = None
+    #: Queries, keys and values, in one layer or in three; attention's output; the MLP's one or two upper layers, the
+    #: first of two being the gate; and its lower one.
+    qkv: tuple[str, ...]
+    out: tuple[str, ...]
+    up: tuple[str, ...]
+    down: tuple[str, ...]
 
     def __init__(self, weights: Weights, index: int) -> None:
         config = weights.config

@@ -112,25 +112,40 @@ class Decoder:
             end, limit = start + checked.shape[1], self.config.max_positions
             if end > limit:
                 raise UsageError(f"{end} positions are too many: {self.source.path} has learnt {limit}")
-            h += self._positions[start:end]
+            h += self.positions[start:end]
         return h
 
-    def block(self, index: int) -> Block:
-        """Loads one layer; it lives as long as the caller holds it."""
+    def block(self, index: int, *, linears: bool = True) -> Block:
+        """Loads one layer; it lives as long as the caller holds it.
+
+        With `linears` False the weights of its linear layers are not read, and None: for callers that take them from
+        the source, by their names, in another form.
+        """
         if not 0 <= index < self.config.layers:
             raise UsageError(f"there is no layer {index}; {self.source.path} has {self.config.layers}")
+        weights = self._weights if linears else self._without_linears
         if self._rotary is None:
-            return gpt2.GPT2Block(self._weights, index)
-        return llama.LlamaBlock(self._weights, index, self._rotary)
+            return gpt2.GPT2Block(weights, index)
+        return llama.LlamaBlock(weights, index, self._rotary)
 
     @cached_property
     def head(self) -> Head:
         """The last norm and the output head: hidden states to logits."""
-        weights, config = self._weights, self.config
-        norm = gpt2.norm(weights, "ln_f") if self._rotary is None else llama.norm(weights, "norm", config.width)
-        if config.tied:
-            return Head(norm, Linear(weights.prefix + self._embedding_name, self._embedding))
-        return Head(norm, weights.head())
+        return self._head(self._weights, self._embedding if self.config.tied else None)
+
+    @cached_property
+    def unread_head(self) -> Head:
+        """The same, its linear layer's weight not being read, and None."""
+        return self._head(self._without_linears, None)
+
+    def _head(self, weights: Weights, embedding: Any) -> Head:
+        width = self.config.width
+        norm = gpt2.norm(weights, "ln_f") if self._rotary is None else llama.norm(weights, "norm", width)
+        return Head(norm, Linear(self.embedding_name, embedding) if self.config.tied else weights.head())
+
+    @cached_property
+    def _without_linears(self) -> Weights:
+        return Weights(self.source, self.config, xp=self.xp, linears=False)
 
     @cached_property
     def blocks(self) -> list[Block]:
@@ -182,15 +197,21 @@ class Decoder:
         return self.head(self.hidden(tokens, cache))
 
     @property
-    def _embedding_name(self) -> str:
+    def embedding_name(self) -> str:
+        """The name of the embedding's tensor, [vocab, width]."""
+        return self._weights.prefix + self._embedding_tensor
+
+    @property
+    def _embedding_tensor(self) -> str:
         return gpt2.EMBEDDING if self._rotary is None else llama.EMBEDDING
 
     @cached_property
     def _embedding(self) -> Any:
-        return self._weights.array(self._embedding_name, self.config.vocab, self.config.width)
+        return self._weights.array(self._embedding_tensor, self.config.vocab, self.config.width)
 
     @cached_property
-    def _positions(self) -> Any:
+    def positions(self) -> Any:
+        """What is added to the embeddings of each position where these are learnt: [max_positions, width]."""
         return self._weights.array(gpt2.POSITIONS, self.config.max_positions, self.config.width)
 
     def _checked(self, tokens: ArrayLike) -> Any:

@@ -19,23 +19,23 @@ class GPT2Block(Block):
         super().__init__(weights, index)
         width, inner = self._config.width, self._config.intermediate
         at = f"h.{index}"
-        self._attention_norm = norm(weights, f"{at}.ln_1")
-        self._qkv = self._add(weights.linear(f"{at}.attn.c_attn", 3 * width, width, bias=True))
-        self._out = self._add(weights.linear(f"{at}.attn.c_proj", width, width, bias=True))
-        self._mlp_norm = norm(weights, f"{at}.ln_2")
-        self._up = self._add(weights.linear(f"{at}.mlp.c_fc", inner, width, bias=True))
-        self._down = self._add(weights.linear(f"{at}.mlp.c_proj", width, inner, bias=True))
+        self.attention_norm = norm(weights, f"{at}.ln_1")
+        self.qkv = (self._add(weights.linear(f"{at}.attn.c_attn", 3 * width, width, bias=True)),)
+        self.out = (self._add(weights.linear(f"{at}.attn.c_proj", width, width, bias=True)),)
+        self.mlp_norm = norm(weights, f"{at}.ln_2")
+        self.up = (self._add(weights.linear(f"{at}.mlp.c_fc", inner, width, bias=True)),)
+        self.down = (self._add(weights.linear(f"{at}.mlp.c_proj", width, inner, bias=True)),)
         self._activate = activation(self._config.activation, xp=weights.xp)
 
     def __call__(self, h: Any, start: int = 0, cache: Cache | None = None, observe: Observe | None = None) -> Any:
         width, heads = self._config.width, self._config.heads
-        (qkv,) = self._project((self._qkv,), self._attention_norm(h), observe)
+        (qkv,) = self._project(self.qkv, self.attention_norm(h), observe)
         q, k, v = (self._heads(qkv[..., i * width : (i + 1) * width], heads) for i in range(3))
         mixed = self._attend(q, k, v, start, cache, None)
-        (y,) = self._project((self._out,), mixed, observe)
+        (y,) = self._project(self.out, mixed, observe)
         h = h + y
-        (up,) = self._project((self._up,), self._mlp_norm(h), observe)
-        (y,) = self._project((self._down,), self._activate(up), observe)
+        (up,) = self._project(self.up, self.mlp_norm(h), observe)
+        (y,) = self._project(self.down, self._activate(up), observe)
         h += y
         return h
 

@@ -22,37 +22,36 @@ class LlamaBlock(Block):
         queries, keys = config.heads * config.head_dim, config.kv_heads * config.head_dim
         at = f"layers.{index}"
         self._rotary = rotary
-        self._attention_norm = norm(weights, f"{at}.input_layernorm", width)
-        self._qkv = (
+        self.attention_norm = norm(weights, f"{at}.input_layernorm", width)
+        self.qkv = (
             self._add(weights.linear(f"{at}.self_attn.q_proj", queries, width, config.qkv_bias)),
             self._add(weights.linear(f"{at}.self_attn.k_proj", keys, width, config.qkv_bias)),
             self._add(weights.linear(f"{at}.self_attn.v_proj", keys, width, config.qkv_bias)),
         )
-        self._q_norm = self._k_norm = None
         if config.qk_norm:
-            self._q_norm = norm(weights, f"{at}.self_attn.q_norm", config.head_dim)
-            self._k_norm = norm(weights, f"{at}.self_attn.k_norm", config.head_dim)
-        self._out = self._add(weights.linear(f"{at}.self_attn.o_proj", width, queries, config.out_bias))
-        self._mlp_norm = norm(weights, f"{at}.post_attention_layernorm", width)
-        self._gate_up = (
+            self.q_norm = norm(weights, f"{at}.self_attn.q_norm", config.head_dim)
+            self.k_norm = norm(weights, f"{at}.self_attn.k_norm", config.head_dim)
+        self.out = (self._add(weights.linear(f"{at}.self_attn.o_proj", width, queries, config.out_bias)),)
+        self.mlp_norm = norm(weights, f"{at}.post_attention_layernorm", width)
+        self.up = (
             self._add(weights.linear(f"{at}.mlp.gate_proj", inner, width, config.mlp_bias)),
             self._add(weights.linear(f"{at}.mlp.up_proj", inner, width, config.mlp_bias)),
         )
-        self._down = self._add(weights.linear(f"{at}.mlp.down_proj", width, inner, config.mlp_bias))
+        self.down = (self._add(weights.linear(f"{at}.mlp.down_proj", width, inner, config.mlp_bias)),)
         self._activate = activation(config.activation, xp=weights.xp)
 
     def __call__(self, h: Any, start: int = 0, cache: Cache | None = None, observe: Observe | None = None) -> Any:
         config = self._config
-        q, k, v = self._project(self._qkv, self._attention_norm(h), observe)
+        q, k, v = self._project(self.qkv, self.attention_norm(h), observe)
         q, k, v = self._heads(q, config.heads), self._heads(k, config.kv_heads), self._heads(v, config.kv_heads)
-        if self._q_norm is not None and self._k_norm is not None:
-            q, k = self._q_norm(q), self._k_norm(k)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
         mixed = self._attend(q, k, v, start, cache, self._rotary)
-        (y,) = self._project((self._out,), mixed, observe)
+        (y,) = self._project(self.out, mixed, observe)
         h = h + y
-        gate, up = self._project(self._gate_up, self._mlp_norm(h), observe)
+        gate, up = self._project(self.up, self.mlp_norm(h), observe)
         up *= self._activate(gate)
-        (y,) = self._project((self._down,), up, observe)
+        (y,) = self._project(self.down, up, observe)
         h += y
         return h
 
