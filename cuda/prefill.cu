@@ -12,7 +12,7 @@
 // for blocks that were started before it.
 //
 // sm_90a. -DGROUPS, -DBLOCKS (of 64 rows a warpgroup), -DTOKENS, -DDEPTH, -DSTAGES.
-#include "layouts.cuh"
+#include "hopper.cuh"
 
 namespace tenpak {
 
@@ -20,77 +20,9 @@ constexpr int CONSUMER_WARPS = 4 * GROUPS;
 constexpr int CONSUMERS = 128 * GROUPS;
 constexpr int PRODUCERS = 128;
 constexpr int ROWS = 64 * BLOCKS * GROUPS;
-constexpr int SUMS = TOKENS / 2;  // of a thread, for 64 rows
 constexpr int X_BYTES = TOKENS * TILE_COLS * 2;  // of one tile; a stage holds two
 constexpr int RING_BYTES = BLOCKS * STAGE_BYTES;  // one step of a warp: two tiles of each of its strips
 static_assert(TOKENS % 8 == 0 && X_BYTES % 1024 == 0, "the swizzle repeats every 1024 bytes");
-
-// ---- Barriers in shared memory --------------------------------------------------------------------------------------
-
-__device__ __forceinline__ void barrier_init(u32 barrier, u32 count) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" :: "r"(barrier), "r"(count));
-}
-__device__ __forceinline__ void barrier_arrive(u32 barrier) {
-    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" :: "r"(barrier) : "memory");
-}
-__device__ __forceinline__ void barrier_wait(u32 barrier, u32 parity) {
-    asm volatile(
-        "{\n.reg .pred done;\n"
-        "again: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-        "@!done bra again;\n}" :: "r"(barrier), "r"(parity) : "memory");
-}
-
-// ---- wgmma ------------------------------------------------------------------------------------------------------------
-
-__device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-__device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-template <int PENDING>
-__device__ __forceinline__ void wgmma_wait() {
-    asm volatile("wgmma.wait_group.sync.aligned %0;" :: "n"(PENDING) : "memory");
-}
-
-// Rows of 128 bytes, swizzled; eight rows are 1024 bytes on.
-__device__ __forceinline__ u64 descriptor(u32 address) {
-    return (u64)((address & 0x3ffff) >> 4) | (u64)1 << 16 | (u64)(1024 >> 4) << 32 | (u64)1 << 62;
-}
-
-#if BF16
-#define WGMMA_TYPE ".f32.bf16.bf16"
-#else
-#define WGMMA_TYPE ".f32.f16.f16"
-#endif
-#define D8(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
-#define OPERANDS "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b)
-__device__ __forceinline__ void wgmma(float (&d)[SUMS], const u32 (&a)[4], u64 b) {
-#if TOKENS == 16
-    asm volatile("wgmma.mma_async.sync.aligned.m64n16k16" WGMMA_TYPE " {%0,%1,%2,%3,%4,%5,%6,%7}, {%8,%9,%10,%11}, %12, 1, 1, 1, 0;"
-                 : D8(0) : OPERANDS);
-#elif TOKENS == 32
-    asm volatile("wgmma.mma_async.sync.aligned.m64n32k16" WGMMA_TYPE
-                 " {%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15}, {%16,%17,%18,%19}, %20, 1, 1, 1, 0;"
-                 : D8(0), D8(8) : OPERANDS);
-#elif TOKENS == 64
-    asm volatile("wgmma.mma_async.sync.aligned.m64n64k16" WGMMA_TYPE
-                 " {%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,"
-                 "%29,%30,%31}, {%32,%33,%34,%35}, %36, 1, 1, 1, 0;"
-                 : D8(0), D8(8), D8(16), D8(24) : OPERANDS);
-#elif TOKENS == 128
-    asm volatile("wgmma.mma_async.sync.aligned.m64n128k16" WGMMA_TYPE
-                 " {%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,"
-                 "%29,%30,%31,%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,"
-                 "%56,%57,%58,%59,%60,%61,%62,%63}, {%64,%65,%66,%67}, %68, 1, 1, 1, 0;"
-                 : D8(0), D8(8), D8(16), D8(24), D8(32), D8(40), D8(48), D8(56) : OPERANDS);
-#else
-#error "TOKENS is 16, 32, 64 or 128"
-#endif
-}
-
-// Makes the compiler keep `values` where wgmma, unseen, reads and writes them.
-template <int N>
-__device__ __forceinline__ void pin(float (&values)[N]) {
-#pragma unroll
-    for (int i = 0; i < N; ++i) asm volatile("" : "+f"(values[i])::"memory");
-}
 
 // ---- Work -------------------------------------------------------------------------------------------------------------
 
@@ -168,12 +100,6 @@ __device__ __forceinline__ void store_x(u8* tile, int pass, const uint4& v, int 
 
 // ---- Consumers ------------------------------------------------------------------------------------------------------------
 
-__device__ __forceinline__ u32 transpose8x8(u32 pair) {
-    u32 d;
-    asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(d) : "r"(pair));
-    return d;
-}
-
 // The sums of 16 rows a warp to y [tokens, n].
 __device__ __forceinline__ void store(const float (&sums)[SUMS], u16* y, const u16* bias, int strip, int tokens, int n, float scale,
                                       float low, float high, int lane) {
@@ -206,8 +132,6 @@ __device__ __forceinline__ void store(const float (&sums)[SUMS], u16* y, const u
     }
 }
 
-__device__ __forceinline__ void group_barrier(int group) { asm volatile("bar.sync %0, 128;" :: "r"(group + 1) : "memory"); }
-
 }  // namespace tenpak
 
 // x [batch, m, k] with rows of x_stride elements; y [batch, m, n]; bias [batch, n] or null. partial: [gridDim.x][2][GROUPS]
@@ -238,7 +162,7 @@ prefill(const unsigned char* codes, const unsigned char* params, const unsigned 
             barrier_init(full + 8 * i, PRODUCERS);
             barrier_init(empty + 8 * i, CONSUMER_WARPS);
         }
-        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+        barriers_ready();
     }
 #ifdef LUT16_TABLES
     Lut16::prepare(threadIdx.x, Lut16::BIASED_XOR);
@@ -247,7 +171,7 @@ prefill(const unsigned char* codes, const unsigned char* params, const unsigned 
     if (begin == end) return;
 
     if (threadIdx.x >= CONSUMERS) {
-        asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" :: "n"(GROUPS == 4 ? 64 : 104));
+        leave_registers<GROUPS == 4 ? 64 : 104>();
         const int thread = threadIdx.x - CONSUMERS;
         const bool vectors = k % 8 == 0 && x_stride % 8 == 0 && (u64)x % 16 == 0;
         auto tile_of = [&](const Cursor& c, int j) {
@@ -288,7 +212,7 @@ prefill(const unsigned char* codes, const unsigned char* params, const unsigned 
             }
         }
     } else {
-        asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" :: "n"(GROUPS == 4 ? 104 : 200));
+        take_registers<GROUPS == 4 ? 104 : 200>();
         const int warp = __shfl_sync(~0u, threadIdx.x / LANES, 0), lane = threadIdx.x % LANES, group = warp / 4;
         const int strips = (n + TILE_ROWS - 1) / TILE_ROWS;
         // Strips of this warp: first_strip + 4 * block within a tile.
@@ -406,10 +330,7 @@ prefill(const unsigned char* codes, const unsigned char* params, const unsigned 
                 if (!ends) {
                     const u32 last = work.owner(tile_end - 1);
                     if (thread == 0) {
-                        u32 seen;
-                        do {
-                            asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(seen) : "l"(counter) : "memory");
-                        } while (seen < last - share);
+                        while (load_acquire(counter) < last - share) {}
                         *counter = 0;
                     }
                     group_barrier(group);

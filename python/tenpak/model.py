@@ -124,6 +124,14 @@ class Model:
         """Where the decoder computes: `cpu`, `cuda` or `wgpu`."""
         return self.decoder.device
 
+    @property
+    def gpu_bytes(self) -> dict[str, int]:
+        """Bytes of GPU memory that weights and cache take, where a runner holds them; else nothing."""
+        if self.runner is None:
+            return {}
+        cache = self.runner.cache
+        return {"weights": self.runner.weight_bytes, "cache": 0 if cache is None else cache.nbytes}
+
     @cached_property
     def has_chat(self) -> bool:
         """Whether the model was taught to chat: it has a template for it."""

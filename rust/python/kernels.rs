@@ -17,6 +17,7 @@ static SOURCES: &[(&str, &str)] = sources![
     "attention.cu",
     "attention_prefill.cu",
     "cache.cuh",
+    "columns.cuh",
     "decode.cu",
     "dense.cu",
     "embed.cu",
@@ -24,6 +25,7 @@ static SOURCES: &[(&str, &str)] = sources![
     "floats.cuh",
     "gate.cu",
     "halves.cuh",
+    "hopper.cuh",
     "integers.cuh",
     "layouts.cuh",
     "norm.cu",
@@ -37,6 +39,7 @@ static SOURCES: &[(&str, &str)] = sources![
     "tokens.cuh",
     "warp.cuh",
     "weights.cuh",
+    "wide.cu",
 ];
 
 /// The text of a file of cuda/.

@@ -142,7 +142,7 @@ def runner_on_cpu() -> Iterator[SimpleNamespace]:
         np.float16,
         np.float32,
     )
-    cupy.newaxis = None
+    cupy.get_default_memory_pool = lambda: SimpleNamespace(free_all_blocks=lambda: None)
 
     def copy(to: int, source: int, count: int, kind: int, stream: int) -> None:
         ctypes.memmove(to, source, count)

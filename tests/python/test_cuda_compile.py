@@ -18,6 +18,10 @@ LAYOUTS = list(layouts.LAYOUTS)
 SKINNY = [{"WARPS": 8, "DEPTH": 2, "COLUMNS": 1, "BLOCKS": 2}, {"WARPS": 12, "DEPTH": 3, "COLUMNS": 8, "BLOCKS": 1}]
 INTEGER = [{"WARPS": 8, "DEPTH": 2, "COLUMNS": 1, "BLOCKS": 2, "INTEGER": tokens} for tokens in (1, 2)]
 PREFILL = [{"GROUPS": 4, "BLOCKS": 1, "TOKENS": 16, "DEPTH": 3, "STAGES": 3}]
+WIDE = [
+    {"GROUPS": 2, "BLOCKS": 1, "TOKENS": 256, "STEP": 1, "STAGES": 4},
+    {"GROUPS": 4, "BLOCKS": 1, "TOKENS": 64, "STEP": 2, "STAGES": 3},
+]
 
 
 @pytest.fixture(autouse=True)
@@ -36,7 +40,8 @@ def defines_of(name: str, layout: str) -> list[dict[str, object]]:
     if name == "skinny.cu":
         configurations = SKINNY + INTEGER if layout == "int4_lut16" else SKINNY
         return [{"LAYOUT": layout, "BF16": i % 2, **defines} for i, defines in enumerate(configurations)]
-    return [{"LAYOUT": layout, "BF16": bf16, **defines} for bf16 in (0, 1) for defines in PREFILL]
+    configurations = WIDE if name == "wide.cu" else PREFILL
+    return [{"LAYOUT": layout, "BF16": bf16, **defines} for bf16 in (0, 1) for defines in configurations]
 
 
 #: What stands between a decoder's products, and what ends them there.
@@ -59,9 +64,9 @@ STEP: list[tuple[str, dict[str, object]]] = [
     ),
 ]
 
-#: `prefill` has Hopper's own instructions.
+#: `prefill` and `wide` have Hopper's own instructions.
 BUILDS = [(name, arch) for name in ("pack.cu", "decode.cu", "dense.cu", "skinny.cu") for arch in ARCHITECTURES]
-BUILDS += [("prefill.cu", "sm_90a")]
+BUILDS += [("prefill.cu", "sm_90a"), ("wide.cu", "sm_90a")]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

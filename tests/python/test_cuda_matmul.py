@@ -115,6 +115,43 @@ def test_products_of_every_shape(cupy, layout, dtype, n, k):
 
 @every_layout
 @every_dtype
+def test_products_of_boxes(cupy, layout, dtype, monkeypatch):
+    """wide.cu wherever the copy engine can read x, in every configuration it may choose for a shape; twice the same."""
+    from tenpak.cuda import plans, products, tensormap
+    from tenpak.cuda.compile import function
+
+    device = products.device_of(0)
+    if not device.hopper:
+        pytest.skip("wide.cu has Hopper's own instructions")
+    for n, k, batch in [(21, 152, 0), (130, 1000, 0), (48, 8200, 0), (2500, 264, 0), (70, 200, 3)]:
+        w = random_weight(layout, n, k, batch)
+        lead = (batch,) if batch else ()
+        bias = activations(cupy, *lead, n, dtype=dtype, seed=2)
+        for m in (1, 9, 17, 65, 130, 300):
+            x = activations(cupy, *lead, m, k, dtype=dtype, seed=m)
+            assert tensormap.fits(x.data.ptr, k)
+            wanted, norm = exact(x, w, bias), expected_norm(x, w)
+            bf16, stream = dtype == "bfloat16", cupy.cuda.get_current_stream()
+            for plan in plans.wide_plans(device, layout, n, k, m, max(batch, 1), bf16):
+                kernel = function(plan.source, plan.kernel, plan.defines, 0)
+                outputs = []
+                for _ in range(2):
+                    out = poisoned(cupy, *lead, m, n, dtype=dtype)
+                    addresses = (x.data.ptr, out.data.ptr)
+                    products.run((plan, kernel), w, *addresses, m, k, bf16=bf16, stream=stream, bias=bias.data.ptr)
+                    outputs.append(out)
+                assert error(outputs[0], wanted, at_least=norm) < TOLERANCE[dtype], (m, plan)
+                assert bool((outputs[0].view(np.uint16) == outputs[1].view(np.uint16)).all()), (m, plan)
+    # As `matmul` takes it once it is chosen; rows that do not fit take another kernel.
+    monkeypatch.setattr(plans, "WIDE_FROM", 9)
+    w = random_weight(layout, 130, 1001)
+    for stride in (1001, 1008):
+        x = activations(cupy, 40, stride, dtype=dtype)[:, :1001]
+        assert error(products.matmul(x, w), exact(x, w), at_least=expected_norm(x, w)) < TOLERANCE[dtype]
+
+
+@every_layout
+@every_dtype
 def test_a_large_value_and_what_is_not_finite_stay_in_their_token(cupy, layout, dtype):
     """Where activations share a scale, one among thousands decides it."""
     from tenpak.cuda import matmul

@@ -33,6 +33,7 @@ COMPILER = (shutil.which("c++") or shutil.which("g++")) if sys.platform == "linu
 WARP = """
 #pragma once
 #include <math.h>
+#include <stdlib.h>
 #include <string.h>
 #include <ucontext.h>
 #include <algorithm>
@@ -204,11 +205,18 @@ inline void run_block() {
         fiber.context.uc_link = nullptr;
         makecontext(&fiber.context, (void (*)())enter, 0);
     }
+#ifndef SKIPS
+#define SKIPS 0
+#endif
+    // With SKIPS some warps wait, so that others come far.
+    bool skip = false;
     for (bool busy = true; busy;) {
         busy = false;
         for (unsigned t = 0; t < blockDim.x; ++t) {
             if (fibers[t].done) continue;
             busy = true;
+            if (SKIPS && t % 32 == 0) skip = rand() % 4 != 0;
+            if (skip) continue;
             current = &fibers[t];
             swapcontext(&scheduler, &current->context);
         }
@@ -220,11 +228,14 @@ template <class F> void launch_all(F call, const unsigned* grid, unsigned thread
     fibers.resize(threads);
     warps.assign((threads + 31) / 32, Warp());
     task = {[](void* f) { (*(F*)f)(); }, &call};
-    // Blocks run from the last to the first: none may count on an order.
+#ifndef ASCENDING
+#define ASCENDING 0
+#endif
+    // Blocks run from the last to the first, where none may count on an order.
     for (unsigned z = grid[2]; z-- > 0;)
         for (unsigned y = grid[1]; y-- > 0;)
             for (unsigned x = grid[0]; x-- > 0;) {
-                blockIdx = {x, y, z};
+                blockIdx = {ASCENDING ? grid[0] - 1 - x : x, y, z};
                 dynamic.assign(shared + 16, 0xff);
                 run_block();
             }

@@ -22,7 +22,7 @@ import argparse
 import sys
 
 import tenpak
-from tenpak.cli.table import count, duration, print_json
+from tenpak.cli.table import count, duration, print_json, size
 from tenpak.decoder.kv import KV_TYPES
 from tenpak.errors import InputError, UsageError
 from tenpak.model import MAX_TOKENS, Generation
@@ -83,7 +83,8 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.json:
         for _ in stream:
             pass
-        print_json({"model": arguments.model, "device": model.device, "prompt": prompt, **stream.result.to_dict()})
+        about = {"model": arguments.model, "device": model.device, "gpu_bytes": model.gpu_bytes, "prompt": prompt}
+        print_json({**about, **stream.result.to_dict()})
         return
     begun = False
     try:
@@ -103,6 +104,9 @@ def run(arguments: argparse.Namespace) -> None:
             sys.stdout.flush()
     if not arguments.quiet:
         print(_summary(stream.result), file=sys.stderr)
+        if model.gpu_bytes:
+            parts = ", ".join(f"{what} {size(taken)}" for what, taken in model.gpu_bytes.items())
+            print(f"GPU memory: {parts}", file=sys.stderr)
 
 
 def _read() -> str:

@@ -28,6 +28,7 @@ from tenpak.cuda.plans import (
     DENSE_FROM,
     HEAD_DIMS,
     RESERVED,
+    WIDE_FROM,
     Device,
     Finish,
     cache_defines,
@@ -161,7 +162,13 @@ def _plans(
         # Beyond, tokens come in tiles of 128.
         for m in range(1, min(DENSE_FROM[here.hopper], 130)):
             for bf16 in types:
-                plan = choose(here, layout, n, k, m, bf16=bf16)
+                for in_boxes in {False, m >= WIDE_FROM}:
+                    plan = choose(here, layout, n, k, m, bf16=bf16, in_boxes=in_boxes)
+                    yield plan.source, plan.defines
+        # `wide` has tiles of up to 256.
+        for m in range(max(WIDE_FROM, 130), DENSE_FROM[here.hopper], 32):
+            for bf16 in types:
+                plan = choose(here, layout, n, k, m, bf16=bf16, in_boxes=True)
                 yield plan.source, plan.defines
         for finish in finishes:
             plan = choose(here, layout, n, k, 1, finish=finish)

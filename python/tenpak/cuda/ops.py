@@ -197,6 +197,7 @@ def matmul_cuda(
     else:
         y = torch.empty(m, n, dtype=compute, device=x.device)
         if m and n:
+            stride = rows.stride(0) if m > 1 else k
             launch(
                 weight,  # type: ignore[arg-type]
                 rows.data_ptr(),
@@ -204,19 +205,20 @@ def matmul_cuda(
                 m,
                 bf16=bf16,
                 stream=stream,
-                x_stride=rows.stride(0) if m > 1 else k,
+                x_stride=stride,
                 bias=0 if bias is None else bias.data_ptr(),
-                workspace=_workspace(weight, m, bf16, x.device, stream),
+                workspace=_workspace(weight, rows, stride, bf16, stream),
             )
     y = y if x.dim() == 2 else y.view(*x.shape[:-1], n)
     return y if x.dtype == compute else y.to(x.dtype)
 
 
-def _workspace(weight: _Weight, m: int, bf16: bool, device: torch.device, stream: Any) -> Any:
+def _workspace(weight: _Weight, rows: torch.Tensor, stride: int, bf16: bool, stream: Any) -> Any:
     """The stream's workspace; memory of the graph's own while one is captured, because CuPy could not allocate then."""
-    from tenpak.cuda.products import plan, workspace_of
+    from tenpak.cuda.products import plan_for, workspace_of
 
-    needs, _ = plan(weight.device, weight.layout, *weight.shape, m, 1, bf16)
+    device = rows.device
+    needs, _ = plan_for(weight, rows.data_ptr(), stride, rows.shape[0], bf16)  # type: ignore[arg-type]
     if torch.cuda.is_current_stream_capturing():
         return _Workspace(
             _Memory(torch.empty(needs.partial_bytes, dtype=torch.uint8, device=device)),

@@ -5,7 +5,8 @@ tuned at run time.
 
 - up to 8 tokens, and 16 where x fits in shared memory: `skinny`, bound by memory (one or two tokens of `int4_lut16`:
   in integers);
-- more on Hopper: `prefill`, on its tensor cores' warpgroup instructions;
+- more on Hopper: `prefill`, on its tensor cores' warpgroup instructions, or from `WIDE_FROM` tokens on `wide`, which
+  the copy engine feeds;
 - `DENSE_FROM` tokens and more: the weight is unpacked, a part at a time, for cuBLAS.
 """
 
@@ -17,6 +18,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
+from tenpak.cuda import wide
 from tenpak.cuda.layouts import TILE_COLS, TILE_ROWS
 from tenpak.decoder.kv import RECENT, TILE
 
@@ -37,6 +39,8 @@ STAGE_BYTES = {
 INTEGER = {"int4_lut16": 2}
 #: Tokens from which unpacking the weight for cuBLAS is faster: on Hopper, and where only `skinny` runs.
 DENSE_FROM = {True: 512, False: 64}
+#: Tokens from which `wide` is faster than `prefill`, where the copy engine can read x. Not measured yet: never.
+WIDE_FROM = 1 << 62
 #: Weights from which more tiles in flight pay for the shared memory they take.
 LARGE = 100_000_000
 #: Shared memory that a block keeps for itself: barriers, tables, and what the driver reserves.
@@ -105,6 +109,8 @@ class Plan:
     scalars: tuple[Any, ...]
     partial_bytes: int
     counters: int
+    #: Tokens of a box, where the kernel takes a map of x (tensormap.py) and not its address.
+    box: int = 0
 
 
 def divide_up(a: int, b: int) -> int:
@@ -225,6 +231,28 @@ def _prefill(device: Device, layout: str, n: int, k: int, m: int, batch: int, bf
     )
 
 
+def wide_plans(device: Device, layout: str, n: int, k: int, m: int, batch: int, bf16: bool) -> list[Plan]:
+    """Configurations of `wide` for a product, the best estimate first."""
+    int32 = np.int32
+    scalars = (int32(batch), int32(m), int32(n), int32(divide_up(k, TILE_COLS)), int32(divide_up(k, 256)))
+    found = wide.choices(layout, STAGE_BYTES[layout], device.multiprocessors, device.shared, n, k, m, batch)
+    return [
+        Plan(
+            "wide.cu",
+            "wide",
+            {"LAYOUT": layout, "BF16": int(bf16), **choice.defines},
+            (choice.grid, 1, 1),
+            (choice.threads,),
+            choice.shared,
+            scalars,
+            choice.partial_bytes,
+            choice.counters,
+            choice.tokens,
+        )
+        for choice in found
+    ]
+
+
 def choose(
     device: Device,
     layout: str,
@@ -235,8 +263,14 @@ def choose(
     bf16: bool = False,
     grouped: bool = False,
     finish: Finish = PLAIN,
+    in_boxes: bool = False,
 ) -> Plan:
-    """The kernel and configuration for a product of `m` tokens with a weight [batch, n, k]."""
+    """The kernel and configuration for a product of `m` tokens with a weight [batch, n, k].
+
+    `in_boxes`: the copy engine can read x.
+    """
+    if device.hopper and not grouped and in_boxes and m >= WIDE_FROM:
+        return wide_plans(device, layout, n, k, m, batch, bf16)[0]
     if device.hopper and not grouped:
         # x of 16 tokens: 32 bytes a column.
         fits = m <= FEW or (m <= 16 and 32 * k <= 160 << 10 and n * k < LARGE)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import cupy
 import numpy as np
 
+from tenpak.cuda import plans, tensormap
 from tenpak.cuda.compile import function
 from tenpak.cuda.layouts import TILE_COLS, TILE_ROWS
 from tenpak.cuda.plans import DENSE_FROM, PLAIN, RESERVED, Device, Finish, Plan, choose, divide_up
@@ -73,10 +74,19 @@ def plan(
     bf16: bool,
     grouped: bool = False,
     finish: Finish = PLAIN,
+    in_boxes: bool = False,
 ) -> tuple[Plan, Any]:
     """What `choose` says for a device, and the loaded kernel."""
-    chosen = choose(device_of(device), layout, n, k, m, batch, bf16, grouped, finish)
+    chosen = choose(device_of(device), layout, n, k, m, batch, bf16, grouped, finish, in_boxes)
     return chosen, function(chosen.source, chosen.kernel, chosen.defines, device)
+
+
+def plan_for(
+    w: QuantizedWeight, x: int, stride: int, m: int, bf16: bool, grouped: bool = False, finish: Finish = PLAIN
+) -> tuple[Plan, Any]:
+    """What `launch` takes for x at an address, rows `stride` elements apart: it says what workspace that needs."""
+    in_boxes = m >= plans.WIDE_FROM and tensormap.fits(x, stride)
+    return plan(w.device, w.layout, *w.shape, m, max(w.batch, 1), bf16, grouped, finish, in_boxes)
 
 
 def launch(
@@ -100,9 +110,28 @@ def launch(
     `stream` a CuPy stream of the weight's device; `workspace` what the plan asks for, or None for the stream's own.
     With another `finish`, y is what that says, and there are at most `FEW` tokens. Checks nothing.
     """
-    n, k = w.shape
+    stride = w.shape[1] if x_stride is None else x_stride
+    chosen = plan_for(w, x, stride, m, bf16, offsets != 0, finish)
+    run(chosen, w, x, y, m, stride, bf16=bf16, stream=stream, bias=bias, offsets=offsets, workspace=workspace)
+
+
+def run(
+    chosen: tuple[Plan, Any],
+    w: QuantizedWeight,
+    x: int,
+    y: int,
+    m: int,
+    stride: int,
+    *,
+    bf16: bool,
+    stream: Any,
+    bias: int = 0,
+    offsets: int = 0,
+    workspace: Workspace | None = None,
+) -> None:
+    """`launch` with a plan, and its kernel, that were made for this product."""
+    p, kernel = chosen
     batch = max(w.batch, 1)
-    p, kernel = plan(w.device, w.layout, n, k, m, batch, bf16, offsets != 0, finish)
     if workspace is None:
         workspace = workspace_of(w.device, stream.ptr)
         workspace.reserve(p.partial_bytes, p.counters)
@@ -117,11 +146,17 @@ def launch(
         w.codes.nbytes // batch,
         0 if params is None else params.nbytes // batch,
         0 if row_params is None else row_params.nbytes // batch,
-        k if x_stride is None else x_stride,
     )
     partial, counters = workspace.partial.data.ptr, workspace.counters.data.ptr
-    pointers = (x, y, bias, partial, counters) if p.source == "prefill.cu" else (x, y, bias, offsets, partial, counters)
-    arguments = (*weights, *pointers, *steps, *p.scalars, np.float32(w.scale))
+    arguments: tuple[Any, ...]
+    if p.box:
+        boxes = tensormap.map_of(x, w.shape[1], m, batch, stride, p.box, bf16)
+        arguments = (boxes, *weights, y, bias, partial, counters, *steps)
+    elif p.source == "prefill.cu":
+        arguments = (*weights, x, y, bias, partial, counters, *steps, stride)
+    else:
+        arguments = (*weights, x, y, bias, offsets, partial, counters, *steps, stride)
+    arguments = (*arguments, *p.scalars, np.float32(w.scale))
     kernel(p.grid, p.block, arguments, p.shared, stream)
 
 

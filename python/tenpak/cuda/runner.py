@@ -28,7 +28,7 @@ from tenpak.decoder.source import ArtifactSource
 from tenpak.errors import InputError, UsageError
 from tenpak.sampling import Sampling
 
-#: Tokens of a prompt that are computed at once; what it takes of memory is then given back.
+#: Tokens of a prompt that are computed at once.
 PROMPT_AT_ONCE = 4096
 #: A cache grows by this many tokens.
 _ROOM = 1024
@@ -143,6 +143,8 @@ class Runner:
             self._how = cupy.zeros(len(glue.sampling_bytes(Sampling())), cupy.uint8)
             self._token = cupy.zeros(1, cupy.int32)
         self.stream.synchronize()
+        # What uploading took beside the weights.
+        cupy.get_default_memory_pool().free_all_blocks()
         self._host = _pinned(2)
         self._events = [cupy.cuda.Event(disable_timing=True) for _ in range(2)]
         self._cache: KVCache | None = None

@@ -1,0 +1,240 @@
+// One lane's part of the A operand of wgmma for tokens that lie in shared memory as they lie in global memory.
+//
+// layouts.cuh lets a lane keep the eight columns of its own words and has the tokens' columns put in that order, which
+// needs a thread's hands. The copy engine can swizzle chunks of sixteen bytes but not look into them. So here the weights
+// yield: of each chunk of eight columns a lane takes pair t = lane % 4, which is in the word of lane 4g + chunk, and reads
+// the words of all four lanes of its quad. It costs a shift for each pair, by a count that differs between lanes, and
+// three more reads of shared memory a tile; the copy engine then brings tokens with no thread's help.
+//
+// Each layout has: PARAM_BYTES(tiles) of so many tiles of a strip (of two, the first being even), and params(weight, strip,
+// k), where those of tile k begin; SUPER_BYTES and supers(weight, strip, k) alike; Tile, a lane's registers for one tile, read by
+// load<J>(codes, params, supers, lane); and operand<QUARTER>(tile, rows, lane, a), columns 16 * QUARTER .. 16 * QUARTER + 15: a[0] and a[1] are
+// rows g and g + 8 of the first chunk, a[2] and a[3] of the second.
+#pragma once
+#include "hopper.cuh"
+
+namespace tenpak {
+
+// Lane c of this lane's quad.
+__device__ __forceinline__ int in_quad(int lane, int c) { return lane / 4 * 4 + c; }
+
+struct NoSupers {
+    static constexpr int SUPER_BYTES = 0;
+    static __device__ __forceinline__ const u8* supers(const Weight&, int, int) { return nullptr; }
+};
+
+struct QuadCodes {
+    uint4 lanes[4];
+
+    __device__ __forceinline__ void load(u32 codes, int lane) {
+#pragma unroll
+        for (int c = 0; c < 4; ++c) lanes[c] = shared_uint4(codes + 16 * in_quad(lane, c));
+    }
+    template <int WORD>
+    __device__ __forceinline__ u32 word(int c) const {
+        return FourBit::word(lanes[c], WORD);
+    }
+};
+
+// Pair t of a word as q * s + o. Nibbles lie 0,2,4,6,1,3,5,7.
+__device__ __forceinline__ u32 affine_pair(u32 word, int shift, u32 pair) {
+    const u32 code = and_or(word >> shift, 0x000f000f, BF16 ? 0x43004300 : 0x64006400);
+    const u32 p = BF16 ? to_bfloat(pair) : pair;
+    return fma_pair(BF16 ? bfloat_fma(code, 0x3f803f80, 0xc300c300) : half_sub(code, 0x64006400), low_twice(p), high_twice(p));
+}
+
+// For layouts with scale and offset: param<WORD>(tile, rows, c) is the pair for that word of lane c.
+template <class Layout, class Params>
+struct AffineColumns : NoSupers {
+    struct Tile {
+        QuadCodes codes;
+        typename Params::Held params;
+    };
+    static constexpr int PARAM_BYTES(int tiles) { return Params::BYTES * Params::units(tiles); }
+    static __device__ __forceinline__ const u8* params(const Weight& w, int strip, int k) {
+        return w.params + (size_t)(u32)(strip * Params::units(w.tiles) + Params::unit(k)) * Params::BYTES;
+    }
+    template <int J>
+    static __device__ __forceinline__ Tile load(u32 codes, u32 params, u32, int lane) {
+        Tile tile;
+        tile.codes.load(codes + J * FourBit::CODE_BYTES, lane);
+        Params::load(tile.params, params + Params::unit(J) * Params::BYTES, lane);
+        return tile;
+    }
+    template <int QUARTER>
+    static __device__ __forceinline__ void operand(const Tile& tile, const typename Layout::Rows& rows, int lane, u32 (&a)[4]) {
+        constexpr int UPPER = QUARTER / 2 * 2, LOWER = UPPER + 1, FIRST = QUARTER % 2 * 2, SECOND = FIRST + 1;
+        const int shift = lane % 4 * 4;
+        a[0] = affine_pair(tile.codes.template word<UPPER>(FIRST), shift, Params::template pair<UPPER>(tile.params, rows, FIRST));
+        a[1] = affine_pair(tile.codes.template word<LOWER>(FIRST), shift, Params::template pair<LOWER>(tile.params, rows, FIRST));
+        a[2] = affine_pair(tile.codes.template word<UPPER>(SECOND), shift, Params::template pair<UPPER>(tile.params, rows, SECOND));
+        a[3] = affine_pair(tile.codes.template word<LOWER>(SECOND), shift, Params::template pair<LOWER>(tile.params, rows, SECOND));
+    }
+};
+
+// Each has BYTES for a unit; there are units(tiles), and tile k's is unit(k).
+template <int GROUP>
+struct PairsOfTile {
+    static constexpr int SUBGROUPS = 32 / GROUP, BYTES = AffinePairs<GROUP>::BYTES;
+    struct Held {
+        uint4 of[SUBGROUPS];
+    };
+    static __device__ __forceinline__ constexpr int units(int tiles) { return tiles; }
+    static __device__ __forceinline__ constexpr int unit(int k) { return k; }
+    static __device__ __forceinline__ void load(Held& held, u32 params, int lane) {
+#pragma unroll
+        for (int i = 0; i < SUBGROUPS; ++i) held.of[i] = shared_uint4(params + (lane / 4 * SUBGROUPS + i) * 16);
+    }
+    template <int WORD, class Rows>
+    static __device__ __forceinline__ u32 pair(const Held& held, const Rows&, int c) {
+        return FourBit::word(held.of[c * SUBGROUPS / 4], WORD);
+    }
+};
+
+template <int GROUP>
+struct PairsOfTiles {
+    static constexpr int TILES = AffineWide<GROUP>::TILES, BYTES = AffineWide<GROUP>::BYTES;
+    struct Held {
+        uint2 of;
+    };
+    static __device__ __forceinline__ constexpr int units(int tiles) { return (tiles + TILES - 1) / TILES; }
+    static __device__ __forceinline__ constexpr int unit(int k) { return k / TILES; }
+    static __device__ __forceinline__ void load(Held& held, u32 params, int lane) {
+        held.of = shared_uint2(params + lane / 4 * 8);
+    }
+    template <int WORD, class Rows>
+    static __device__ __forceinline__ u32 pair(const Held& held, const Rows&, int) {
+        return WORD % 2 ? held.of.y : held.of.x;
+    }
+};
+
+template <int GROUP>
+struct BytesOfTile {
+    static constexpr int SUBGROUPS = 32 / GROUP, BYTES = AffineBytes<GROUP>::BYTES;
+    struct Held {
+        uint2 of[SUBGROUPS];
+    };
+    static __device__ __forceinline__ constexpr int units(int tiles) { return tiles; }
+    static __device__ __forceinline__ constexpr int unit(int k) { return k; }
+    static __device__ __forceinline__ void load(Held& held, u32 params, int lane) {
+#pragma unroll
+        for (int i = 0; i < SUBGROUPS; ++i) held.of[i] = shared_uint2(params + (lane / 4 * SUBGROUPS + i) * 8);
+    }
+    template <int WORD, class Rows>
+    static __device__ __forceinline__ u32 pair(const Held& held, const Rows& rows, int c) {
+        const uint2& p = held.of[c * SUBGROUPS / 4];
+        const u32 bytes = permute(WORD < 2 ? p.x : p.y, 0x64646464, WORD % 2 ? 0x4342 : 0x4140);
+        return half_fma(half_sub(bytes, 0x64006400), rows.step[WORD % 2], rows.base[WORD % 2]);
+    }
+};
+
+// Codes in order, so that byte t is pair t, and two chunks of a row make one look-up: they are in one group.
+struct Lut16Columns {
+    static constexpr int SUPER_BYTES = Lut16::SUPER_BYTES;
+    struct Tile {
+        QuadCodes codes;
+        u32 params[2];  // of the first two chunks of each half, and the others
+        u32 supers;
+    };
+    static constexpr int PARAM_BYTES(int tiles) { return tiles * Lut16::SCALE_BYTES; }
+    static __device__ __forceinline__ const u8* params(const Weight& w, int strip, int k) {
+        return w.params + (size_t)(u32)(strip * w.tiles + k) * Lut16::SCALE_BYTES;
+    }
+    static __device__ __forceinline__ const u8* supers(const Weight& w, int strip, int k) {
+        return w.row_params + (size_t)(u32)(strip * w.supers + k / Lut16::SUPER_TILES) * SUPER_BYTES;
+    }
+    template <int J>
+    static __device__ __forceinline__ Tile load(u32 codes, u32 params, u32 supers, int lane) {
+        Tile tile;
+        tile.codes.load(codes + J * FourBit::CODE_BYTES, lane);
+        const uint2 p = shared_uint2(params + J * Lut16::SCALE_BYTES + lane / 4 * 8);
+        tile.params[0] = p.x;
+        tile.params[1] = p.y;
+        tile.supers = permute(shared_u16(supers + lane / 4 * 2), shared_u16(supers + lane / 4 * 2 + 16), 0x5410);
+        return tile;
+    }
+    template <int WORD, int SUBGROUP>
+    static __device__ __forceinline__ void row(const Tile& tile, u32 selector, u32& first, u32& second) {
+        const u32 params = tile.params[SUBGROUP];
+        const u32 codes = permute(tile.codes.word<WORD>(2 * SUBGROUP), tile.codes.word<WORD>(2 * SUBGROUP + 1), selector);
+        const uint4 table = read<uint4>(Lut16::tables() + ((WORD ? params >> (8 * WORD + 2) : params >> 2) & 0x30));
+        const u32 biased = permute(table.x, table.y, codes) ^ permute(table.z, table.w, codes ^ 0x8888);
+        // As Lut16::fragment has it.
+        const u32 l = half_sub(and_xor(WORD % 2 ? params >> 8 : params, 0x003f003f, 0x64206420), 0x64206420);
+        const u32 scales = half_mul(l, WORD % 2 ? high_twice(tile.supers) : low_twice(tile.supers));
+        const u32 s = WORD < 2 ? low_twice(scales) : high_twice(scales);
+        first = half_mul(half_sub(permute(biased, 0x64646464, 0x4140), 0x64806480), s);
+        second = half_mul(half_sub(permute(biased, 0x64646464, 0x4342), 0x64806480), s);
+        if constexpr (BF16) {
+            first = to_bfloat(first);
+            second = to_bfloat(second);
+        }
+    }
+    template <int QUARTER>
+    static __device__ __forceinline__ void operand(const Tile& tile, const NoRows&, int lane, u32 (&a)[4]) {
+        const u32 t = lane % 4, selector = t | (4 + t) << 4;
+        row<QUARTER / 2 * 2, QUARTER % 2>(tile, selector, a[0], a[2]);
+        row<QUARTER / 2 * 2 + 1, QUARTER % 2>(tile, selector, a[1], a[3]);
+    }
+};
+
+struct EightBitColumns : NoSupers {
+    struct Tile {
+        u32 bytes[2][4][2];  // of half, lane of the quad, row: four codes, of which this lane's are two
+    };
+    static constexpr int PARAM_BYTES(int) { return 0; }
+    static __device__ __forceinline__ const u8* params(const Weight&, int, int) { return nullptr; }
+    template <int J>
+    static __device__ __forceinline__ Tile load(u32 codes, u32, u32, int lane) {
+        Tile tile;
+#pragma unroll
+        for (int half = 0; half < 2; ++half)
+#pragma unroll
+            for (int c = 0; c < 4; ++c)
+#pragma unroll
+                for (int row = 0; row < 2; ++row)
+                    tile.bytes[half][c][row] = shared_u32(codes + J * EightBit::CODE_BYTES +
+                                                         (half * LANES + in_quad(lane, c)) * 16 + row * 8 + lane % 4 / 2 * 4);
+        return tile;
+    }
+    static __device__ __forceinline__ u32 pair(u32 bytes, u32 selector) {
+        if constexpr (BF16) {
+            const u32 spread = permute(bytes, 0, selector);
+            return bfloat_fma(and_or(spread, 0x007f007f, 0x43004300), 0x3f803f80, and_xor(spread, 0x00800080, 0xc380c380));
+        } else {
+            return half_sub(permute(bytes, 0x64646464, selector), 0x64806480);
+        }
+    }
+    template <int QUARTER>
+    static __device__ __forceinline__ void operand(const Tile& tile, const EightBit::Rows&, int lane, u32 (&a)[4]) {
+        const u32 selector = lane % 2 ? 0x4342 : 0x4140;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) a[i] = pair(tile.bytes[QUARTER / 2][QUARTER % 2 * 2 + i / 2][i % 2], selector);
+    }
+};
+
+template <class Layout>
+struct ColumnsOf;
+template <int GROUP>
+struct ColumnsOf<AffinePairs<GROUP>> {
+    using Type = AffineColumns<AffinePairs<GROUP>, PairsOfTile<GROUP>>;
+};
+template <int GROUP>
+struct ColumnsOf<AffineWide<GROUP>> {
+    using Type = AffineColumns<AffineWide<GROUP>, PairsOfTiles<GROUP>>;
+};
+template <int GROUP>
+struct ColumnsOf<AffineBytes<GROUP>> {
+    using Type = AffineColumns<AffineBytes<GROUP>, BytesOfTile<GROUP>>;
+};
+template <>
+struct ColumnsOf<Lut16> {
+    using Type = Lut16Columns;
+};
+template <>
+struct ColumnsOf<EightBit> {
+    using Type = EightBitColumns;
+};
+using Columns = ColumnsOf<Layout>::Type;
+
+}  // namespace tenpak

@@ -1,0 +1,209 @@
+// What Hopper adds: barriers that count bytes, copies by the copy engine, and products of a warpgroup.
+//
+// Apart from the kernels so that tests can put plain C++ in its place and run them on a CPU. sm_90a. -DTOKENS, the columns
+// of a product.
+#pragma once
+#include "layouts.cuh"
+
+namespace tenpak {
+
+// ---- Lanes and shared memory ----------------------------------------------------------------------------------------
+
+// What the compiler does not ask for again in every loop, as it does for threadIdx and the addresses of shared arrays.
+__device__ __forceinline__ int lane_of_warp() {
+    int lane;
+    asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane));
+    return lane;
+}
+__device__ __forceinline__ u32 keep_address(u32 address) {
+    u32 kept;
+    asm volatile("mov.u32 %0, %1;" : "=r"(kept) : "r"(address));
+    return kept;
+}
+__device__ __forceinline__ uint4 shared_uint4(u32 at) {
+    uint4 v;
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(at) : "memory");
+    return v;
+}
+__device__ __forceinline__ uint2 shared_uint2(u32 at) {
+    uint2 v;
+    asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(at) : "memory");
+    return v;
+}
+__device__ __forceinline__ u32 shared_u32(u32 at) {
+    u32 v;
+    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(at) : "memory");
+    return v;
+}
+__device__ __forceinline__ u32 shared_u16(u32 at) {
+    u16 v;
+    asm volatile("ld.shared.u16 %0, [%1];" : "=h"(v) : "r"(at) : "memory");
+    return v;
+}
+
+// ---- Barriers in shared memory --------------------------------------------------------------------------------------
+
+__device__ __forceinline__ void barrier_init(u32 barrier, u32 count) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" :: "r"(barrier), "r"(count));
+}
+// After the barriers' initialization, before anyone uses them.
+__device__ __forceinline__ void barriers_ready() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+__device__ __forceinline__ void barrier_arrive(u32 barrier) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" :: "r"(barrier) : "memory");
+}
+// And the phase does not end before so many bytes have been copied.
+__device__ __forceinline__ void barrier_expect(u32 barrier, u32 bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" :: "r"(barrier), "r"(bytes) : "memory");
+}
+__device__ __forceinline__ void barrier_wait(u32 barrier, u32 parity) {
+    asm volatile(
+        "{\n.reg .pred done;\n"
+        "again: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+        "@!done bra again;\n}" :: "r"(barrier), "r"(parity) : "memory");
+}
+// What other blocks have stored, and all that they had stored before it.
+__device__ __forceinline__ u32 load_acquire(const u32* at) {
+    u32 seen;
+    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(seen) : "l"(at) : "memory");
+    return seen;
+}
+// Among the 128 threads of one warpgroup.
+__device__ __forceinline__ void group_barrier(int group) { asm volatile("bar.sync %0, 128;" :: "r"(group + 1) : "memory"); }
+
+// ---- Copies by the copy engine --------------------------------------------------------------------------------------
+
+// What the driver makes of a matrix in memory (cuTensorMapEncodeTiled).
+struct alignas(64) TensorMap {
+    u64 opaque[16];
+};
+
+__device__ __forceinline__ void prefetch_map(const TensorMap& map) {
+    asm volatile("prefetch.tensormap [%0];" :: "l"(&map) : "memory");
+}
+
+// How long L2 should keep what passes through it.
+constexpr u64 KEEP_SHORT = 0x12f0000000000000, KEEP_NORMAL = 0x1000000000000000, KEEP_LONG = 0x14f0000000000000;
+
+// Multiples of 16 bytes, which the barrier then counts.
+__device__ __forceinline__ void copy_run(u32 to, const u8* from, u32 bytes, u32 barrier, u64 keep) {
+    asm volatile(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;"
+        :: "r"(to), "l"(from), "r"(bytes), "r"(barrier), "l"(keep) : "memory");
+}
+// The map's box at these coordinates; zeros beyond the matrix are counted as bytes, too.
+__device__ __forceinline__ void copy_box(u32 to, const TensorMap& map, int column, int row, int matrix, u32 barrier, u64 keep) {
+    asm volatile(
+        "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint"
+        " [%0], [%1, {%2, %3, %4}], [%5], %6;"
+        :: "r"(to), "l"(&map), "r"(column), "r"(row), "r"(matrix), "r"(barrier), "l"(keep) : "memory");
+}
+
+// ---- Registers --------------------------------------------------------------------------------------------------------
+
+template <int COUNT>
+__device__ __forceinline__ void take_registers() {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" :: "n"(COUNT));
+}
+template <int COUNT>
+__device__ __forceinline__ void leave_registers() {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" :: "n"(COUNT));
+}
+
+// ---- Matrices of 8 x 8 halves -------------------------------------------------------------------------------------------
+
+__device__ __forceinline__ u32 transpose8x8(u32 pair) {
+    u32 d;
+    asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(d) : "r"(pair));
+    return d;
+}
+// Four of them to shared memory, transposed; lane l gives the address of row l % 8 of what is stored of matrix l / 8.
+__device__ __forceinline__ void store_transposed(u32 row, u32 a, u32 b, u32 c, u32 d) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};"
+                 :: "r"(row), "r"(a), "r"(b), "r"(c), "r"(d) : "memory");
+}
+
+// ---- wgmma ------------------------------------------------------------------------------------------------------------
+
+constexpr int SUMS = TOKENS / 2;  // of a thread, for 64 rows
+
+__device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+template <int PENDING>
+__device__ __forceinline__ void wgmma_wait() {
+    asm volatile("wgmma.wait_group.sync.aligned %0;" :: "n"(PENDING) : "memory");
+}
+
+// Rows of 128 bytes, swizzled; eight rows are 1024 bytes on.
+__device__ __forceinline__ u64 descriptor(u32 address) {
+    return (u64)((address & 0x3ffff) >> 4) | (u64)1 << 16 | (u64)(1024 >> 4) << 32 | (u64)1 << 62;
+}
+
+#if BF16
+#define WGMMA_TYPE ".f32.bf16.bf16"
+#else
+#define WGMMA_TYPE ".f32.f16.f16"
+#endif
+#define D8(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
+#define OPERANDS "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b)
+// d += a b, under way until a wait: a is 64 x 16, sixteen rows a warp, as of mma.m16n8k16; b is 16 x TOKENS.
+__device__ __forceinline__ void wgmma(float (&d)[SUMS], const u32 (&a)[4], u64 b) {
+#if TOKENS == 16
+    asm volatile("wgmma.mma_async.sync.aligned.m64n16k16" WGMMA_TYPE
+                 " {%0,%1,%2,%3,%4,%5,%6,%7}"
+                 ", {%8,%9,%10,%11}, %12, 1, 1, 1, 0;"
+                 : D8(0)
+                 : OPERANDS);
+#elif TOKENS == 32
+    asm volatile("wgmma.mma_async.sync.aligned.m64n32k16" WGMMA_TYPE
+                 " {%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15}"
+                 ", {%16,%17,%18,%19}, %20, 1, 1, 1, 0;"
+                 : D8(0), D8(8)
+                 : OPERANDS);
+#elif TOKENS == 64
+    asm volatile("wgmma.mma_async.sync.aligned.m64n64k16" WGMMA_TYPE
+                 " {%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,"
+                 "%28,%29,%30,%31}"
+                 ", {%32,%33,%34,%35}, %36, 1, 1, 1, 0;"
+                 : D8(0), D8(8), D8(16), D8(24)
+                 : OPERANDS);
+#elif TOKENS == 128
+    asm volatile("wgmma.mma_async.sync.aligned.m64n128k16" WGMMA_TYPE
+                 " {%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,"
+                 "%28,%29,%30,%31,%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,"
+                 "%54,%55,%56,%57,%58,%59,%60,%61,%62,%63}"
+                 ", {%64,%65,%66,%67}, %68, 1, 1, 1, 0;"
+                 : D8(0), D8(8), D8(16), D8(24), D8(32), D8(40), D8(48), D8(56)
+                 : OPERANDS);
+#elif TOKENS == 192
+    asm volatile("wgmma.mma_async.sync.aligned.m64n192k16" WGMMA_TYPE
+                 " {%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,"
+                 "%28,%29,%30,%31,%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,"
+                 "%54,%55,%56,%57,%58,%59,%60,%61,%62,%63,%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79,"
+                 "%80,%81,%82,%83,%84,%85,%86,%87,%88,%89,%90,%91,%92,%93,%94,%95}"
+                 ", {%96,%97,%98,%99}, %100, 1, 1, 1, 0;"
+                 : D8(0), D8(8), D8(16), D8(24), D8(32), D8(40), D8(48), D8(56), D8(64), D8(72), D8(80), D8(88)
+                 : OPERANDS);
+#elif TOKENS == 256
+    asm volatile("wgmma.mma_async.sync.aligned.m64n256k16" WGMMA_TYPE
+                 " {%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,"
+                 "%28,%29,%30,%31,%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,"
+                 "%54,%55,%56,%57,%58,%59,%60,%61,%62,%63,%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79,"
+                 "%80,%81,%82,%83,%84,%85,%86,%87,%88,%89,%90,%91,%92,%93,%94,%95,%96,%97,%98,%99,%100,%101,%102,%103,%104,"
+                 "%105,%106,%107,%108,%109,%110,%111,%112,%113,%114,%115,%116,%117,%118,%119,%120,%121,%122,%123,%124,%125,"
+                 "%126,%127}"
+                 ", {%128,%129,%130,%131}, %132, 1, 1, 1, 0;"
+                 : D8(0), D8(8), D8(16), D8(24), D8(32), D8(40), D8(48), D8(56), D8(64), D8(72), D8(80), D8(88), D8(96), D8(104), D8(112), D8(120)
+                 : OPERANDS);
+#else
+#error "TOKENS is 16, 32, 64, 128, 192 or 256"
+#endif
+}
+
+// Makes the compiler keep `values` where wgmma, unseen, reads and writes them.
+template <int N>
+__device__ __forceinline__ void pin(float (&values)[N]) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) asm volatile("" : "+f"(values[i])::"memory");
+}
+
+}  // namespace tenpak

@@ -1,0 +1,374 @@
+"""Runs `wide.cu` on the CPU: what Hopper's copy engine, barriers and warpgroup products do, in plain C++.
+
+Blocks run one after another; their threads are the fibers of warps_on_cpu, some warps waiting at random. A copy happens
+at once or, as likely, at the last moment that the kernel allows, when somebody waits for its barrier; a product, which
+then reads shared memory, when its own group waits for it. So a stage read or released too early gives wrong sums.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from support import ROOT
+from tenpak.cuda import compile as kernels
+from tenpak.cuda import wide as plans
+from tenpak.cuda.plans import STAGE_BYTES
+from warps_on_cpu import COMPILER, WARP
+
+#: Stands in for what cuda/layouts.cuh says in assembly: its sections on copies and on pairs of floats.
+PAIRS = """
+typedef unsigned int u32;
+typedef unsigned long long u64;
+struct uint2 { u32 x, y; };
+struct alignas(16) uint4 { u32 x, y, z, w; };
+#define __constant__ static
+#define __grid_constant__
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+template <class T> void __stcg(T* to, T v) { *to = v; }
+template <class T> T __ldg(const T* at) { return *at; }
+inline int __shfl_sync(u32, int x, int lane) { return (int)tenpak::share<1>({(u64)(u32)x})[lane][0]; }
+
+namespace tenpak {
+// Shared arrays that are not dynamic have addresses by their distance from this.
+static u64 pinned;
+// Others are in a launch's dynamic shared memory.
+static u32 first_shared, shared_size;
+inline u8* at_shared(u32 address) {
+    if (address >> 31) return (u8*)&pinned + ((long long)address - 0xc0000000ll);
+    if (address < first_shared || address >= first_shared + shared_size) abort();
+    return (u8*)(u64)address;
+}
+inline u32 shared_address(const void* p) {
+    return (u64)p >> 31 ? (u32)((long long)((u8*)p - (u8*)&pinned) + 0xc0000000ll) : (u32)(u64)p;
+}
+inline void copy_once(u32, const u8*) {}
+template <class T> T read(const u8* from) { return *(const T*)from; }
+inline u32 and_or(u32 a, u32 b, u32 c) { return (a & b) | c; }
+inline u32 and_xor(u32 a, u32 b, u32 c) { return (a & b) ^ c; }
+inline u32 permute(u32 a, u32 b, u32 selector) {
+    const u64 bytes = (u64)b << 32 | a;
+    u32 d = 0;
+    for (int i = 0; i < 4; ++i) {
+        const u32 s = selector >> (4 * i) & 15, byte = bytes >> (8 * (s & 7)) & 255;
+        d |= (s & 8 ? (byte & 128 ? 255 : 0) : byte) << (8 * i);
+    }
+    return d;
+}
+inline u32 low_twice(u32 pair) { return (pair & 0xffff) * 0x10001; }
+inline u32 high_twice(u32 pair) { return (pair >> 16) * 0x10001; }
+template <class F> u32 each(F f) { return f(0) | (u32)f(16) << 16; }
+inline u32 half_fma(u32 a, u32 b, u32 c) {
+    return each([=](int i) {
+        const double sum = (double)from_half(a >> i) * from_half(b >> i) + from_half(c >> i);
+        return same_bits<u16>((_Float16)sum);
+    });
+}
+inline u32 half_sub(u32 a, u32 b) { return half_fma(b, 0xbc00bc00, a); }
+inline u32 half_mul(u32 a, u32 b) { return half_fma(a, b, 0x80008000); }
+inline float brain(u32 pair, int i) { return from_bits(pair >> i << 16); }
+inline u32 bfloat_fma(u32 a, u32 b, u32 c) {
+    return each([=](int i) { return to_brain((float)((double)brain(a, i) * brain(b, i) + brain(c, i))); });
+}
+inline u32 to_bfloat(u32 pair) { return each([=](int i) { return to_brain(from_half(pair >> i)); }); }
+inline u16 narrow(float x) { return BF16 ? to_brain(x) : to_half(x); }
+inline float widen(u16 x) { return real<BF16>(x, 0); }
+inline u32 fma_pair(u32 a, u32 b, u32 c) { return BF16 ? bfloat_fma(a, b, c) : half_fma(a, b, c); }
+}
+"""
+
+#: Stands in for cuda/hopper.cuh.
+HOPPER = """
+#pragma once
+#include "layouts.cuh"
+#include <stdio.h>
+#include <stdlib.h>
+#include <sys/mman.h>
+#include <map>
+
+namespace tenpak {
+inline void check(bool holds, const char* what) {
+    if (holds) return;
+    fprintf(stderr, "wide.cu: %s\\n", what);
+    abort();
+}
+inline int lane_of_warp() { return threadIdx.x % 32; }
+inline u32 keep_address(u32 address) { return address; }
+template <class T> T shared(u32 at) {
+    check(at % sizeof(T) == 0, "a read of shared memory is not aligned");
+    T v;
+    memcpy(&v, at_shared(at), sizeof v);
+    return v;
+}
+inline uint4 shared_uint4(u32 at) { return shared<uint4>(at); }
+inline uint2 shared_uint2(u32 at) { return shared<uint2>(at); }
+inline u32 shared_u32(u32 at) { return shared<u32>(at); }
+inline u32 shared_u16(u32 at) { return shared<u16>(at); }
+
+struct Counter { int of, missing; long long bytes; u32 parity; };
+struct Engine { u32 to; const u8* from; u32 bytes; };
+static std::map<u32, Counter> counters;
+static std::map<u32, std::vector<Engine>> under_way;
+static u32 random_state;
+static u64 turns;
+
+// Where a block's dynamic shared memory is: of 32 bits, the lowest eighteen zero but for an odd sixteen bytes.
+inline u8* memory() {
+    static u8* const begin = [] {
+        u8* some = (u8*)mmap(nullptr, 1 << 20, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_32BIT, -1, 0);
+        check(some != MAP_FAILED, "no memory");
+        return (u8*)(((u64)some + (1 << 18) - 1) >> 18 << 18) + 16;
+    }();
+    return begin;
+}
+// For each block anew.
+inline u8* dynamic_memory() {
+    if (threadIdx.x == 0) {
+        first_shared = (u32)(u64)memory();
+        shared_size = dynamic.size() - 16;
+        memset(memory(), 0xff, 230 << 10);
+        counters.clear();
+        under_way.clear();
+    }
+    return memory();
+}
+inline Counter& counter(u32 barrier) {
+    check(counters.count(barrier), "a barrier is used before it is made");
+    return counters[barrier];
+}
+inline void may_end(Counter& c) {
+    check(c.missing >= 0, "more arrive at a barrier than it expects");
+    if (c.missing || c.bytes) return;
+    c.missing = c.of;
+    c.parity ^= 1;
+}
+inline void barrier_init(u32 barrier, u32 count) { counters[barrier] = {(int)count, (int)count, 0, 0}; }
+inline void barriers_ready() {}
+inline void barrier_arrive(u32 barrier) {
+    Counter& c = counter(barrier);
+    --c.missing;
+    may_end(c);
+}
+inline void barrier_expect(u32 barrier, u32 bytes) {
+    counter(barrier).bytes += bytes;
+    barrier_arrive(barrier);
+}
+inline u32 random_bits() { return (random_state = random_state * 1664525 + 1013904223) >> 8; }
+inline void perform(const Engine& copy, u32 barrier) {
+    if (copy.from) memcpy(at_shared(copy.to), copy.from, copy.bytes);
+    else memset(at_shared(copy.to), 0, copy.bytes);
+    Counter& c = counter(barrier);
+    c.bytes -= copy.bytes;
+    may_end(c);
+}
+inline void ask_for(const Engine& copy, u32 barrier) {
+    if (random_bits() & 256) perform(copy, barrier);
+    else under_way[barrier].push_back(copy);
+}
+inline void barrier_wait(u32 barrier, u32 parity) {
+    while (counter(barrier).parity == parity) {
+        auto& copies = under_way[barrier];
+        if (copies.empty()) {
+            check(++turns < 1u << 30, "nobody arrives at a barrier");
+            swapcontext(&current->context, &scheduler);
+            continue;
+        }
+        std::swap(copies[random_bits() % copies.size()], copies.back());
+        const Engine copy = copies.back();
+        copies.pop_back();
+        perform(copy, barrier);
+    }
+}
+inline u32 load_acquire(const u32* at) { return *at; }
+static Barrier of_groups[8];
+inline void group_barrier(int group) { arrive(of_groups[group], 128); }
+
+constexpr u64 KEEP_SHORT = 0, KEEP_NORMAL = 1, KEEP_LONG = 2;
+struct TensorMap { u64 x, stride; int columns, rows, matrices, unused; u64 more[12]; };
+inline void copy_run(u32 to, const u8* from, u32 bytes, u32 barrier, u64) {
+    check(to % 16 == 0 && (u64)from % 16 == 0 && bytes % 16 == 0 && bytes > 0, "a copy is not made of sixteen bytes");
+    ask_for({to, from, bytes}, barrier);
+}
+inline void prefetch_map(const TensorMap&) {}
+// In sixteen bytes each; those that reach beyond the matrix are zeros (the test's rows end between two).
+inline void copy_box(u32 to, const TensorMap& map, int column, int row, int matrix, u32 barrier, u64) {
+    check(to % 1024 == 0, "a box is not aligned");
+    for (int r = 0; r < TOKENS; ++r)
+        for (int c = 0; c < 8; ++c) {
+            const u32 at = to + r * 128 + c * 16;
+            const bool there = row + r < map.rows && column + 8 * c < map.columns;
+            const u16* from = (const u16*)map.x + ((u64)matrix * map.rows + row + r) * map.stride + column + 8 * c;
+            ask_for({at ^ (at >> 7 & 7) << 4, there ? (const u8*)from : nullptr, 16}, barrier);
+        }
+}
+template <int COUNT> void take_registers() {}
+template <int COUNT> void leave_registers() {}
+inline void store_transposed(u32 row, u32 a, u32 b, u32 c, u32 d) {
+    auto all = share<4>({a, b, c, d});
+    const int matrix = threadIdx.x % 32 / 8, r = threadIdx.x % 8;
+    for (int column = 0; column < 8; ++column)
+        ((u16*)at_shared(row))[column] = (u16)(all[column * 4 + r / 2][matrix] >> (16 * (r % 2)));
+}
+
+constexpr int SUMS = TOKENS / 2;
+struct Product { float* sums; u32 a[4][4]; u64 b; };
+struct Products { std::deque<std::vector<Product>> groups; std::vector<Product> open; };
+static std::map<int, Products> products;
+inline float of_half(u16 x) {
+    static const std::vector<float> all = [] {
+        std::vector<float> v(65536);
+        for (int i = 0; i < 65536; ++i) v[i] = real<BF16>(i, 0);
+        return v;
+    }();
+    return all[x];
+}
+inline void run(const Product& p) {
+    const u32 start = ((u32)(u64)memory() >> 18 << 18) + ((p.b & 0x3fff) << 4);
+    check((p.b >> 32 & 0x3fff) == 64 && p.b >> 62 == 1, "a descriptor is not one of 128-byte rows");
+    const int t = threadIdx.x % 4;
+    for (int j = 0; j < TOKENS / 8; ++j)
+        for (int i = 0; i < 4; ++i) {
+            const int column = 8 * j + 2 * t + i % 2;
+            double sum = p.sums[4 * j + i];
+            for (int k = 0; k < 16; ++k) {
+                u32 at = start + column / 8 * 1024 + column % 8 * 128 + k * 2;
+                at ^= (at >> 7 & 7) << 4;
+                const u16 a = (u16)(p.a[k % 8 / 2][i / 2 + k / 8 * 2] >> (16 * (k % 2)));
+                sum += (double)of_half(a) * of_half(*(const u16*)at_shared(at));
+            }
+            p.sums[4 * j + i] = (float)sum;
+        }
+}
+inline void wgmma_fence() {}
+inline u64 descriptor(u32 address) {
+    return (u64)((address & 0x3ffff) >> 4) | (u64)1 << 16 | (u64)(1024 >> 4) << 32 | (u64)1 << 62;
+}
+inline void wgmma(float (&d)[SUMS], const u32 (&a)[4], u64 b) {
+    auto all = share<4>({a[0], a[1], a[2], a[3]});
+    Product p = {d, {}, b};
+    for (int c = 0; c < 4; ++c)
+        for (int i = 0; i < 4; ++i) p.a[c][i] = (u32)all[threadIdx.x % 32 / 4 * 4 + c][i];
+    products[threadIdx.x].open.push_back(p);
+}
+inline void wgmma_commit() {
+    Products& mine = products[threadIdx.x];
+    mine.groups.push_back(std::move(mine.open));
+    mine.open.clear();
+}
+template <int PENDING> void wgmma_wait() {
+    Products& mine = products[threadIdx.x];
+    for (; mine.groups.size() > PENDING; mine.groups.pop_front())
+        for (const Product& p : mine.groups.front()) run(p);
+}
+template <int N> void pin(float (&)[N]) {}
+}
+"""
+
+
+def _layouts() -> str:
+    """cuda/layouts.cuh with `PAIRS` in place of its assembly."""
+    text = (ROOT / "cuda" / "layouts.cuh").read_text()
+    begin, end = text.index("// ---- Copies to shared memory"), text.index("// ---- Four-bit codes")
+    head = text[:begin].replace("constexpr int LANES = 32;\n", "")
+    return f'#include "warp.cuh"\n{PAIRS}\n{head}\n{text[end:]}'
+
+
+@functools.cache
+def _library(defines: tuple[tuple[str, object], ...]) -> ctypes.CDLL:
+    folder = Path(tempfile.gettempdir()) / "tenpak-hopper-on-cpu"
+    # Libraries of different macros must not share what static variables hold.
+    flags = ["-O1", "-w", "-Wl,-Bsymbolic", "-fno-gnu-unique", "-DASCENDING=1", "-DSKIPS=1"]
+    flags += [o for o in kernels.options("wide.cu", dict(defines), "sm_90a") if o.startswith(("-std", "-D"))]
+    dynamic = "extern __shared__ __align__(1024) u8 dynamic[];"
+    text = (ROOT / "cuda" / "wide.cu").read_text()
+    assert dynamic in text
+    launcher = (
+        'extern "C" void launch(void** a, const unsigned* g, unsigned t, unsigned s) '
+        "{ tenpak::launch(wide, a, g, t, s); }\n"
+    )
+    files = {
+        "warp.cuh": WARP,
+        "layouts.cuh": _layouts(),
+        "hopper.cuh": HOPPER,
+        "columns.cuh": (ROOT / "cuda" / "columns.cuh").read_text(),
+        "kernel.cpp": text.replace(dynamic, "u8* const dynamic = dynamic_memory();") + launcher,
+    }
+    key = hashlib.sha256("\0".join([*files.values(), *flags]).encode()).hexdigest()[:20]
+    built = folder / key / "kernel.so"
+    if not built.exists():
+        built.parent.mkdir(parents=True, exist_ok=True)
+        for file, content in files.items():
+            (built.parent / file).write_text(content)
+        command = [COMPILER, "-shared", "-fPIC", *flags, "kernel.cpp"]
+        subprocess.run([*command, "-o", "part.so"], check=True, cwd=built.parent)
+        (built.parent / "part.so").rename(built)
+    return ctypes.CDLL(str(built))
+
+
+def aligned(array: NDArray[Any] | None) -> NDArray[Any] | None:
+    """A copy that begins where memory of a GPU would."""
+    if array is None:
+        return None
+    memory = np.empty(array.nbytes + 256, np.uint8)
+    start = -memory.ctypes.data % 256
+    copy = memory[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
+    copy[...] = array
+    return copy
+
+
+def wide(
+    defines: dict[str, object],
+    grid: int,
+    x: NDArray[np.uint16],
+    k: int,
+    packed: tuple[NDArray[Any] | None, ...],
+    n: int,
+    scale: float,
+    bias: NDArray[np.uint16] | None,
+) -> NDArray[np.uint16]:
+    """y [batch, m, n] of x [batch, m, at least k], as bits; poisoned before. `packed`: codes, params, row_params."""
+    batch, m, stride = x.shape
+    x = aligned(x)
+    arrays = [aligned(part) for part in packed]
+    y = aligned(np.full((batch, m, n), 0x7FFF, np.uint16))
+    groups, blocks, tokens = (int(str(defines[name])) for name in ("GROUPS", "BLOCKS", "TOKENS"))
+    step, stages = int(str(defines["STEP"])), int(str(defines["STAGES"]))
+    layout = str(defines["LAYOUT"])
+    strip = plans.strip_bytes(layout, STAGE_BYTES[layout], step)
+    fixed, stage = plans.shared_bytes(groups, blocks, tokens, step, strip)
+    tiles = -(-k // 64)
+    rows = 64 * groups * blocks
+    partial = aligned(np.full(grid * rows * tokens, np.nan, np.float32))
+    arrived = aligned(np.zeros(batch * -(-n // rows) * -(-m // tokens) * groups, np.uint32))
+    assert x is not None
+    assert y is not None
+    assert partial is not None
+    assert arrived is not None
+    # TensorMap, as HOPPER has it.
+    mapped = np.zeros(1, np.dtype([("wide", "<u8", 2), ("narrow", "<i4", 4), ("more", "<u8", 12)]))
+    mapped["wide"], mapped["narrow"] = (x.ctypes.data, stride), (k, m, batch, 0)
+
+    def address(array: NDArray[Any] | None) -> NDArray[np.uint64]:
+        return np.array([0 if array is None else array.ctypes.data], np.uint64)
+
+    steps = [np.array([0 if part is None else part.nbytes // batch], np.int64) for part in arrays]
+    scalars = [np.array([value], np.int32) for value in (batch, m, n, tiles, -(-k // 256))]
+    given = [
+        mapped,
+        *map(address, [*arrays, y, bias, partial, arrived]),
+        *steps,
+        *scalars,
+        np.array([scale], np.float32),
+    ]
+    pointers = (ctypes.c_void_p * len(given))(*(value.ctypes.data for value in given))
+    library = _library(tuple(sorted(defines.items())))
+    library.launch(pointers, (ctypes.c_uint * 3)(grid, 1, 1), 128 * groups + 128, fixed + stages * stage)
+    assert not arrived.any(), "counters are not zero again"
+    return y

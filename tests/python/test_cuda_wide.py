@@ -1,0 +1,125 @@
+"""`wide.cu` beside FP64, on the CPU: layouts, tails, shares of tiles, and what may be overwritten when."""
+
+from __future__ import annotations
+
+import sys
+
+import numpy as np
+import pytest
+import tenpak
+from hopper_on_cpu import COMPILER, wide
+from tenpak.cuda import layouts
+from tenpak.cuda import wide as plans
+from tenpak.cuda.plans import STAGE_BYTES
+
+pytestmark = pytest.mark.skipif(
+    COMPILER is None or sys.maxsize < 2**32, reason="a C++ compiler, fibers and the linker's options of Linux"
+)
+
+CODECS = {codec.layout: codec.name for codec in tenpak.codecs() if codec.layout in layouts.LAYOUTS}
+
+
+def bits(x: np.ndarray, bf16: bool) -> np.ndarray:
+    if not bf16:
+        return x.astype(np.float16).view(np.uint16)
+    raw = x.astype(np.float32).view(np.uint32)
+    return ((raw + 0x7FFF + (raw >> 16 & 1)) >> 16).astype(np.uint16)
+
+
+def values(raw: np.ndarray, bf16: bool) -> np.ndarray:
+    return (raw.astype(np.uint32) << 16).view(np.float32) if bf16 else raw.view(np.float16)
+
+
+def random_weight(layout: str, shape: tuple[int, ...]) -> tuple[list[np.ndarray], np.ndarray, float]:
+    """Parts in the layout's order, the weight in FP64 before it is scaled, and the scale."""
+    random, k = np.random.default_rng(sum(shape)), shape[-1]
+    if layout in CODECS:
+        weight = (0.05 * random.standard_normal(shape)).astype(np.float32)
+        encoded = tenpak.encode(weight, CODECS[layout])
+        scale = float(2.0**encoded.exponent)
+        parts = layouts.ordered(CODECS[layout], encoded.parts, weight.shape, len(shape) - 1)
+        return parts, tenpak.decode(encoded).astype(np.float64) / scale, scale
+    # No codec of the core's has groups so long.
+    group = layouts.find(layout).group
+    rows, groups = int(np.prod(shape[:-1])), -(-k // group)
+    codes = random.integers(0, 256, (rows, -(-k // 2)), np.uint8)
+    scales = (0.002 * (1 + random.random((rows, groups)))).astype(np.float16)
+    offsets = (-7.5 * scales).astype(np.float16)
+    each = np.stack([codes & 15, codes >> 4], -1).reshape(rows, -1)[:, :k].astype(np.float64)
+    wide_scales, wide_offsets = (np.repeat(part.astype(np.float64), group, 1)[:, :k] for part in (scales, offsets))
+    return [codes, scales, offsets], (each * wide_scales + wide_offsets).reshape(shape), 1.0
+
+
+def check(layout: str, shape: tuple[int, int, int], grid: int, batch: int = 0, bf16: int = 0, **defines: int) -> None:
+    m, n, k = shape
+    random = np.random.default_rng(m + n + k)
+    lead = (batch,) if batch else ()
+    parts, reference, scale = random_weight(layout, (*lead, n, k))
+    packed = layouts.pack(layouts.find(layout), parts, n, k, batch)
+    x = random.standard_normal((max(batch, 1), m, -(-k // 8) * 8)).astype(np.float32)
+    x = bits(x, bool(bf16))
+    bias = bits(random.standard_normal((max(batch, 1), n)), bool(bf16))
+    y = wide({"LAYOUT": layout, "BF16": bf16, **defines}, grid, x, k, packed, n, scale, bias)
+    exact = values(x, bool(bf16)).astype(np.float64)[..., :k] @ (scale * reference.reshape(-1, n, k)).swapaxes(1, 2)
+    exact += values(bias, bool(bf16)).astype(np.float64)[:, None]
+    error = np.linalg.norm(values(y, bool(bf16)).astype(np.float64) - exact) / np.linalg.norm(exact)
+    assert error < (1e-2 if bf16 else 1.5e-3)
+    assert np.isfinite(values(y, bool(bf16)).astype(np.float32)).all()
+
+
+SMALL = {"GROUPS": 2, "BLOCKS": 1, "TOKENS": 16, "STEP": 1, "STAGES": 2}
+
+
+@pytest.mark.parametrize("bf16", [0, 1])
+@pytest.mark.parametrize("layout", list(layouts.LAYOUTS))
+def test_every_layout(layout, bf16):
+    """Columns in the tokens' order; K ends in a partial group, N in a partial strip."""
+    check(layout, (13, 72, 328), 2, bf16=bf16, **SMALL)
+    if not bf16:
+        check(layout, (5, 40, 328), 1, **{**SMALL, "STEP": 2})
+
+
+@pytest.mark.parametrize("grid", [1, 2, 3, 4, 5, 7, 12, 18])
+def test_shares(grid):
+    """Six tiles of three units: whole ones, what is left over cut evenly, and one tile cut for several blocks."""
+    check("int4_g32_fp16", (20, 300, 192), grid, **SMALL)
+
+
+@pytest.mark.parametrize(
+    "defines",
+    [
+        {"GROUPS": 2, "BLOCKS": 1, "TOKENS": 256, "STEP": 1, "STAGES": 5},
+        {"GROUPS": 2, "BLOCKS": 2, "TOKENS": 128, "STEP": 1, "STAGES": 6},
+        {"GROUPS": 3, "BLOCKS": 1, "TOKENS": 128, "STEP": 1, "STAGES": 6},
+        {"GROUPS": 2, "BLOCKS": 1, "TOKENS": 192, "STEP": 1, "STAGES": 3},
+        {"GROUPS": 4, "BLOCKS": 1, "TOKENS": 64, "STEP": 2, "STAGES": 5},
+        {"GROUPS": 4, "BLOCKS": 2, "TOKENS": 32, "STEP": 2, "STAGES": 3},
+    ],
+)
+def test_configurations(defines):
+    """More units than stages; tokens and rows that end within a tile."""
+    tokens, rows = defines["TOKENS"], 64 * defines["GROUPS"] * defines["BLOCKS"]
+    check("int4_g32_fp16", (tokens - 5, rows + 56, 64 * 13), 2, **defines)
+
+
+def test_batches_and_rows_that_are_not_aligned():
+    check("int4_g16_fp16", (21, 77, 200), 5, batch=3, **SMALL)
+    check("int4_g128_fp16", (16, 16, 640), 3, batch=2, **{**SMALL, "STEP": 2})
+
+
+@pytest.mark.parametrize("layout", list(layouts.LAYOUTS))
+@pytest.mark.parametrize("m", [9, 16, 17, 64, 100, 130, 256, 700, 2048])
+@pytest.mark.parametrize(("n", "k"), [(8, 8), (4096, 4096), (11008, 4096), (28672, 8192)])
+def test_choices_fit(layout, m, n, k):
+    """What a launch needs of a choice: shared memory, blocks that all have something to do, tiles that are covered."""
+    stage = STAGE_BYTES[layout]
+    found = plans.choices(layout, stage, 132, 230400, n, k, m, 1)
+    assert found
+    for choice in found:
+        steps = (k + 64 * choice.step - 1) // (64 * choice.step)
+        assert choice.tiles == -(-n // choice.rows) * -(-m // choice.tokens)
+        assert 1 <= choice.grid <= min(132, choice.tiles * steps)
+        assert choice.stages >= 2
+        assert choice.shared <= 230400
+        sums = choice.blocks * choice.tokens // 2
+        assert sums + 70 <= {2: 232, 3: 152, 4: 112}[choice.groups]
