@@ -248,13 +248,13 @@ fn has_conv1d_biases(tensors: &[TensorInfo]) -> bool {
 fn find_tied(model: &dyn Model, decisions: &mut [Decision]) -> Result<()> {
     // By their beginnings, too: models of many experts have tens of thousands of matrices of one shape, too many to
     // compare each with each.
-    let mut alike: HashMap<(&[usize], &'static str, Vec<u8>), Vec<usize>> = HashMap::new();
+    let mut alike: HashMap<_, Vec<usize>> = HashMap::new();
     for (i, info) in model.tensors().iter().enumerate() {
         // Norms and biases are often equal without being tied.
         if info.shape.len() < 2 || info.shape.contains(&0) {
             continue;
         }
-        let earlier = alike.entry((&info.shape, info.encoding.name(), model.beginning(i)?)).or_default();
+        let earlier = alike.entry((&info.shape[..], info.encoding.name(), model.beginning(i)?)).or_default();
         for &j in earlier.iter() {
             if same_treatment(&decisions[i], &decisions[j]) && model.same(i, j)? {
                 decisions[i].action = Action::Alias(j);
