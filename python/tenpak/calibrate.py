@@ -21,6 +21,7 @@ from tenpak import arrays
 from tenpak.decoder import Block, Decoder, Linear
 from tenpak.errors import UsageError
 from tenpak.evaluate import Device, array_module, tokens_of, windows_of
+from tenpak.sampling import checked_seed
 from tenpak.statistics import StatisticsWriter
 
 #: Called with steps of work done and in all, and what is being done.
@@ -150,7 +151,7 @@ def sample(
 
     Each window starts with the model's first token (`bos_token_id`), or a random one where it has none.
     """
-    xp, random = decoder.xp, np.random.default_rng(seed)
+    xp, random = decoder.xp, np.random.default_rng(checked_seed(seed))
     first = decoder.config.bos
     tokens = np.empty((windows, context), np.int64)
     tokens[:, 0] = random.integers(0, decoder.config.vocab, windows) if first is None else first

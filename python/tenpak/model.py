@@ -25,7 +25,7 @@ from tenpak.decoder.kv import KVType, checked_kv
 from tenpak.detokenize import TextStream
 from tenpak.errors import InputError, UsageError
 from tenpak.evaluate import array_module, open_on
-from tenpak.sampling import Sampling, choose
+from tenpak.sampling import Sampling, checked_count, choose
 
 if TYPE_CHECKING:
     from tenpak.cuda.runner import Runner
@@ -198,8 +198,7 @@ class Model:
     ) -> Stream:
         """As `generate`, but returns an iterator of pieces of text as they come; its `result` is there at the end."""
         sampling = Sampling(temperature, top_k, top_p, seed)
-        if max_tokens < 1:
-            raise UsageError(f"max_tokens {max_tokens} is too small; give at least 1")
+        max_tokens, stops = checked_count("max_tokens", max_tokens), _stops(stop)
         tokens = self.prompt_tokens(prompt, chat=chat, system=system)
         limit = self.decoder.config.max_positions
         if len(tokens) >= limit:
@@ -207,16 +206,24 @@ class Model:
                 f"the prompt has {len(tokens)} tokens, which leaves none of the {limit} positions that "
                 f"{self.decoder.source.path} was made for; give a shorter one"
             )
-        stops = [stop] if isinstance(stop, str) else list(stop)
         return Stream(self, tokens, min(max_tokens, limit - len(tokens)), sampling, stops)
 
     def prompt_tokens(self, prompt: Prompt, *, chat: bool | None = None, system: str | None = None) -> list[int]:
         """The tokens that a prompt becomes; arguments and errors as for `generate`."""
+        if not isinstance(prompt, str | Sequence | np.ndarray) or isinstance(prompt, bytes):
+            raise UsageError(f"a prompt is a text, messages or tokens, not {type(prompt).__name__}")
         if not isinstance(prompt, str) and len(prompt) and not isinstance(prompt[0], Mapping):
-            tokens = np.asarray(prompt, np.int64).reshape(-1).tolist()
             if system is not None or chat:
                 raise UsageError("tokens are taken as they are; a chat needs text or messages")
-            return tokens
+            given = np.asarray(prompt)
+            if given.ndim != 1 or given.dtype.kind not in "iu":
+                raise UsageError("tokens must be whole numbers in one dimension")
+            return [int(token) for token in given]
+        for text in (prompt, system):
+            if isinstance(text, str) and _has_surrogate(text):
+                raise UsageError(
+                    "the prompt holds half a surrogate pair, which is no character; decode it as UTF-8 first"
+                )
         if isinstance(prompt, str):
             chat = (self.has_chat if chat is None else chat) or system is not None
             if not chat:
@@ -335,6 +342,17 @@ class Stream:
         self._result = Generation("".join(pieces), tuple(written), finish, len(prompt), prompt_seconds, seconds)
         if rest:
             yield rest
+
+
+def _stops(stop: str | Sequence[str]) -> list[str]:
+    stops = [stop] if isinstance(stop, str) else stop
+    if not isinstance(stops, Sequence) or not all(isinstance(text, str) for text in stops):
+        raise UsageError(f"stop {stop!r} is no text and no list of texts")
+    return list(stops)
+
+
+def _has_surrogate(text: str) -> bool:
+    return any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def _has_gpu() -> bool:

@@ -33,14 +33,35 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.temperature) and self.temperature >= 0):
-            raise UsageError(f"temperature {self.temperature} is no number from 0 on")
-        if self.top_k < 0:
-            raise UsageError(f"top_k {self.top_k} is negative; 0 considers all tokens")
-        if not 0 < self.top_p <= 1:
-            raise UsageError(f"top_p {self.top_p} is not above 0 and at most 1")
-        if not 0 <= self.seed < 2**64:
-            raise UsageError(f"seed {self.seed} is not from 0 to 2^64 - 1")
+        if not (_is_real(self.temperature) and math.isfinite(self.temperature) and self.temperature >= 0):
+            raise UsageError(f"temperature {self.temperature!r} is no number from 0 on")
+        if not _is_integer(self.top_k) or self.top_k < 0:
+            raise UsageError(f"top_k {self.top_k!r} is no whole number from 0 on; 0 considers all tokens")
+        if not (_is_real(self.top_p) and 0 < self.top_p <= 1):
+            raise UsageError(f"top_p {self.top_p!r} is not above 0 and at most 1")
+        checked_seed(self.seed)
+
+
+def checked_seed(seed: int) -> int:
+    """A seed, or UsageError."""
+    if not _is_integer(seed) or not 0 <= seed < 2**64:
+        raise UsageError(f"seed {seed!r} is no whole number from 0 to 2^64 - 1")
+    return int(seed)
+
+
+def checked_count(name: str, count: int) -> int:
+    """A number of tokens from 1 on, or UsageError."""
+    if not _is_integer(count) or count < 1:
+        raise UsageError(f"{name} {count!r} is no whole number from 1 on")
+    return int(count)
+
+
+def _is_integer(x: object) -> bool:
+    return isinstance(x, int | np.integer) and not isinstance(x, bool)
+
+
+def _is_real(x: object) -> bool:
+    return _is_integer(x) or isinstance(x, float | np.floating)
 
 
 def uniform(seed: int, position: int) -> float:

@@ -76,6 +76,26 @@ def test_options_out_of_range_are_refused(wrong):
         Sampling(**wrong)
 
 
+@pytest.mark.parametrize(
+    ("prompt", "more", "message"),
+    [
+        (5, {}, "a prompt is a text, messages or tokens, not int"),
+        (b"text", {}, "not bytes"),
+        ([1.5, 2.0], {}, "tokens must be whole numbers in one dimension"),
+        ([[1], [2]], {}, "tokens must be whole numbers in one dimension"),
+        ("text \ud800", {}, "half a surrogate pair"),
+        ("text", {"stop": 5}, "stop 5 is no text and no list of texts"),
+        ("text", {"stop": [5]}, r"stop \[5\] is no text"),
+        ("text", {"max_tokens": "x"}, "max_tokens 'x' is no whole number from 1 on"),
+        ("text", {"seed": 1.5}, "seed 1.5 is no whole number"),
+        ("text", {"temperature": "hot"}, "temperature 'hot' is no number from 0 on"),
+    ],
+)
+def test_requests_of_a_wrong_type_are_refused(model, prompt, more, message):
+    with pytest.raises(UsageError, match=message):
+        tenpak.Model.open(model, device="cpu").stream(prompt, **more)
+
+
 def test_scores_that_are_no_numbers_are_refused():
     for bad in (np.nan, np.inf):
         with pytest.raises(InputError, match="not finite"):

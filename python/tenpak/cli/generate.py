@@ -26,6 +26,7 @@ from tenpak.cli.table import count, duration, print_json, size
 from tenpak.decoder.kv import KV_TYPES
 from tenpak.errors import InputError, UsageError
 from tenpak.model import MAX_TOKENS, Generation
+from tenpak.sampling import Sampling, checked_count
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -63,6 +64,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
+    # Before the model is loaded, which may take a while.
+    Sampling(arguments.temperature, arguments.top_k, arguments.top_p, arguments.seed)
+    checked_count("--max-tokens", arguments.max_tokens)
     prompt = _read() if arguments.prompt == "-" else arguments.prompt
     for text in (prompt, arguments.system or "", *arguments.stop):
         _refuse_broken(text)
