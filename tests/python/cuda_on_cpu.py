@@ -14,7 +14,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -131,24 +131,29 @@ def _cupy() -> ModuleType:
 
 
 @contextmanager
-def cuda_on_cpu() -> Iterator[SimpleNamespace]:
-    """`tenpak.cuda.codec` and `tenpak.cuda.weight`, loaded afresh over NumPy."""
-    names = ["cupy", "tenpak.cuda.codec", "tenpak.cuda.weight"]
+def afresh(cupy: ModuleType, modules: Sequence[str]) -> Iterator[dict[str, ModuleType]]:
+    """Modules of `tenpak.cuda`, loaded anew over a stand-in for CuPy; as they were before, at the end."""
     package = sys.modules["tenpak.cuda"]
+    names = ["cupy", *(f"tenpak.cuda.{module}" for module in modules)]
     before = {name: sys.modules.pop(name, None) for name in names}
-    kept = {name: package.__dict__.pop(name, None) for name in ("codec", "weight")}
-    sys.modules["cupy"] = _cupy()
+    kept = {module: package.__dict__.pop(module, None) for module in modules}
+    sys.modules["cupy"] = cupy
     try:
-        codec = importlib.import_module("tenpak.cuda.codec")
-        codec.function = function
-        weight = importlib.import_module("tenpak.cuda.weight")
-        yield SimpleNamespace(codec=codec, QuantizedWeight=weight.QuantizedWeight)
+        yield {module: importlib.import_module(f"tenpak.cuda.{module}") for module in modules}
     finally:
         for name in names:
             sys.modules.pop(name, None)
             if before[name] is not None:
                 sys.modules[name] = before[name]
-        for name in kept:
-            package.__dict__.pop(name, None)
-            if kept[name] is not None:
-                setattr(package, name, kept[name])
+        for module, value in kept.items():
+            package.__dict__.pop(module, None)
+            if value is not None:
+                setattr(package, module, value)
+
+
+@contextmanager
+def cuda_on_cpu() -> Iterator[SimpleNamespace]:
+    """`tenpak.cuda.codec` and `tenpak.cuda.weight`, loaded afresh over NumPy."""
+    with afresh(_cupy(), ("codec", "weight")) as loaded:
+        loaded["codec"].function = function  # type: ignore[attr-defined]
+        yield SimpleNamespace(codec=loaded["codec"], QuantizedWeight=loaded["weight"].QuantizedWeight)

@@ -6,8 +6,6 @@ Products with packed weights are NumPy's, of the weights that the kernels unpack
 from __future__ import annotations
 
 import ctypes
-import importlib
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
@@ -127,10 +125,6 @@ def _matmul(x: Any, w: Any, bias: Any = None, out: Any = None) -> Any:
 @contextmanager
 def runner_on_cpu() -> Iterator[SimpleNamespace]:
     """The modules of a runner, loaded afresh over NumPy."""
-    package = sys.modules["tenpak.cuda"]
-    names = ["cupy", *(f"tenpak.cuda.{module}" for module in _MODULES)]
-    before = {name: sys.modules.pop(name, None) for name in names}
-    kept = {name: package.__dict__.pop(name, None) for name in _MODULES}
     cupy = cuda_on_cpu._cupy()
     for name in ("empty", "zeros", "full", "asarray", "ascontiguousarray", "concatenate", "stack"):
         made = getattr(np, name)
@@ -156,9 +150,7 @@ def runner_on_cpu() -> Iterator[SimpleNamespace]:
         memory=SimpleNamespace(OutOfMemoryError=MemoryError),
         runtime=SimpleNamespace(getDevice=lambda: 0, memcpyAsync=copy, memcpyDeviceToHost=2),
     )
-    sys.modules["cupy"] = cupy
-    try:
-        loaded = {name: importlib.import_module(f"tenpak.cuda.{name}") for name in _MODULES}
+    with cuda_on_cpu.afresh(cupy, _MODULES) as loaded:
         for module in loaded.values():
             if hasattr(module, "function"):
                 module.function = function
@@ -167,12 +159,3 @@ def runner_on_cpu() -> Iterator[SimpleNamespace]:
         loaded["projections"].launch = _launch
         loaded["projections"].matmul = _matmul
         yield SimpleNamespace(cupy=cupy, **loaded)
-    finally:
-        for name in names:
-            sys.modules.pop(name, None)
-            if before[name] is not None:
-                sys.modules[name] = before[name]
-        for name, value in kept.items():
-            package.__dict__.pop(name, None)
-            if value is not None:
-                setattr(package, name, value)

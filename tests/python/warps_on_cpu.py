@@ -10,7 +10,6 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
-import importlib
 import shutil
 import subprocess
 import sys
@@ -306,10 +305,6 @@ class _Stream:
 @contextmanager
 def warps_on_cpu(multiprocessors: int = 3) -> Iterator[SimpleNamespace]:
     """`tenpak.cuda.cache` and `tenpak.cuda.attention`, loaded afresh over NumPy and a GPU of few multiprocessors."""
-    names = ["cupy", "tenpak.cuda.products", "tenpak.cuda.cache", "tenpak.cuda.attention"]
-    package = sys.modules["tenpak.cuda"]
-    before = {name: sys.modules.pop(name, None) for name in names}
-    kept = {name: package.__dict__.pop(name, None) for name in ("products", "cache", "attention")}
     cupy = cuda_on_cpu._cupy()
     cupy.uint8, cupy.uint32, cupy.int32 = np.uint8, np.uint32, np.int32
     cupy.cuda = SimpleNamespace(
@@ -317,10 +312,8 @@ def warps_on_cpu(multiprocessors: int = 3) -> Iterator[SimpleNamespace]:
         get_current_stream=_Stream,
         runtime=SimpleNamespace(getDevice=lambda: 0),
     )
-    sys.modules["cupy"] = cupy
-    try:
-        cache = importlib.import_module("tenpak.cuda.cache")
-        attention = importlib.import_module("tenpak.cuda.attention")
+    with cuda_on_cpu.afresh(cupy, ("products", "cache", "attention")) as loaded:
+        cache, attention = loaded["cache"], loaded["attention"]
         device = SimpleNamespace(multiprocessors=multiprocessors, shared_all=228 << 10)
         attention.device_of = lambda number: device
         cache.function = attention.function = function
@@ -332,12 +325,3 @@ def warps_on_cpu(multiprocessors: int = 3) -> Iterator[SimpleNamespace]:
             prefill=attention.prefill,
             prepare=attention.prepare,
         )
-    finally:
-        for name in names:
-            sys.modules.pop(name, None)
-            if before[name] is not None:
-                sys.modules[name] = before[name]
-        for name, value in kept.items():
-            package.__dict__.pop(name, None)
-            if value is not None:
-                setattr(package, name, value)
