@@ -19,6 +19,7 @@ from numpy.typing import ArrayLike, DTypeLike, NDArray
 from tenpak import _core, dtypes
 from tenpak.errors import UsageError
 from tenpak.models import PathLike, Progress, source_of
+from tenpak.threads import checked_threads
 
 #: A model or artifact, or one followed by the deltas on it.
 Base = PathLike | Sequence[PathLike]
@@ -158,7 +159,7 @@ def delta(
         StorageError: The file system refused.
     """
     report = json.loads(
-        _core.make_delta(_paths(base), source_of(src), os.fspath(dst), mode, threads or 0, force, progress)
+        _core.make_delta(_paths(base), source_of(src), os.fspath(dst), mode, checked_threads(threads), force, progress)
     )
     report["tensors"] = tuple(TensorDelta(**{**t, "shape": tuple(t["shape"])}) for t in report["tensors"])
     report["methods"] = tuple(MethodTotals(**m) for m in report["methods"])
@@ -199,7 +200,13 @@ def materialize(
     """
     report = json.loads(
         _core.materialize(
-            [*_paths(base), *_paths(delta)], os.fspath(dst), format, threads or 0, force, shard_bytes, progress
+            [*_paths(base), *_paths(delta)],
+            os.fspath(dst),
+            format,
+            checked_threads(threads),
+            force,
+            shard_bytes,
+            progress,
         )
     )
     report["files"], report["files_left_out"] = tuple(report["files"]), tuple(report["files_left_out"])
@@ -275,7 +282,7 @@ class DeltaFile:
         """As `read`, bit for bit: bfloat16 and 8-bit floats, which NumPy lacks, as unsigned integers."""
         info = self._info(name)
         out = np.empty(info.shape, dtypes.stored(info.dtype))
-        self._open().read(name, threads or 0, out.reshape(-1).view(np.uint8))
+        self._open().read(name, checked_threads(threads), out.reshape(-1).view(np.uint8))
         return out
 
     def file(self, path: str) -> bytes:

@@ -108,6 +108,17 @@ def test_exact_restores_every_bit_and_file(tmp_path: Path, tuned: Path) -> None:
     assert delta.stat().st_size == report.file_bytes < 0.2 * report.input_bytes
 
 
+def test_threads_out_of_range_are_refused(tmp_path: Path, tuned: Path) -> None:
+    for threads in (0, -1, 2**40):
+        with pytest.raises(tenpak.UsageError, match=r"threads .*: give a number from 1 to 1024"):
+            tenpak.delta(BASE, tuned, tmp_path / "d.tenpak", threads=threads)
+    made = tenpak_command(
+        "delta", "--base", BASE, "--input", tuned, "--output", tmp_path / "d.tenpak", "--threads", 0, code=2
+    )
+    assert "give a number from 1 to 1024" in made.err
+    assert not files_in(tmp_path) - {tuned.name}
+
+
 @pytest.mark.parametrize("mode", ["exact", "bit1"])
 def test_bytes_do_not_depend_on_threads(tmp_path: Path, tuned: Path, mode: str) -> None:
     written = []

@@ -44,8 +44,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    if arguments.threads is not None and not 1 <= arguments.threads <= 1024:
-        raise UsageError(f"--threads {arguments.threads}: give a number from 1 to 1024")
     if arguments.text is not None and not Path(arguments.text).is_file():
         raise UsageError(f"--text {arguments.text}: there is no such file")
     with progress.ProgressLine("comparing", arguments, 2) as line:

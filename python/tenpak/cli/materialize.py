@@ -19,7 +19,6 @@ import tenpak
 from tenpak.cli import progress
 from tenpak.cli.decompress import parse_size
 from tenpak.cli.table import count, duration, pairs, print_json, size
-from tenpak.errors import UsageError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,8 +37,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    if arguments.threads is not None and not 1 <= arguments.threads <= 1024:
-        raise UsageError(f"--threads {arguments.threads}: give a number from 1 to 1024")
     with progress.ProgressLine("restoring", arguments, 2) as line:
         report = tenpak.materialize(
             arguments.base,
