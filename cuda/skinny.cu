@@ -72,7 +72,9 @@ struct Output {
 #elif OUTPUT == 1
         to = x;
 #else
-        to += x;
+        // Past L1, which may hold what was there before a kernel that this one overlaps with: only threads that wait for
+        // it see to that.
+        to = __ldcg(&to) + x;
 #endif
     }
     // One lane's four sums: rows g and g + 8 of the strip, tokens 2t and 2t + 1.
