@@ -30,7 +30,8 @@ def norm(norm: Any, h: Any, added: Any, out: Any) -> None:
     """
     tokens, width = h.shape
     bias = getattr(norm, "bias", None)
-    defines = {"THREADS": _THREADS, "BF16": 0, "CENTRED": int(bias is not None)}
+    each = -(-width // _THREADS)
+    defines = {"THREADS": _THREADS, "EACH": each, "BF16": 0, "CENTRED": int(bias is not None)}
     arguments = (
         h.data.ptr,
         _address(added),
