@@ -1,4 +1,4 @@
-// What Hopper adds: barriers that count bytes, copies by the copy engine, and products of a warpgroup.
+// What Hopper adds: barriers that count bytes and copies, the copy engine, and products of a warpgroup.
 //
 // Apart from the kernels so that tests can put plain C++ in its place and run them on a CPU. sm_90a. -DTOKENS, the columns
 // of a product.
@@ -70,7 +70,7 @@ __device__ __forceinline__ u32 load_acquire(const u32* at) {
 // Among the 128 threads of one warpgroup.
 __device__ __forceinline__ void group_barrier(int group) { asm volatile("bar.sync %0, 128;" :: "r"(group + 1) : "memory"); }
 
-// ---- Copies by the copy engine --------------------------------------------------------------------------------------
+// ---- Copies that barriers wait for ----------------------------------------------------------------------------------
 
 // What the driver makes of a matrix in memory (cuTensorMapEncodeTiled).
 struct alignas(64) TensorMap {
@@ -84,11 +84,19 @@ __device__ __forceinline__ void prefetch_map(const TensorMap& map) {
 // How long L2 should keep what passes through it.
 constexpr u64 KEEP_SHORT = 0x12f0000000000000, KEEP_NORMAL = 0x1000000000000000, KEEP_LONG = 0x14f0000000000000;
 
-// Multiples of 16 bytes, which the barrier then counts.
-__device__ __forceinline__ void copy_run(u32 to, const u8* from, u32 bytes, u32 barrier, u64 keep) {
-    asm volatile(
-        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;"
-        :: "r"(to), "l"(from), "r"(bytes), "r"(barrier), "l"(keep) : "memory");
+// Up to MOST bytes, sixteen a lane and instruction; both are multiples of 16.
+template <int MOST>
+__device__ __forceinline__ void copy_run(u32 to, const u8* from, u32 bytes, u64 keep, int lane) {
+#pragma unroll
+    for (int at = 0; at < MOST; at += 16 * LANES) {
+        if (at + 16 * lane < bytes)
+            asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;"
+                         :: "r"(to + at + 16 * lane), "l"(from + at + 16 * lane), "l"(keep) : "memory");
+    }
+}
+// This thread arrives once all that it has asked for by copy_run is there; the barrier's count has it already.
+__device__ __forceinline__ void copies_arrive(u32 barrier) {
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" :: "r"(barrier) : "memory");
 }
 // The map's box at these coordinates; zeros beyond the matrix are counted as bytes, too.
 __device__ __forceinline__ void copy_box(u32 to, const TensorMap& map, int column, int row, int matrix, u32 barrier, u64 keep) {

@@ -1,7 +1,7 @@
-// y = x Wᵀ for many tokens on Hopper, both operands brought by the copy engine.
+// y = x Wᵀ for many tokens on Hopper: the copy engine brings tokens, warps of their own weights.
 //
 // A block owns tiles of ROWS = 64 * BLOCKS * GROUPS rows by TOKENS tokens. Four warps ask for copies, STAGES stages of STEP
-// times 64 columns ahead: boxes of x, swizzled as wgmma reads them, and each strip's run of packed weights. GROUPS
+// times 64 columns ahead: the copy engine's boxes of x, swizzled as wgmma reads them, and packed weights. GROUPS
 // warpgroups turn weights into A operands (columns.cuh) and multiply; operands of sixteen columns are made while the last
 // three are multiplied. Those groups own nearly all registers, so that a block may have 256 tokens and each operand that is
 // made serves as many as that: weights are unpacked for less than the time of multiplying.
@@ -23,13 +23,11 @@ constexpr int GROUP_STRIPS = 4 * BLOCKS, STRIPS = GROUPS * GROUP_STRIPS, ROWS = 
 constexpr int X_BYTES = TOKENS * TILE_COLS * 2;
 constexpr int PARAMS_AT = STEP * Layout::CODE_BYTES, SUPERS_AT = PARAMS_AT + Columns::PARAM_BYTES(STEP);
 constexpr int STRIP_BYTES = SUPERS_AT + Columns::SUPER_BYTES;
-constexpr int PIECES = 1 + (Columns::PARAM_BYTES(STEP) > 0) + (Columns::SUPER_BYTES > 0);
 constexpr int WEIGHTS_AT = STEP * X_BYTES;
 constexpr int BYTES_OF_STAGE = (WEIGHTS_AT + STRIPS * STRIP_BYTES + 1023) / 1024 * 1024;
 static_assert(X_BYTES % 1024 == 0, "the swizzle repeats every 1024 bytes");
 constexpr int PRODUCER_STRIPS = STRIPS / PRODUCER_WARPS;
-static_assert(STRIP_BYTES % 16 == 0, "the copy engine's unit");
-static_assert(PRODUCER_STRIPS * PIECES <= LANES && STEP <= PRODUCER_WARPS, "a copy a lane, a box a warp");
+static_assert(STRIP_BYTES % 16 == 0 && STRIPS % PRODUCER_WARPS == 0, "copies are of sixteen bytes, warps have as many strips");
 
 // On the way to y a group's sums of 64 rows by CHUNK tokens lie in shared memory, longer by one chunk of sixteen bytes: eight
 // tokens then meet all banks.
@@ -123,34 +121,29 @@ struct Turn {
 
 // ---- Producer -----------------------------------------------------------------------------------------------------------
 
-// A producer warp's part of one step's copies: its strips, those beyond the weight's being copies of its last, and, of the
-// first warps, a box of x each. The lanes of a warp ask one after another, so the warps share the work.
+// One step's copies: boxes of x by one thread, and each producer warp's strips by its lanes, sixteen bytes each; strips
+// beyond the weight's are copies of its last. The copy engine is not asked for weights: it takes some 55 cycles for each
+// run, however short, and a step has two or three runs a strip.
 __device__ __forceinline__ void copy_step(const TensorMap& x, const Weight& w, const Place& at, int strips, int step, u32 stage,
                                           u32 barrier, u64 keep, int producer, int lane) {
     const int k = STEP * step, count = STEP == 1 ? 1 : min(STEP, w.tiles - k);
-    const u32 codes = count * Layout::CODE_BYTES, params = Columns::PARAM_BYTES(count);
-    const bool box = producer < count;
-    if (lane == 0) {
-        barrier_expect(barrier, (box ? X_BYTES : 0) + PRODUCER_STRIPS * (codes + params + Columns::SUPER_BYTES));
-        if (box) copy_box(stage + producer * X_BYTES, x, (k + producer) * TILE_COLS, at.token, at.matrix, barrier, KEEP_LONG);
+    if (producer == 0 && lane == 0) {
+        barrier_expect(barrier, count * X_BYTES);
+#pragma unroll
+        for (int j = 0; j < STEP; ++j)
+            if (j < count) copy_box(stage + j * X_BYTES, x, (k + j) * TILE_COLS, at.token, at.matrix, barrier, KEEP_LONG);
     }
     __syncwarp();
-    if (lane < PRODUCER_STRIPS * PIECES) {
-        const int strip_of_stage = producer * PRODUCER_STRIPS + lane % PRODUCER_STRIPS, piece = lane / PRODUCER_STRIPS;
-        const int strip = min(at.strip + strip_of_stage, strips - 1);
-        const u8* from = w.codes + (size_t)(u32)(strip * w.tiles + k) * Layout::CODE_BYTES;
-        u32 to = stage + WEIGHTS_AT + strip_of_stage * STRIP_BYTES, bytes = codes;
-        if (PIECES > 1 && piece == 1) {
-            from = Columns::params(w, strip, k);
-            to += PARAMS_AT;
-            bytes = params;
-        } else if (PIECES > 2 && piece == 2) {
-            from = Columns::supers(w, strip, k);
-            to += SUPERS_AT;
-            bytes = Columns::SUPER_BYTES;
-        }
-        copy_run(to, from, bytes, barrier, keep);
+#pragma unroll
+    for (int i = 0; i < PRODUCER_STRIPS; ++i) {
+        const int strip_of_stage = producer + i * PRODUCER_WARPS, strip = min(at.strip + strip_of_stage, strips - 1);
+        const u32 to = stage + WEIGHTS_AT + strip_of_stage * STRIP_BYTES;
+        copy_run<STEP * Layout::CODE_BYTES>(to, w.codes + (size_t)(u32)(strip * w.tiles + k) * Layout::CODE_BYTES,
+                                            count * Layout::CODE_BYTES, keep, lane);
+        copy_run<Columns::PARAM_BYTES(STEP)>(to + PARAMS_AT, Columns::params(w, strip, k), Columns::PARAM_BYTES(count), keep, lane);
+        copy_run<Columns::SUPER_BYTES>(to + SUPERS_AT, Columns::supers(w, strip, k), Columns::SUPER_BYTES, keep, lane);
     }
+    copies_arrive(barrier);
 }
 
 // ---- Consumers ------------------------------------------------------------------------------------------------------------
@@ -241,7 +234,8 @@ wide(const __grid_constant__ tenpak::TensorMap x, const unsigned char* codes, co
     if (threadIdx.x == 0) {
         prefetch_map(x);
         for (int i = 0; i < STAGES; ++i) {
-            barrier_init(full + 8 * i, PRODUCER_WARPS);
+            // Each thread's copies of weights, and the one that asks for x.
+            barrier_init(full + 8 * i, PRODUCER_WARPS * LANES + 1);
             barrier_init(empty + 8 * i, CONSUMER_WARPS);
         }
         barriers_ready();

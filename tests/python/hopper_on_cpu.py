@@ -113,8 +113,11 @@ inline u32 shared_u32(u32 at) { return shared<u32>(at); }
 inline u32 shared_u16(u32 at) { return shared<u16>(at); }
 
 struct Counter { int of, missing; long long bytes; u32 parity; };
-struct Engine { u32 to; const u8* from; u32 bytes; };
+struct Piece { u32 to; const u8* from; u32 bytes; };
+// The copy engine's piece, whose bytes a barrier counts, or a thread's pieces, after which it arrives.
+struct Engine { std::vector<Piece> pieces; bool arrives; };
 static std::map<u32, Counter> counters;
+static std::map<int, std::vector<Piece>> asked_for;
 static std::map<u32, std::vector<Engine>> under_way;
 static u32 random_state;
 static u64 turns;
@@ -136,6 +139,7 @@ inline u8* dynamic_memory() {
         memset(memory(), 0xff, 230 << 10);
         counters.clear();
         under_way.clear();
+        asked_for.clear();
     }
     return memory();
 }
@@ -162,10 +166,13 @@ inline void barrier_expect(u32 barrier, u32 bytes) {
 }
 inline u32 random_bits() { return (random_state = random_state * 1664525 + 1013904223) >> 8; }
 inline void perform(const Engine& copy, u32 barrier) {
-    if (copy.from) memcpy(at_shared(copy.to), copy.from, copy.bytes);
-    else memset(at_shared(copy.to), 0, copy.bytes);
     Counter& c = counter(barrier);
-    c.bytes -= copy.bytes;
+    for (const Piece& piece : copy.pieces) {
+        if (piece.from) memcpy(at_shared(piece.to), piece.from, piece.bytes);
+        else memset(at_shared(piece.to), 0, piece.bytes);
+        if (!copy.arrives) c.bytes -= piece.bytes;
+    }
+    if (copy.arrives) --c.missing;
     may_end(c);
 }
 inline void ask_for(const Engine& copy, u32 barrier) {
@@ -192,9 +199,17 @@ inline void group_barrier(int group) { arrive(of_groups[group], 128); }
 
 constexpr u64 KEEP_SHORT = 0, KEEP_NORMAL = 1, KEEP_LONG = 2;
 struct TensorMap { u64 x, stride; int columns, rows, matrices, unused; u64 more[12]; };
-inline void copy_run(u32 to, const u8* from, u32 bytes, u32 barrier, u64) {
-    check(to % 16 == 0 && (u64)from % 16 == 0 && bytes % 16 == 0 && bytes > 0, "a copy is not made of sixteen bytes");
-    ask_for({to, from, bytes}, barrier);
+template <int MOST>
+void copy_run(u32 to, const u8* from, u32 bytes, u64, int lane) {
+    check(bytes <= MOST, "a run is longer than its most");
+    for (u32 at = 16 * lane; at < bytes; at += 16 * 32) {
+        check(to % 16 == 0 && (u64)from % 16 == 0 && bytes % 16 == 0, "a copy is not made of sixteen bytes");
+        asked_for[threadIdx.x].push_back({to + at, from + at, 16});
+    }
+}
+inline void copies_arrive(u32 barrier) {
+    ask_for({std::move(asked_for[threadIdx.x]), true}, barrier);
+    asked_for[threadIdx.x].clear();
 }
 inline void prefetch_map(const TensorMap&) {}
 // In sixteen bytes each; those that reach beyond the matrix are zeros (the test's rows end between two).
@@ -205,7 +220,7 @@ inline void copy_box(u32 to, const TensorMap& map, int column, int row, int matr
             const u32 at = to + r * 128 + c * 16;
             const bool there = row + r < map.rows && column + 8 * c < map.columns;
             const u16* from = (const u16*)map.x + ((u64)matrix * map.rows + row + r) * map.stride + column + 8 * c;
-            ask_for({at ^ (at >> 7 & 7) << 4, there ? (const u8*)from : nullptr, 16}, barrier);
+            ask_for({{{at ^ (at >> 7 & 7) << 4, there ? (const u8*)from : nullptr, 16}}, false}, barrier);
         }
 }
 template <int COUNT> void take_registers() {}
