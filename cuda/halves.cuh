@@ -4,6 +4,9 @@
 // does. -DCOLUMNS, tiles of 8 tokens.
 #pragma once
 #include "tokens.cuh"
+#ifndef OVERLAP
+#define OVERLAP 0
+#endif
 
 namespace tenpak {
 
@@ -30,8 +33,10 @@ struct Products {
     // A row of x in shared memory is longer by 64 bytes: eight lanes that read two rows then meet all 32 banks.
     static __device__ __forceinline__ int row_bytes(int tiles) { return tiles * TILE_COLS * 2 + 64; }
 
-    // x to shared memory, by asynchronous copies where it is aligned. They go first, so that they are there first.
+    // x to shared memory: by asynchronous copies, which go first, so that they are there first; or, where weights are on
+    // their way before x is written, through registers, so that nobody waits for those weights.
     struct Staging {
+        static constexpr int AT_ONCE = 8;  // loads of x in flight
         XSlice from;
 
         __device__ __forceinline__ explicit Staging(const XSlice& from) : from(from) {}
@@ -40,7 +45,22 @@ struct Products {
             for (int row = 0; row < from.tokens; ++row) {
                 const u16* values = from.x + row * from.stride + from.first_column;
                 u8* line = to + row * row_bytes;
-                if (vectors) {
+                if (vectors && OVERLAP) {
+                    for (int first = threadIdx.x * 8; first < from.columns; first += AT_ONCE * THREADS * 8) {
+                        uint4 v[AT_ONCE];
+#pragma unroll
+                        for (int i = 0; i < AT_ONCE; ++i) {
+                            const int c = first + i * THREADS * 8;
+                            v[i] = make_uint4(0, 0, 0, 0);
+                            if (c < from.columns && from.first_column + c < from.k) v[i] = __ldcg(reinterpret_cast<const uint4*>(values + c));
+                        }
+#pragma unroll
+                        for (int i = 0; i < AT_ONCE; ++i) {
+                            const int c = first + i * THREADS * 8;
+                            if (c < from.columns) *reinterpret_cast<uint4*>(line + 2 * c) = v[i];
+                        }
+                    }
+                } else if (vectors) {
                     for (int c = threadIdx.x * 8; c < from.columns; c += THREADS * 8) {
                         const int bytes = from.first_column + c < from.k ? 16 : 0;
                         asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
@@ -54,6 +74,11 @@ struct Products {
         }
         __device__ __forceinline__ void end(u8*, int) {}
     };
+
+    // Four neighbouring values of a token, from `column` of the slice's on.
+    static __device__ __forceinline__ void put(u8* row, int columns, int column, const uint2& v, int) {
+        if ((u32)column < (u32)columns) *reinterpret_cast<uint2*>(row + 2 * column) = v;
+    }
 
     __device__ __forceinline__ Products(const u8* staged, int row_bytes, int tokens, int, int lane) {
 #pragma unroll

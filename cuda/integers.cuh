@@ -123,6 +123,13 @@ struct Products {
         }
     };
 
+    // As of halves.cuh; the lanes of a warp have a block's columns in order.
+    static __device__ __forceinline__ void put(u8* row, int columns, int column, const uint2& v, int lane) {
+        const int block = column >> 7;
+        static_assert(BLOCK_COLS == 128, "of 2^7");
+        if (block >= 0 && block * BLOCK_COLS < columns) split(row, columns * 2, block, v, columns, lane);
+    }
+
     __device__ __forceinline__ Products(const u8* staged, int row_bytes, int tokens, int tiles, int lane) {
         // As an operand this lane holds columns of x for column n of the instruction; as a result it gets columns 2t and
         // 2t + 1. Column n is h (even) or l (odd) of a token, in the groups that `keep` lets through.

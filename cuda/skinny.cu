@@ -11,7 +11,7 @@
 // Grid: x strips (persistent), y slices of K, z matrices of a batch. -DWARPS, -DDEPTH, -DCOLUMNS (tiles of 8 tokens),
 // -DBLOCKS (a multiprocessor's blocks, for the register budget).
 //
-// A decoder's step ends its products here: -DOUTPUT=0 writes the activations' type, 1 FP32, 2 adds to FP32; -DACTIVATION
+// A decoder's step has more in the same launch: -DNORM and -DEACH (normed.cuh), where x is the residual stream; -DOUTPUT=0 writes the activations' type, 1 FP32, 2 adds to FP32; -DACTIVATION
 // (activation.cuh); -DGATED=1 where each strip has eight rows of gates and then the eight rows that they multiply. With
 // -DOVERLAP=1 the first weights are on their way before the previous kernel has ended (overlap.cuh).
 #include "activation.cuh"
@@ -29,10 +29,16 @@
 #ifndef INTEGER
 #define INTEGER 0
 #endif
+#ifndef NORM
+#define NORM 0
+#endif
 #if INTEGER
 #include "integers.cuh"
 #else
 #include "halves.cuh"
+#endif
+#if NORM
+#include "normed.cuh"
 #endif
 
 namespace tenpak {
@@ -101,14 +107,19 @@ struct Output {
 
 }  // namespace tenpak
 
-// x [batch, m, k] with rows of x_stride elements, or, with offsets [batch + 1], all experts' tokens one after another,
+// x [batch, m, k] (FP32 before a norm) with rows of x_stride elements, or, with offsets [batch + 1], all experts' tokens one after another,
 // sorted by expert. y alike with rows of n, or n / 2 if gated. bias [batch, n] or null. slice: tiles of K for each block; partial
-// [slots, slices, strips, COLUMNS, lanes] float4 and arrived [slots, strips] serve slices > 1.
+// [slots, slices, strips, COLUMNS, lanes] float4 and arrived [slots, strips] serve slices > 1. norm_weight, norm_bias (or
+// null): FP32 [k], with -DNORM.
 extern "C" __global__ void __launch_bounds__((WARPS + (COLUMNS <= 2 ? 2 : 1)) * 32, BLOCKS)
 skinny(const unsigned char* codes, const unsigned char* params, const unsigned char* row_params, const unsigned short* x,
        tenpak::Out* y, const unsigned short* bias, const int* offsets, float4* partial, unsigned int* arrived,
        long long codes_step, long long params_step, long long row_params_step, long long x_stride, int m, int n, int k,
-       int tiles, int supers, int slice, float scale) {
+       int tiles, int supers, int slice, float scale
+#if NORM
+       , const float* norm_weight, const float* norm_bias, float eps
+#endif
+) {
     using namespace tenpak;
     extern __shared__ uint4 dynamic[];
     const int warp = __shfl_sync(~0u, threadIdx.x / LANES, 0), lane = threadIdx.x % LANES;
@@ -187,12 +198,16 @@ skinny(const unsigned char* codes, const unsigned char* params, const unsigned c
         }
 
         const XSlice slice_of_x{x + (begin + token) * x_stride, x_stride, tokens, k, first_tile * TILE_COLS, count * TILE_COLS};
+#if NORM
+        NormedStaging<Products> staging(slice_of_x, norm_weight, norm_bias, eps);
+#else
         Products::Staging staging(slice_of_x);
         // x goes first, so that it is there first; or, where it is not written yet, the weights do.
         if (!OVERLAP) {
             staging.begin(staged_x, row_bytes);
             commit_copies();
         }
+#endif
         // Where this warp's next copies come from, and how many tiles there are from there to the end of the slice.
         Source source(weight, blockIdx.x, first_tile + 2 * warp, lane);
         int strip_ahead = blockIdx.x, left = count - 2 * warp, steps_left = steps;
@@ -217,13 +232,14 @@ skinny(const unsigned char* codes, const unsigned char* params, const unsigned c
             turn_ahead();
         }
         Layout::Rows rows = Layout::rows(weight, blockIdx.x, lane);
-        if (OVERLAP) {
-            wait_for_previous();
-            staging.begin(staged_x, row_bytes);
-            commit_copies();
-        }
+        if (OVERLAP) wait_for_previous();
+#if NORM
+        staging.stage(staged_x, row_bytes);
+#else
+        if (OVERLAP) staging.begin(staged_x, row_bytes);
         staging.end(staged_x, row_bytes);
-        wait_for_copies<OVERLAP ? 0 : DEPTH>();
+        if (!OVERLAP) wait_for_copies<DEPTH>();
+#endif
         __syncthreads();
 
         Products products(staged_x, row_bytes, tokens, count, lane);

@@ -92,23 +92,31 @@ def _memory(address: int, shape: tuple[int, ...], dtype: Any) -> Any:
     return np.frombuffer((ctypes.c_byte * (count * kind.itemsize)).from_address(address), kind).reshape(shape)
 
 
-def _launch(w: Any, x: int, y: int, m: int, *, bf16: bool, stream: Any, bias: int = 0, finish: Any) -> None:
+def _launch(
+    w: Any, x: int, y: int, m: int, *, bf16: bool, stream: Any, bias: int = 0, fused: Any, norm: Any = None
+) -> None:
     """`tenpak.cuda.products.launch`, by NumPy."""
     dense = np.asarray(w.to_dense(np.float32))
     n, k = w.shape
 
     def run() -> None:
-        sums = _memory(x, (m, k), np.float16).astype(np.float32) @ dense.T
+        rows = _memory(x, (m, k), np.float16 if norm is None else np.float32)
+        if norm is not None:
+            weight, plus, eps = (_memory(norm[0], (k,), np.float32), norm[1], norm[2])
+            centred = rows - rows.mean(-1, keepdims=True) if fused.norm == "layer" else rows
+            rows = centred / np.sqrt((centred**2).mean(-1, keepdims=True) + np.float32(eps)) * weight
+            rows = (rows + _memory(plus, (k,), np.float32) if plus else rows).astype(np.float16)
+        sums = rows.astype(np.float32) @ dense.T
         if bias:
             sums += _memory(bias, (n,), np.float16)
-        act = (lambda a: a) if finish.activation == "none" else activation(finish.activation, xp=np)
-        if finish.gated:
+        act = (lambda a: a) if fused.activation == "none" else activation(fused.activation, xp=np)
+        if fused.gated:
             pairs = sums.reshape(m, n // 16, 2, 8)
             sums = (act(pairs[:, :, 0].copy()) * pairs[:, :, 1]).reshape(m, n // 2)
         else:
             sums = act(sums)
-        out = _memory(y, sums.shape, np.float16 if finish.output == "activations" else np.float32)
-        out[...] = out + sums if finish.output == "added" else sums
+        out = _memory(y, sums.shape, np.float16 if fused.output == "activations" else np.float32)
+        out[...] = out + sums if fused.output == "added" else sums
 
     stream.queue(run)
 

@@ -44,23 +44,34 @@ def defines_of(name: str, layout: str) -> list[dict[str, object]]:
     return [{"LAYOUT": layout, "BF16": bf16, **defines} for bf16 in (0, 1) for defines in configurations]
 
 
+#: An H200, as plans see it.
+H200 = plans.Device(132, 225 << 10, 228 << 10, True)
+
 #: What stands between a decoder's products, and what ends them there.
 STEP: list[tuple[str, dict[str, object]]] = [
-    *(("norm.cu", {"THREADS": 512, "BF16": bf16, "CENTRED": bf16}) for bf16 in (0, 1)),
+    *(("norm.cu", {**plans.norm_defines(768, centred), "BF16": int(centred)}) for centred in (False, True)),
     *(("gate.cu", {"ACTIVATION": i, "BF16": i % 2, "GATED": i % 3}) for i in range(5)),
     *(("embed.cu", {"LAYOUT": layout}) for layout in LAYOUTS),
     *(("embed.cu", {"IN": kind}) for kind in (16, 32)),
     *(("product.cu", {"IN": 16 << (i % 2), "BF16": 0, "OUTPUT": i}) for i in range(3)),
     ("sample.cu", {"THREADS": 1024}),
     *(
-        ("skinny.cu", {"LAYOUT": layout, "BF16": 0, **SKINNY[0], **finish.defines})
+        ("skinny.cu", {"LAYOUT": layout, "BF16": 0, **SKINNY[0], **fused.defines})
         for layout in ("int4_g32_fp16", "int8_sym")
-        for finish in (
-            plans.Finish("float32", overlaps=True),
-            plans.Finish("added", overlaps=True),
-            plans.Finish(activation="silu", gated=True, overlaps=True),
-            plans.Finish(activation="gelu_tanh"),
+        for fused in (
+            plans.Fused(output="float32", overlaps=True),
+            plans.Fused(output="added", overlaps=True),
+            plans.Fused(activation="silu", gated=True, overlaps=True),
+            plans.Fused("layer", activation="gelu_tanh"),
         )
+    ),
+    # As a decoder's step has them, at its shapes.
+    *(
+        (plan.source, dict(plan.defines))
+        for layout in ("int4_g32_fp16", "int4_lut16", "int8_sym")
+        for n, k in ((12288, 4096), (2304, 768), (100, 1000))
+        for fused in (plans.Fused("rms", gated=True, overlaps=True), plans.Fused("layer", overlaps=True))
+        for plan in [plans.choose(H200, layout, n, k, 1, fused=fused)]
     ),
 ]
 

@@ -27,13 +27,15 @@ from tenpak.cuda.plans import (
     ACTIVATIONS,
     DENSE_FROM,
     HEAD_DIMS,
+    NORMS,
     RESERVED,
     WIDE_FROM,
     Device,
-    Finish,
+    Fused,
     cache_defines,
     choose,
     choose_attention,
+    norm_defines,
 )
 from tenpak.decoder import Config
 from tenpak.decoder.kv import BITS
@@ -135,8 +137,9 @@ def builds(
         for bits in BITS.values():
             add("append.cu", cache_defines(bits, head_dim, False))
     # What stands between a decoder's products (tenpak.cuda.glue).
-    for centred in (0, 1):
-        add("norm.cu", {"THREADS": 512, "BF16": 0, "CENTRED": centred})
+    for width in sorted({k for _, k in shapes}):
+        for centred in (False, True):
+            add("norm.cu", norm_defines(width, centred))
     for activation in range(1, len(ACTIVATIONS)):
         for gated in range(3):
             add("gate.cu", {"ACTIVATION": activation, "BF16": 0, "GATED": gated})
@@ -151,12 +154,13 @@ def builds(
 def _plans(
     here: Device, layout: str, shapes: Sequence[tuple[int, int]], types: Sequence[bool]
 ) -> Iterator[tuple[str, Mapping[str, object]]]:
-    finishes = [
-        Finish(overlaps=True),
-        Finish("float32", overlaps=True),
-        Finish("added", overlaps=True),
-        *(Finish(activation=name, overlaps=True) for name in ACTIVATIONS[1:]),
-        Finish(activation="silu", gated=True, overlaps=True),
+    endings = [
+        Fused(overlaps=True),
+        Fused(output="float32", overlaps=True),
+        Fused(output="added", overlaps=True),
+        *(Fused(norm, output=output, overlaps=True) for norm in NORMS[1:] for output in ("activations", "float32")),
+        *(Fused("layer", activation=name, overlaps=True) for name in ACTIVATIONS[1:]),
+        Fused("rms", activation="silu", gated=True, overlaps=True),
     ]
     for n, k in shapes:
         # Beyond, tokens come in tiles of 128.
@@ -170,8 +174,8 @@ def _plans(
             for bf16 in types:
                 plan = choose(here, layout, n, k, m, bf16=bf16, in_boxes=True)
                 yield plan.source, plan.defines
-        for finish in finishes:
-            plan = choose(here, layout, n, k, 1, finish=finish)
+        for fused in endings:
+            plan = choose(here, layout, n, k, 1, fused=fused)
             yield plan.source, plan.defines
 
 

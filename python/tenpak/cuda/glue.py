@@ -10,10 +10,9 @@ from typing import Any
 import numpy as np
 
 from tenpak.cuda.compile import function
-from tenpak.cuda.plans import ACTIVATIONS, OUTPUTS, Output
+from tenpak.cuda.plans import ACTIVATIONS, NORM_THREADS, OUTPUTS, Output, norm_defines
 from tenpak.sampling import Sampling
 
-_THREADS = 512
 _SAMPLE_THREADS = 1024
 #: Shared memory of cuda/sample.cu: a histogram.
 _BINS_BYTES = 8 << 13
@@ -29,19 +28,23 @@ def norm(norm: Any, h: Any, added: Any, out: Any) -> None:
         out: FP16 of the same shape.
     """
     tokens, width = h.shape
-    bias = getattr(norm, "bias", None)
-    each = -(-width // _THREADS)
-    defines = {"THREADS": _THREADS, "EACH": each, "BF16": 0, "CENTRED": int(bias is not None)}
+    weight, bias, eps = norm_arguments(norm)
+    defines = norm_defines(width, bias != 0)
     arguments = (
         h.data.ptr,
         _address(added),
-        norm.weight.data.ptr,
-        _address(bias),
+        weight,
+        bias,
         out.data.ptr,
         np.int32(width),
-        np.float32(norm.eps),
+        np.float32(eps),
     )
-    function("norm.cu", "normalise", defines, h.device.id)((tokens, 1, 1), (_THREADS,), arguments)
+    function("norm.cu", "normalise", defines, h.device.id)((tokens, 1, 1), (NORM_THREADS,), arguments)
+
+
+def norm_arguments(norm: Any) -> tuple[int, int, float]:
+    """Addresses of a norm's weight and bias (0 for none), and its epsilon."""
+    return int(norm.weight.data.ptr), _address(getattr(norm, "bias", None)), norm.eps
 
 
 def gate(y: Any, out: Any, activation: str, *, in_turns: bool = False, others: Any = None) -> None:
@@ -51,7 +54,7 @@ def gate(y: Any, out: Any, activation: str, *, in_turns: bool = False, others: A
         y: FP16 [tokens, inner], or `in_turns` [tokens, 2 · inner].
         out: FP16 [tokens, inner].
         activation: One of `ACTIVATIONS`.
-        in_turns: Whether y holds both, as `tenpak.cuda.plans.Finish.gated` says.
+        in_turns: Whether y holds both, as `tenpak.cuda.plans.Fused.gated` says.
         others: What the activated y multiplies, like it; or None.
     """
     gated = 1 if in_turns else 0 if others is None else 2

@@ -62,12 +62,17 @@ Output = Literal["activations", "float32", "added"]
 OUTPUTS: tuple[Output, ...] = get_args(Output)
 #: As cuda/activation.cuh numbers them.
 ACTIVATIONS = ("none", "silu", "gelu_tanh", "gelu", "relu")
+#: What is done to x before a product; numbered by cuda/normed.cuh.
+NormKind = Literal["none", "rms", "layer"]
+NORMS: tuple[NormKind, ...] = get_args(NormKind)
 
 
 @dataclass(frozen=True)
-class Finish:
-    """What becomes of the sums of up to `FEW` tokens, for a decoder's step (cuda/skinny.cu)."""
+class Fused:
+    """What else a decoder's step does in the launch of a product of up to `FEW` tokens (cuda/skinny.cu)."""
 
+    #: The norm before it: x is then FP32, and its columns are a multiple of four.
+    norm: NormKind = "none"
     #: What y is.
     output: Output = "activations"
     #: A function of the outputs, by its name in `ACTIVATIONS`.
@@ -82,6 +87,7 @@ class Finish:
     def defines(self) -> dict[str, object]:
         """Macros of cuda/skinny.cu, of those only that are not its defaults."""
         values = {
+            "NORM": NORMS.index(self.norm),
             "OUTPUT": OUTPUTS.index(self.output),
             "ACTIVATION": ACTIVATIONS.index(self.activation),
             "GATED": int(self.gated),
@@ -90,8 +96,17 @@ class Finish:
         return {name: value for name, value in values.items() if value}
 
 
-PLAIN = Finish()
-#: Tokens that a product with another `Finish` may have.
+#: Threads of norm.cu.
+NORM_THREADS = 512
+
+
+def norm_defines(width: int, centred: bool) -> dict[str, object]:
+    """Macros of norm.cu; `centred`: a layer norm."""
+    return {"THREADS": NORM_THREADS, "EACH": divide_up(width, NORM_THREADS), "BF16": 0, "CENTRED": int(centred)}
+
+
+PLAIN = Fused()
+#: Tokens that a product with another `Fused` may have.
 FEW = 8
 
 
@@ -118,7 +133,7 @@ def divide_up(a: int, b: int) -> int:
 
 
 def _skinny(
-    device: Device, layout: str, n: int, k: int, m: int, batch: int, bf16: bool, grouped: bool, finish: Finish
+    device: Device, layout: str, n: int, k: int, m: int, batch: int, bf16: bool, grouped: bool, fused: Fused
 ) -> Plan:
     """`m` is the number of tokens a matrix, or, grouped, of all experts together."""
     strips, tiles, stage = divide_up(n, TILE_ROWS), divide_up(k, TILE_COLS), STAGE_BYTES[layout]
@@ -171,8 +186,11 @@ def _skinny(
         "COLUMNS": columns,
         "BLOCKS": blocks,
         "INTEGER": integer,
-        **finish.defines,
+        **fused.defines,
     }
+    if fused.norm != "none":
+        # Each thread's part of a row, in fours (cuda/normed.cuh).
+        defines["EACH"] = divide_up(tiles * TILE_COLS, 4 * 32 * warps)
     # Slots of partial sums: one for each chunk of tokens of each matrix.
     slots = (m // chunk + batch if grouped else batch * divide_up(m, chunk) + batch) if slices > 1 else 0
     int32 = np.int32
@@ -262,7 +280,7 @@ def choose(
     batch: int = 1,
     bf16: bool = False,
     grouped: bool = False,
-    finish: Finish = PLAIN,
+    fused: Fused = PLAIN,
     in_boxes: bool = False,
 ) -> Plan:
     """The kernel and configuration for a product of `m` tokens with a weight [batch, n, k].
@@ -276,7 +294,7 @@ def choose(
         fits = m <= FEW or (m <= 16 and 32 * k <= 160 << 10 and n * k < LARGE)
         if not fits:
             return _prefill(device, layout, n, k, m, batch, bf16)
-    return _skinny(device, layout, n, k, m, batch, bf16, grouped, finish)
+    return _skinny(device, layout, n, k, m, batch, bf16, grouped, fused)
 
 
 #: Head sizes that the kernels are tested with.

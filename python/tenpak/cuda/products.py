@@ -16,7 +16,7 @@ import numpy as np
 from tenpak.cuda import plans, tensormap
 from tenpak.cuda.compile import function
 from tenpak.cuda.layouts import TILE_COLS, TILE_ROWS
-from tenpak.cuda.plans import DENSE_FROM, PLAIN, RESERVED, Device, Finish, Plan, choose, divide_up
+from tenpak.cuda.plans import DENSE_FROM, PLAIN, RESERVED, Device, Fused, Plan, choose, divide_up
 from tenpak.errors import UsageError
 
 if TYPE_CHECKING:
@@ -36,6 +36,10 @@ def device_of(number: int) -> Device:
         attributes["MaxSharedMemoryPerMultiprocessor"],
         cupy.cuda.Device(number).compute_capability == "90",
     )
+
+
+#: Addresses of a norm's weight and bias (0 for none), FP32 [k], and its epsilon.
+Norm = tuple[int, int, float]
 
 
 class Workspace:
@@ -73,20 +77,20 @@ def plan(
     batch: int,
     bf16: bool,
     grouped: bool = False,
-    finish: Finish = PLAIN,
+    fused: Fused = PLAIN,
     in_boxes: bool = False,
 ) -> tuple[Plan, Any]:
     """What `choose` says for a device, and the loaded kernel."""
-    chosen = choose(device_of(device), layout, n, k, m, batch, bf16, grouped, finish, in_boxes)
+    chosen = choose(device_of(device), layout, n, k, m, batch, bf16, grouped, fused, in_boxes)
     return chosen, function(chosen.source, chosen.kernel, chosen.defines, device)
 
 
 def plan_for(
-    w: QuantizedWeight, x: int, stride: int, m: int, bf16: bool, grouped: bool = False, finish: Finish = PLAIN
+    w: QuantizedWeight, x: int, stride: int, m: int, bf16: bool, grouped: bool = False, fused: Fused = PLAIN
 ) -> tuple[Plan, Any]:
     """What `launch` takes for x at an address, rows `stride` elements apart: it says what workspace that needs."""
     in_boxes = m >= plans.WIDE_FROM and tensormap.fits(x, stride)
-    return plan(w.device, w.layout, *w.shape, m, max(w.batch, 1), bf16, grouped, finish, in_boxes)
+    return plan(w.device, w.layout, *w.shape, m, max(w.batch, 1), bf16, grouped, fused, in_boxes)
 
 
 def launch(
@@ -101,18 +105,22 @@ def launch(
     bias: int = 0,
     offsets: int = 0,
     workspace: Workspace | None = None,
-    finish: Finish = PLAIN,
+    fused: Fused = PLAIN,
+    norm: Norm | None = None,
 ) -> None:
     """Launches y = x Wᵀ + bias on addresses of device memory, for callers that have their own arrays.
 
     `x` [m, k] (or [batch, m, k]; with `offsets`, all experts' tokens [m, k]) with rows of `x_stride` elements (k), `y`
     [m, n] alike, in FP16 or BF16; `bias` [n] (or [batch, n]) of the same type, or 0; `offsets` int32 [batch + 1] or 0;
     `stream` a CuPy stream of the weight's device; `workspace` what the plan asks for, or None for the stream's own.
-    With another `finish`, y is what that says, and there are at most `FEW` tokens. Checks nothing.
+    With another `fused`, x and y are what that says, and there are at most `FEW` tokens; `norm` is what its norm reads.
+    Checks nothing.
     """
     stride = w.shape[1] if x_stride is None else x_stride
-    chosen = plan_for(w, x, stride, m, bf16, offsets != 0, finish)
-    run(chosen, w, x, y, m, stride, bf16=bf16, stream=stream, bias=bias, offsets=offsets, workspace=workspace)
+    chosen = plan_for(w, x, stride, m, bf16, offsets != 0, fused)
+    run(
+        chosen, w, x, y, m, stride, bf16=bf16, stream=stream, bias=bias, offsets=offsets, workspace=workspace, norm=norm
+    )
 
 
 def run(
@@ -128,6 +136,7 @@ def run(
     bias: int = 0,
     offsets: int = 0,
     workspace: Workspace | None = None,
+    norm: Norm | None = None,
 ) -> None:
     """`launch` with a plan, and its kernel, that were made for this product."""
     p, kernel = chosen
@@ -157,6 +166,8 @@ def run(
     else:
         arguments = (*weights, x, y, bias, offsets, partial, counters, *steps, stride)
     arguments = (*arguments, *p.scalars, np.float32(w.scale))
+    if norm is not None:
+        arguments = (*arguments, *norm[:2], np.float32(norm[2]))
     kernel(p.grid, p.block, arguments, p.shared, stream)
 
 

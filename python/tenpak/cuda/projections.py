@@ -1,8 +1,9 @@
 """A decoder's linear layers as a GPU's step multiplies with them: those that share an input as one product.
 
 Queries, keys and values are rows of one weight; so are gates and what they multiply, in turns of eight rows, so that
-one lane of the kernel holds both and nothing between them is written. Weights of different codecs cannot be joined, and
-are multiplied one after another; weights without kernels are FP16 (FP32 where that cannot hold them).
+one lane of the kernel holds both and nothing between them is written. The norm before a product of few tokens is made
+in its launch. Weights of different codecs cannot be joined, and are multiplied one after another; weights without
+kernels are FP16 (FP32 where that cannot hold them).
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import numpy as np
 from tenpak.artifact import ArtifactFile
 from tenpak.codecs import find as codec_named
 from tenpak.cuda import glue, layouts
-from tenpak.cuda.plans import FEW, Finish, Output
+from tenpak.cuda.plans import FEW, Fused, NormKind, Output
 from tenpak.cuda.products import launch, matmul
 from tenpak.cuda.weight import KEEP, QuantizedWeight
 
@@ -68,13 +69,23 @@ class Projection:
         self.into(y, x)
         return y
 
-    def into(self, y: Any, x: Any) -> None:
-        """Fills y [m, n], FP16, or of one token FP32."""
+    def norms(self, tokens: int) -> bool:
+        """Whether so many tokens can be given as the residual stream, with the norm that is before them."""
+        weight = self._weights[0]
+        return (
+            len(self._weights) == 1
+            and tokens <= FEW
+            and isinstance(weight, QuantizedWeight)
+            and weight.shape[1] % 4 == 0
+        )
+
+    def into(self, y: Any, x: Any, norm: Any = None) -> None:
+        """Fills y [m, n], FP16, or of one token FP32, from x, or where it `norms` from the norm of x, FP32."""
         output: Output = "float32" if y.dtype == np.float32 else "activations"
         at = 0
         for weight, bias in zip(self._weights, self._biases, strict=True):
             end = at + weight.shape[0]
-            self._one(weight, bias, x, y[:, at:end], output)
+            self._one(weight, bias, x, y[:, at:end], output, norm)
             at = end
 
     def add_to(self, h: Any, x: Any) -> Any:
@@ -85,14 +96,15 @@ class Projection:
         self._one(weight, bias, x, h, "added")
         return None
 
-    def activated(self, out: Any, x: Any, activation: str, y: Any) -> None:
+    def activated(self, out: Any, x: Any, activation: str, y: Any, norm: Any = None) -> None:
         """out = activation(y) [m, n]; of two weights, the activated first one's y times the second's: [m, n / 2].
 
-        `y`, FP16 [m, n], is overwritten: memory for what is written between product and activation.
+        `x` and `norm` as `into` has them. `y`, FP16 [m, n], is overwritten: memory for what is written between product
+        and activation.
         """
         if len(self._weights) == 1 and len(x) <= FEW and isinstance(self._weights[0], QuantizedWeight):
-            finish = Finish(activation=activation, gated=self.in_turns, overlaps=True)
-            _launch(self._weights[0], self._biases[0], x, out, finish)
+            fused = Fused(_kind(norm), activation=activation, gated=self.in_turns, overlaps=True)
+            _launch(self._weights[0], self._biases[0], x, out, fused, norm)
         elif len(self._weights) == 1:
             self.into(y, x)
             glue.gate(y, out, activation, in_turns=self.in_turns)
@@ -102,10 +114,10 @@ class Projection:
                 self._one(weight, bias, x, half, "activations")
             glue.gate(halves[0], out, activation, others=halves[1])
 
-    def _one(self, weight: Any, bias: Any, x: Any, y: Any, output: Output) -> None:
+    def _one(self, weight: Any, bias: Any, x: Any, y: Any, output: Output, norm: Any = None) -> None:
         packed, whole = isinstance(weight, QuantizedWeight), bool(y.flags.c_contiguous)
         if whole and packed and len(x) <= FEW:
-            _launch(weight, bias, x, y, Finish(output=output, overlaps=True))
+            _launch(weight, bias, x, y, Fused(_kind(norm), output=output, overlaps=True), norm)
         elif whole and not packed and len(x) == 1:
             glue.product(weight, x, y, bias, output)
         elif whole and packed:
@@ -116,7 +128,11 @@ class Projection:
                 y += bias
 
 
-def _launch(weight: QuantizedWeight, bias: Any, x: Any, y: Any, finish: Finish) -> None:
+def _kind(norm: Any) -> NormKind:
+    return "none" if norm is None else "layer" if hasattr(norm, "bias") else "rms"
+
+
+def _launch(weight: QuantizedWeight, bias: Any, x: Any, y: Any, fused: Fused, norm: Any) -> None:
     launch(
         weight,
         x.data.ptr,
@@ -125,7 +141,8 @@ def _launch(weight: QuantizedWeight, bias: Any, x: Any, y: Any, finish: Finish) 
         bf16=False,
         stream=cupy.cuda.get_current_stream(),
         bias=0 if bias is None else bias.data.ptr,
-        finish=finish,
+        fused=fused,
+        norm=None if norm is None else glue.norm_arguments(norm),
     )
 
 

@@ -1,8 +1,8 @@
 """Writes tokens on one GPU: weights and cache stay quantised, and each step is one captured CUDA graph.
 
-A layer is eight launches: norm, queries + keys + values, append, attention, output (added to the residual stream),
-norm, gate + up (activated and multiplied), down (added). The residual stream is FP32, all else FP16. The token is
-chosen on the device and stays there: while the host reads one, the next is being computed.
+A layer is six launches: queries + keys + values (of the residual stream's norm), append, attention, output (added to
+the residual stream), gate + up (of its norm, activated and multiplied), down (added). The residual stream is FP32, all
+else FP16. The token is chosen on the device and stays there: while the host reads one, the next is being computed.
 """
 
 from __future__ import annotations
@@ -253,22 +253,28 @@ class Runner:
         """Queues tokens on their way through all layers, and the choice of the one that follows; `fresh`: the first."""
         cache, config, count = self._cache, self.config, len(tokens)
         assert cache is not None
-        h, x = buffers.h, buffers.x
+        h = buffers.h
         glue.embed(tokens, self._embedding, self._positions, cache.lengths, h)
+
+        def normed(projection: Projection, norm: Any, added: Any, part: slice = slice(None)) -> tuple[Any, Any]:
+            """What a projection takes for the norm of h + added: x, and the norm that it makes itself."""
+            rows, x = h[part], buffers.x[part]
+            if added is None and projection.norms(len(rows)):
+                return rows, norm
+            glue.norm(norm, rows, None if added is None else added[part], x)
+            return x, None
+
         with overlapping():
             added = None
             for index, layer in enumerate(self._layers):
-                glue.norm(layer.block.attention_norm, h, added, x)
-                layer.qkv.into(buffers.qkv, x)
+                layer.qkv.into(buffers.qkv, *normed(layer.qkv, layer.block.attention_norm, added))
                 self._attend(index, layer, buffers, fresh and count > 1)
                 added = layer.out.add_to(h, buffers.mixed)
-                glue.norm(layer.block.mlp_norm, h, added, x)
-                layer.up.activated(buffers.inner, x, config.activation, buffers.up)
+                x, norm = normed(layer.up, layer.block.mlp_norm, added)
+                layer.up.activated(buffers.inner, x, config.activation, buffers.up, norm)
                 added = layer.down.add_to(h, buffers.inner)
             if choose:
-                last = slice(count - 1, count)
-                glue.norm(self._norm, h[last], None if added is None else added[last], x[last])
-                self._head.into(self._scores, x[last])
+                self._head.into(self._scores, *normed(self._head, self._norm, added, slice(count - 1, count)))
             cache.advance(count)
             if choose:
                 glue.sample(self._scores, self._how, cache.lengths, self._token)
