@@ -62,7 +62,7 @@ STEP: list[tuple[str, dict[str, object]]] = [
             plans.Fused(output="float32", overlaps=True),
             plans.Fused(output="added", overlaps=True),
             plans.Fused(activation="silu", gated=True, overlaps=True),
-            plans.Fused("layer", activation="gelu_tanh"),
+            plans.Fused(activation="gelu_tanh"),
         )
     ),
     # As a decoder's step has them, at its shapes.
