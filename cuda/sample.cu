@@ -24,13 +24,37 @@ struct How {
     u64 seed;
 };
 
+// Calls take(i, all[i]) for this thread's elements, with AT_ONCE reads under way.
+constexpr int AT_ONCE = 8;
+template <class Take>
+__device__ __forceinline__ void for_each(const float* all, int count, Take take) {
+    for (int first = threadIdx.x; first < count; first += AT_ONCE * THREADS) {
+        float x[AT_ONCE];
+#pragma unroll
+        for (int j = 0; j < AT_ONCE; ++j) {
+            const int i = first + j * THREADS;
+            x[j] = i < count ? all[i] : 0.0f;
+        }
+#pragma unroll
+        for (int j = 0; j < AT_ONCE; ++j) {
+            const int i = first + j * THREADS;
+            if (i < count) take(i, x[j]);
+        }
+    }
+}
+
 struct Scores {
     const float* all;
     int count;
     float top, inverse_temperature;
 
-    __device__ __forceinline__ u32 distance(int i) const {
-        return (u32)fminf((top - all[i]) * inverse_temperature * STEPS, (float)(BINS - 1) * BINS);
+    __device__ __forceinline__ u32 distance(float score) const {
+        return (u32)fminf((top - score) * inverse_temperature * STEPS, (float)(BINS - 1) * BINS);
+    }
+    // Calls take(i, distance) for this thread's tokens.
+    template <class Take>
+    __device__ __forceinline__ void for_distances(Take take) const {
+        for_each(all, count, [&](int i, float score) { take(i, distance(score)); });
     }
     __device__ __forceinline__ u64 weight(u32 distance) const {
         return (u64)(power_of_two((float)distance * (-LOG2E / STEPS)) * UNIT);
@@ -44,16 +68,22 @@ struct Found {
     u64 before, equal;
 };
 
+// Shared memory adds 32 bits by itself, 64 only by trying; every wrap of the lower half is one thread's to carry.
+__device__ __forceinline__ void add_to(u64* bin, u64 x) {
+    u32* const halves = (u32*)bin;
+    const u32 low = (u32)x, before = atomicAdd(halves, low), high = (u32)(x >> 32) + (before + low < low);
+    if (high) atomicAdd(halves + 1, high);
+}
+
 // Adds each token's weight (or 1, if COUNTED) to the bin that `bin` gives for its distance, if that is not below 0.
 template <bool COUNTED, class Bin>
 __device__ __forceinline__ void fill(const Scores& scores, u64* bins, Bin bin) {
     for (int i = threadIdx.x; i < BINS; i += THREADS) bins[i] = 0;
     __syncthreads();
-    for (int i = threadIdx.x; i < scores.count; i += THREADS) {
-        const u32 distance = scores.distance(i);
+    scores.for_distances([&](int, u32 distance) {
         const int at = bin(distance);
-        if (at >= 0) atomicAdd(bins + at, COUNTED ? 1ull : scores.weight(distance));
-    }
+        if (at >= 0) add_to(bins + at, COUNTED ? 1ull : scores.weight(distance));
+    });
     __syncthreads();
 }
 
@@ -111,21 +141,22 @@ __device__ __forceinline__ u64 chance(u64 seed, u64 position) {
     return c0;
 }
 
-// The likeliest token, of equal ones the first; -1 where a score is NaN or +infinity.
-__device__ __forceinline__ int likeliest(const float* scores, int count, float& top) {
+// The likeliest token, of equal ones the first; -1 where a score is NaN or +infinity. Where there is room for them the
+// scores are `kept` for what comes after.
+__device__ __forceinline__ int likeliest(const float* scores, int count, float* kept, float& top) {
     __shared__ float tops[WARPS];
     __shared__ int places[WARPS];
     float best = from_bits(0xff800000u);
     int place = count;
     bool broken = false;
-    for (int i = threadIdx.x; i < count; i += THREADS) {
-        const float x = scores[i];
+    for_each(scores, count, [&](int i, float x) {
+        if (kept) kept[i] = x;
         broken |= !(x < from_bits(0x7f800000u));
         if (x > best || (x == best && i < place)) {
             best = x;
             place = i;
         }
-    }
+    });
     if (broken) place = -1;
 #pragma unroll
     for (int mask = 1; mask < LANES; mask *= 2) {
@@ -156,31 +187,32 @@ __device__ __forceinline__ int likeliest(const float* scores, int count, float& 
 
 }  // namespace tenpak
 
-// scores [count]; lengths: tokens before the one that is chosen; token: the choice, -1 where a score is not finite.
+// scores [count], which shared memory has `room` for behind the bins, or 0; lengths: tokens before the one that is chosen;
+// token: the choice, -1 where a score is not finite.
 extern "C" __global__ void __launch_bounds__(THREADS)
-    sample(const float* scores, int count, const void* options, const int* lengths, int* token) {
+    sample(const float* scores, int count, const void* options, const int* lengths, int* token, int room) {
     using namespace tenpak;
     let_next_begin();
     wait_for_previous();
     u64* bins = (u64*)dynamic_shared();
     const How how = *(const How*)options;
     float top;
-    const int first = likeliest(scores, count, top);
+    float* const kept_scores = room ? (float*)(bins + BINS) : nullptr;
+    const int first = likeliest(scores, count, kept_scores, top);
     if (first < 0 || how.inverse_temperature == 0.0f) {
         if (threadIdx.x == 0) *token = first;
         return;
     }
-    const Scores all = {scores, count, top, how.inverse_temperature};
+    const Scores all = {room ? kept_scores : scores, count, top, how.inverse_temperature};
     // What all considered tokens weigh; 0 as long as all are.
     u64 kept = 0;
     if (how.top_k > 0 && how.top_k < count) {
         const Found last = find<true>(all, bins, [=](u64) { return (u64)how.top_k - 1; });
         const u64 weight = all.weight(last.distance);
         u64 nearer = 0, total;
-        for (int i = threadIdx.x; i < count; i += THREADS) {
-            const u32 distance = all.distance(i);
+        all.for_distances([&](int, u32 distance) {
             if (distance < last.distance) nearer += all.weight(distance);
-        }
+        });
         block_sum_before(nearer, total);
         kept = total + (last.equal + 1) * weight;
     }
@@ -197,14 +229,27 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     const u64 number = chance(how.seed, (u64)lengths[0]);
     const Found drawn = find<false>(all, bins, [=](u64 total) { return __umul64hi(number, kept ? kept : total); });
 
-    // The equal-th token of that distance, in the order of tokens.
-    const int each = (count + THREADS - 1) / THREADS, from = threadIdx.x * each, to = min(from + each, count);
+    // Nearly always one token has that distance.
     u64 mine = 0, total;
-    for (int i = from; i < to; ++i) mine += all.distance(i) == drawn.distance;
+    int only = 0;
+    all.for_distances([&](int i, u32 distance) {
+        if (distance != drawn.distance) return;
+        ++mine;
+        only = i;
+    });
+    block_sum_before(mine, total);
+    if (total == 1) {
+        if (mine) *token = only;
+        return;
+    }
+    // Else the equal-th of them, in the order of tokens.
+    const int each = (count + THREADS - 1) / THREADS, from = threadIdx.x * each, to = min(from + each, count);
+    mine = 0;
+    for (int i = from; i < to; ++i) mine += all.distance(all.all[i]) == drawn.distance;
     u64 place = block_sum_before(mine, total);
     if (place <= drawn.equal && place + mine > drawn.equal) {
         for (int i = from; i < to; ++i) {
-            if (all.distance(i) != drawn.distance) continue;
+            if (all.distance(all.all[i]) != drawn.distance) continue;
             if (place++ == drawn.equal) *token = i;
         }
     }

@@ -162,8 +162,9 @@ def runner_on_cpu() -> Iterator[SimpleNamespace]:
         for module in loaded.values():
             if hasattr(module, "function"):
                 module.function = function
-        device = SimpleNamespace(multiprocessors=3, shared_all=228 << 10)
-        loaded["attention"].device_of = lambda number: device
+        device = SimpleNamespace(multiprocessors=3, shared=225 << 10, shared_all=228 << 10)
+        for name in ("attention", "glue"):
+            loaded[name].device_of = lambda number: device
         loaded["projections"].launch = _launch
         loaded["projections"].matmul = _matmul
         yield SimpleNamespace(cupy=cupy, **loaded)

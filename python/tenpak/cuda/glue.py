@@ -11,6 +11,7 @@ import numpy as np
 
 from tenpak.cuda.compile import function
 from tenpak.cuda.plans import ACTIVATIONS, NORM_THREADS, OUTPUTS, Output, norm_defines
+from tenpak.cuda.products import device_of
 from tenpak.sampling import Sampling
 
 _SAMPLE_THREADS = 1024
@@ -128,9 +129,12 @@ def sample(scores: Any, how: Any, lengths: Any, token: Any) -> None:
         lengths: int32 [1].
         token: int32 [1], to be filled; -1 where a score is NaN or infinite.
     """
-    arguments = (scores.data.ptr, np.int32(scores.size), how.data.ptr, lengths.data.ptr, token.data.ptr)
+    # Scores that fit are read from global memory once.
+    shared = _BINS_BYTES + int(scores.nbytes)
+    room = shared <= device_of(scores.device.id).shared
+    pointers = (scores.data.ptr, np.int32(scores.size), how.data.ptr, lengths.data.ptr, token.data.ptr)
     kernel = function("sample.cu", "sample", {"THREADS": _SAMPLE_THREADS}, scores.device.id)
-    kernel((1, 1, 1), (_SAMPLE_THREADS,), arguments, _BINS_BYTES)
+    kernel((1, 1, 1), (_SAMPLE_THREADS,), (*pointers, np.int32(room)), shared if room else _BINS_BYTES)
 
 
 def _address(array: Any) -> int:
