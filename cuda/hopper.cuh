@@ -90,8 +90,8 @@ __device__ __forceinline__ void copy_run(u32 to, const u8* from, u32 bytes, u64 
 #pragma unroll
     for (int at = 0; at < MOST; at += 16 * LANES) {
         if (at + 16 * lane < bytes)
-            asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;"
-                         :: "r"(to + at + 16 * lane), "l"(from + at + 16 * lane), "l"(keep) : "memory");
+            asm volatile("cp.async.cg.shared.global [%0], [%1], 16;"
+                         :: "r"(to + at + 16 * lane), "l"(from + at + 16 * lane) : "memory");
     }
 }
 // This thread arrives once all that it has asked for by copy_run is there; the barrier's count has it already.
