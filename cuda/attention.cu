@@ -7,16 +7,21 @@
 // passes it by 2^RISE, which is rare. The sequence is cut into splits; the last block to arrive at a group adds
 // them (always in the same order, so results repeat) and leaves the counter at zero for the next launch.
 //
+// With -DAPPENDS=1 the one new token of each sequence is put into the cache in the same launch (newest.cuh): its query is
+// normed and turned on its way in, the block that has the newest tile of a head stores its key and value, and the one that
+// has a tile which is no longer among the newest quantises it first. Blocks of the same head, for more than eight columns,
+// write the same bytes.
+//
 // Grid: x splits, y (kv head, eight columns), z sequences. -DBITS (of codes: 4, 8;
 // or 16), -DBF16, -DWARPS, -DSTAGES, -DBLOCKS (of a multiprocessor, for the register budget).
-#include "cache.cuh"
+#include "newest.cuh"
 #include "overlap.cuh"
+#ifndef APPENDS
+#define APPENDS 0
+#endif
 
 namespace tenpak {
 
-using Codes = Record<BITS>;
-using Halves = Record<16>;
-constexpr int THREADS = WARPS * LANES;
 constexpr int COLUMNS = 8;
 constexpr float RISE = 6.0f;
 constexpr float NOTHING = -1e30f;
@@ -140,34 +145,41 @@ __device__ __forceinline__ void tile(State& state, const u8* record, int first, 
 // token · q_token + head · DIM + channel; out: [sequences, tokens, heads, DIM]. store: [sequences, kv_heads, capacity] tiles
 // of codes; ring: [sequences, kv_heads, ring_tiles] FP16 tiles. lengths: tokens of each sequence before the new ones, whose
 // keys are stored already; counts: how many of the new ones are real, or null for all. window: the last tokens that each
-// sees, or 0 for all. scale: of scores, times log2(e).
+// sees, or 0 for all. scale: of scores, times log2(e). With -DAPPENDS=1: one new token, whose key and value, like its
+// queries, are as `append` takes them.
 extern "C" __global__ void __launch_bounds__(tenpak::THREADS, BLOCKS)
-    attend(const u16* q, u16* out, const u8* store, const u8* ring, const int* lengths, const int* counts, float* partial,
+    attend(const u16* q, u16* out, u8* store, u8* ring, const int* lengths, const int* counts, float* partial,
            u32* counters, long long q_sequence, long long q_token, int tokens, int heads, int kv_heads, int capacity,
-           int ring_tiles, int window, float scale) {
+           int ring_tiles, int window, float scale
+#if APPENDS
+           , u16* k, u16* v, const float* rotary, const u16* q_norm, const u16* k_norm, long long k_sequence, long long v_sequence,
+           int half, int positions, float eps
+#endif
+) {
     using namespace tenpak;
     let_next_begin();
-    wait_for_previous();
+    // What is appended here waits as late as it can: of what it reads before that, launches that it overlaps with write
+    // nothing. The cache of its layer has been written by the launch like this of the step before, and lengths at the end of
+    // that; each step begins with one that overlaps with nothing.
+    if (!APPENDS) wait_for_previous();
     const int lane = threadIdx.x % LANES, warp = threadIdx.x / LANES, sequence = blockIdx.z;
     const int group = heads / kv_heads, wanted = tokens * group, chunks = (wanted + COLUMNS - 1) / COLUMNS;
     const int kv_head = blockIdx.y / chunks, first_column = blockIdx.y % chunks * COLUMNS;
     const int columns = min(COLUMNS, wanted - first_column);
     const int before = lengths[sequence];
     const int total = before + (counts ? min(max(counts[sequence], 0), tokens) : tokens);
-    // Queries are on their way while lengths are.
     constexpr int EACH = (COLUMNS + WARPS - 1) / WARPS;
     u16 raw[EACH][PER_LANE] = {};
+    auto load_queries = [&]() {
 #pragma unroll
-    for (int i = 0; i < EACH; ++i) {
-        if (warp + i * WARPS >= columns) continue;
-        const int at = first_column + warp + i * WARPS;
-        const u16* from = q + sequence * q_sequence + at / group * q_token + (long long)(kv_head * group + at % group) * DIM;
-#pragma unroll
-        for (int j = 0; j < PER_LANE; ++j) {
-            const int d = lane + LANES * j;
-            if (d < DIM) raw[i][j] = from[d];
+        for (int i = 0; i < EACH; ++i) {
+            if (warp + i * WARPS >= columns) continue;
+            const int at = first_column + warp + i * WARPS;
+            load(raw[i], q + sequence * q_sequence + at / group * q_token + (long long)(kv_head * group + at % group) * DIM, lane);
         }
-    }
+    };
+    // Queries are on their way while lengths are.
+    if (!APPENDS) load_queries();
 
     // This block's tiles, of those that any of its columns sees.
     const int oldest = before + first_column / group + 1, newest = before + (first_column + columns - 1) / group + 1;
@@ -202,8 +214,43 @@ extern "C" __global__ void __launch_bounds__(tenpak::THREADS, BLOCKS)
         }
         commit();
     };
+    auto fetch_first = [&]() {
 #pragma unroll
-    for (int i = 0; i < STAGES - 1; ++i) fetch(i);
+        for (int i = 0; i < STAGES - 1; ++i) fetch(i);
+    };
+#if APPENDS
+    __shared__ float lines[WARPS][PER_LANE * LANES];
+    const Rotary turn = {rotary, half, positions, eps};
+    const Newest appended = {{k + sequence * k_sequence + (long long)kv_head * DIM, 0},
+                           {v + sequence * v_sequence + (long long)kv_head * DIM, 0},
+                           k_norm,
+                           turn,
+                           before,
+                           before + 1,
+                           capacity,
+                           ring_tiles,
+                           store + pair * capacity * Codes::BYTES,
+                           ring + pair * ring_tiles * Halves::BYTES,
+                           false};
+    const bool takes = split == used - 1;
+#if BITS != 16
+    static_assert(RECENT >= TILE, "a tile that is quantised has no new token");
+    const int due = quantised(before) / TILE, due_in = max(0, due - first_tile) / each;
+    if (quantised(before + 1) / TILE > due && split == due_in)
+        appended.settle(due, *(Newest::Settling*)memory, lines[warp], warp, lane);
+#endif
+    // Copies of FP16 tiles would be of the newest as it was.
+    if (BITS != 16 || !takes) fetch_first();
+    wait_for_previous();
+    load_queries();
+    if (takes) appended.keep(before / TILE, lines[warp], warp, lane);
+    if (BITS == 16 && takes) {
+        __syncthreads();
+        fetch_first();
+    }
+#else
+    fetch_first();
+#endif
 
     // Queries, scaled, as halves; turned where keys are.
 #pragma unroll
@@ -211,8 +258,15 @@ extern "C" __global__ void __launch_bounds__(tenpak::THREADS, BLOCKS)
         const int column = warp + i * WARPS;
         if (column >= COLUMNS) continue;
         float x[PER_LANE], sum = 0.0f;
+#if APPENDS
+        prepare(x, raw[i], q_norm, turn, before, lines[warp], lane);
+        // As `append` writes it back.
+#pragma unroll
+        for (int j = 0; j < PER_LANE; ++j) x[j] = from_activation<BF16>(to_activation<BF16>(x[j])) * scale;
+#else
 #pragma unroll
         for (int j = 0; j < PER_LANE; ++j) x[j] = from_activation<BF16>(raw[i][j]) * scale;
+#endif
         if constexpr (BITS == 4) hadamard(x, lane);
 #pragma unroll
         for (int j = 0; j < PER_LANE; ++j) {

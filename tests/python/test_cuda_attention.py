@@ -30,7 +30,10 @@ def gpu(request: pytest.FixtureRequest) -> Iterator[SimpleNamespace]:
         from tenpak import cuda
 
         yield SimpleNamespace(
-            **{name: getattr(cuda, name) for name in ("KVCache", "RotaryTable", "attend", "prefill")},
+            **{
+                name: getattr(cuda, name)
+                for name in ("KVCache", "RotaryTable", "append_and_attend", "attend", "prefill")
+            },
             array=cupy.asarray,
             large=True,
         )
@@ -195,6 +198,54 @@ def test_long_sequences_are_split_and_merged(gpu):
     session.step(1500, attend=False)
     session.step(1)
     session.step(1)
+
+
+@pytest.mark.parametrize("kv", ["fp16", "int8", "int4"])
+@pytest.mark.parametrize(
+    ("dim", "heads", "kv_heads", "batch", "norms", "pairs", "window", "dtype"),
+    [
+        (128, 4, 4, 1, False, 64, None, "float16"),
+        (64, 8, 2, 2, True, 16, None, "bfloat16"),
+        (80, 12, 1, 1, False, 40, 40, "float16"),
+        (64, 2, 1, 2, True, 0, 100, "float16"),
+    ],
+)
+def test_a_token_appended_on_the_way(gpu, kv, dim, heads, kv_heads, batch, norms, pairs, window, dtype):
+    """Cache and output are those of `append` and `attend`, also where tiles begin, settle and leave the ring."""
+    random, kind = np.random.default_rng(dim), type_of(dtype)
+
+    def draw(*shape: int) -> Any:
+        return gpu.array(random.standard_normal(shape).astype(kind))
+
+    q_norm, k_norm = (draw(dim), draw(dim)) if norms else (None, None)
+    options: dict[str, Any] = {"q_norm": q_norm, "k_norm": k_norm}
+    if pairs:
+        options["rotary"] = gpu.RotaryTable(np.geomspace(1, 1e-3, pairs).astype(np.float32), 128)
+    one, other = (gpu.KVCache(1, kv_heads, dim, 112, kv, batch) for _ in range(2))
+    before = 60
+    prompt = [draw(batch, before, kv_heads, dim) for _ in range(2)]
+    for cache in (one, other):
+        cache.append(0, prompt[0].copy(), prompt[1])
+        # Sequences of unlike lengths.
+        lengths = gpu.array(np.array([before - 5 * i for i in range(batch)], np.int32))
+        cache.advance(lengths, most=before)
+    for step in range(54 if gpu.large else 22):
+        qkv = draw(batch, 1, heads + 2 * kv_heads, dim)
+        same = qkv.copy()
+        (q, k, v), (q2, k2, v2) = (
+            (x[:, :, :heads], x[:, :, heads : heads + kv_heads], x[:, :, heads + kv_heads :]) for x in (qkv, same)
+        )
+        outs = [gpu.array(np.full((batch, 1, heads, dim), np.nan).astype(kind)) for _ in range(2)]
+        one.append(0, k, v, q=q, **options)
+        gpu.attend(q, one, 0, window=window, out=outs[0])
+        gpu.append_and_attend(q2, k2, v2, other, 0, **options, window=window, out=outs[1])
+        assert np.isfinite(get(outs[0])).all()
+        assert (get(outs[0]) == get(outs[1])).all(), f"step {step}"
+        assert (get(one._ring) == get(other._ring)).all(), f"ring, step {step}"
+        if kv != "fp16":
+            assert (get(one._store) == get(other._store)).all(), f"codes, step {step}"
+        for cache in (one, other):
+            cache.advance(1)
 
 
 @pytest.mark.parametrize("kv", ["int8", "int4", "fp16"])

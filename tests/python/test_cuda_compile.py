@@ -118,7 +118,9 @@ def test_the_cache_and_attention_compile_for_every_head(arch, dim):
         defines = {"BITS": bits, "DIM": dim, "RECENT": 64, "BF16": int(bits == 8)}
         assert kernels.compile_to_cubin("append.cu", defines, arch).startswith(b"\x7fELF")
         defines |= {"WARPS": warps, "STAGES": 3, "BLOCKS": 1}
-        assert kernels.compile_to_cubin("attention.cu", defines, arch).startswith(b"\x7fELF")
+        for appends in (0, 1):
+            cubin = kernels.compile_to_cubin("attention.cu", {**defines, "APPENDS": appends}, arch)
+            assert cubin.startswith(b"\x7fELF")
 
 
 def test_architectures():

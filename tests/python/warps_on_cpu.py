@@ -322,6 +322,7 @@ def warps_on_cpu(multiprocessors: int = 3) -> Iterator[SimpleNamespace]:
             KVCache=cache.KVCache,
             RotaryTable=cache.RotaryTable,
             attend=attention.attend,
+            append_and_attend=attention.append_and_attend,
             prefill=attention.prefill,
             prepare=attention.prepare,
         )

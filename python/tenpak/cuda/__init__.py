@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from tenpak.errors import UnsupportedError
 
 if TYPE_CHECKING:
-    from tenpak.cuda.attention import attend, prefill
+    from tenpak.cuda.attention import append_and_attend, attend, prefill
     from tenpak.cuda.cache import KVCache, RotaryTable
     from tenpak.cuda.codec import decode, encode
     from tenpak.cuda.linear import G8Linear
@@ -31,6 +31,7 @@ __all__ = [
     "KVCache",
     "QuantizedWeight",
     "RotaryTable",
+    "append_and_attend",
     "attend",
     "decode",
     "encode",
@@ -45,6 +46,7 @@ _MODULES = {
     "KVCache": ("tenpak.cuda.cache", "cupy"),
     "QuantizedWeight": ("tenpak.cuda.weight", "cupy"),
     "RotaryTable": ("tenpak.cuda.cache", "cupy"),
+    "append_and_attend": ("tenpak.cuda.attention", "cupy"),
     "attend": ("tenpak.cuda.attention", "cupy"),
     "decode": ("tenpak.cuda.codec", "cupy"),
     "encode": ("tenpak.cuda.codec", "cupy"),

@@ -117,7 +117,9 @@ def builds(
             for bits in BITS.values():
                 for bf16 in types:
                     # Tokens, heads and capacity change the grid alone.
-                    add("attention.cu", choose_attention(here, bits, head_dim, bf16, 1, 1, 8, 8, 64).defines)
+                    attention = choose_attention(here, bits, head_dim, bf16, 1, 1, 8, 8, 64).defines
+                    add("attention.cu", attention)
+                    add("attention.cu", {**attention, "APPENDS": 1})
     for layout in chosen:
         add("pack.cu", {"LAYOUT": layout})
         add("embed.cu", {"LAYOUT": layout})

@@ -14,7 +14,7 @@ from typing import Any
 import cupy
 import numpy as np
 
-from tenpak.cuda.cache import Heads, KVCache, is_bf16
+from tenpak.cuda.cache import Heads, KVCache, RotaryTable, is_bf16
 from tenpak.cuda.compile import function
 from tenpak.cuda.plans import HEAD_DIMS, AttentionPlan, choose_attention
 from tenpak.cuda.products import Workspace, device_of, workspace_of
@@ -65,6 +65,75 @@ def attend(
     Raises:
         UsageError: Shapes, dtypes, a window or a layer that do not fit.
     """
+    return _attend(q, cache, layer, None, scale, window, counts, out, workspace, stream)
+
+
+def append_and_attend(
+    q: Any,
+    k: Any,
+    v: Any,
+    cache: KVCache,
+    layer: int,
+    *,
+    rotary: RotaryTable | None = None,
+    q_norm: Any = None,
+    k_norm: Any = None,
+    eps: float = 1e-6,
+    scale: float | None = None,
+    window: int | None = None,
+    out: Any = None,
+    workspace: Workspace | None = None,
+    stream: Any = None,
+) -> Any:
+    """`KVCache.append` of one new token of each sequence and `attend`, in one launch.
+
+    The cache and the output become what they become by those two, bit for bit; q and k stay as they are. Within
+    `tenpak.cuda.launch.overlapping`, something that does not overlap must have been launched since the cache's lengths
+    last changed.
+
+    Args:
+        q: Queries [batch, 1, heads, head_dim], as `append` takes them.
+        k: Keys [batch, 1, kv_heads, head_dim].
+        v: Values, as `k`.
+        cache, layer, rotary, q_norm, k_norm, eps: As `append` has them.
+        scale, window, out, workspace, stream: As `attend` has them.
+
+    Returns:
+        [batch, 1, heads, head_dim] of q's dtype.
+
+    Raises:
+        UsageError: Shapes, dtypes, a window or a layer that do not fit, or more than one token.
+    """
+    _, keys, values = cache.checked(layer, q, k, v, rotary, q_norm, k_norm)
+    if keys.tokens != 1:
+        raise UsageError(f"k: {keys.tokens} tokens; one is appended here, more by KVCache.append")
+    newest = (
+        keys.pointer,
+        values.pointer,
+        0 if rotary is None else rotary.table.data.ptr,
+        0 if q_norm is None else q_norm.data.ptr,
+        0 if k_norm is None else k_norm.data.ptr,
+        np.int64(keys.sequence),
+        np.int64(values.sequence),
+        np.int32(0 if rotary is None else rotary.pairs),
+        np.int32(0 if rotary is None else rotary.positions),
+        np.float32(eps),
+    )
+    return _attend(q, cache, layer, newest, scale, window, None, out, workspace, stream)
+
+
+def _attend(
+    q: Any,
+    cache: KVCache,
+    layer: int,
+    newest: tuple[Any, ...] | None,
+    scale: float | None,
+    window: int | None,
+    counts: Any,
+    out: Any,
+    workspace: Workspace | None,
+    stream: Any,
+) -> Any:
     at = Heads.of(q, "q", cache.head_dim)
     if at.batch != cache.batch:
         raise UsageError(f"q: {at.batch} sequences, but the cache has {cache.batch}")
@@ -98,20 +167,27 @@ def attend(
             int32(cache.ring_tiles),
             int32(0 if window is None else window),
             np.float32(_scale(scale, cache.head_dim) * _LOG2E),
+            *(newest or ()),
         )
-        kernel = function("attention.cu", "attend", plan.defines, cache.device)
+        defines = plan.defines if newest is None else {**plan.defines, "APPENDS": 1}
+        kernel = function("attention.cu", "attend", defines, cache.device)
         kernel(plan.grid, (32 * plan.warps,), arguments, plan.shared, stream)
     return out
 
 
 def prepare(cache: KVCache, heads: int, *, tokens: int = 1, bf16: bool = False, stream: Any = None) -> None:
-    """Compiles what `append`, `attend` and `advance` will need and makes the stream's workspace, before a capture."""
+    """Compiles what a cache's kernels will need and makes the stream's workspace, before a capture.
+
+    Those are `append`, `attend`, of one token `append_and_attend`, and `advance`.
+    """
     plan = _plan_of(cache, tokens, heads, bf16)
     with cupy.cuda.Device(cache.device):
         stream = cupy.cuda.get_current_stream() if stream is None else stream
         with stream:
             workspace_of(cache.device, stream.ptr).reserve(plan.partial_bytes, plan.counters)
         function("attention.cu", "attend", plan.defines, cache.device)
+        if tokens == 1:
+            function("attention.cu", "attend", {**plan.defines, "APPENDS": 1}, cache.device)
         function("append.cu", "append", cache.defines(bf16), cache.device)
         function("append.cu", "advance", cache.defines(False), cache.device)
 

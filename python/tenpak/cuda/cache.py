@@ -184,25 +184,7 @@ class KVCache:
         Raises:
             UsageError: Shapes, dtypes or a layer that do not fit.
         """
-        keys, values = Heads.of(k, "k", self.head_dim), Heads.of(v, "v", self.head_dim)
-        queries = None if q is None else Heads.of(q, "q", self.head_dim)
-        self._check_layer(layer)
-        for name, heads in (("k", keys), ("v", values)):
-            if (heads.batch, heads.tokens, heads.heads) != (self.batch, keys.tokens, self.kv_heads):
-                raise UsageError(
-                    f"{name}: [{heads.batch}, {heads.tokens}, {heads.heads}] does not fit; "
-                    f"the cache takes [{self.batch}, {keys.tokens}, {self.kv_heads}, {self.head_dim}]"
-                )
-        if queries is not None and (queries.batch, queries.tokens) != (self.batch, keys.tokens):
-            raise UsageError(f"q: {queries.batch} x {queries.tokens} tokens, but k has {self.batch} x {keys.tokens}")
-        for name, x in (("v", v), ("q", q), ("q_norm", q_norm), ("k_norm", k_norm)):
-            if x is not None and x.dtype != k.dtype:
-                raise UsageError(f"{name}: {x.dtype} beside k of {k.dtype}; they must be alike")
-        for name, x in (("q_norm", q_norm), ("k_norm", k_norm)):
-            if x is not None and (x.shape != (self.head_dim,) or not x.flags.c_contiguous):
-                raise UsageError(f"{name}: shape {list(x.shape)} does not fit; it must be contiguous [{self.head_dim}]")
-        if rotary is not None and 2 * rotary.pairs > self.head_dim:
-            raise UsageError(f"rotary turns {2 * rotary.pairs} elements of heads of {self.head_dim}")
+        queries, keys, values = self.checked(layer, q, k, v, rotary, q_norm, k_norm)
         if keys.tokens == 0:
             return
         q_heads = 0 if queries is None else queries.heads
@@ -229,6 +211,31 @@ class KVCache:
         )
         tiles = 1 if keys.tokens == 1 else 1 + -(-keys.tokens // TILE)
         self._launch("append", (tiles, self.kv_heads + q_heads, self.batch), (_THREADS,), arguments, stream, is_bf16(k))
+
+    def checked(
+        self, layer: int, q: Any, k: Any, v: Any, rotary: RotaryTable | None, q_norm: Any, k_norm: Any
+    ) -> tuple[Heads | None, Heads, Heads]:
+        """Where the queries, keys and values of `append` lie, or UsageError."""
+        keys, values = Heads.of(k, "k", self.head_dim), Heads.of(v, "v", self.head_dim)
+        queries = None if q is None else Heads.of(q, "q", self.head_dim)
+        self._check_layer(layer)
+        for name, heads in (("k", keys), ("v", values)):
+            if (heads.batch, heads.tokens, heads.heads) != (self.batch, keys.tokens, self.kv_heads):
+                raise UsageError(
+                    f"{name}: [{heads.batch}, {heads.tokens}, {heads.heads}] does not fit; "
+                    f"the cache takes [{self.batch}, {keys.tokens}, {self.kv_heads}, {self.head_dim}]"
+                )
+        if queries is not None and (queries.batch, queries.tokens) != (self.batch, keys.tokens):
+            raise UsageError(f"q: {queries.batch} x {queries.tokens} tokens, but k has {self.batch} x {keys.tokens}")
+        for name, x in (("v", v), ("q", q), ("q_norm", q_norm), ("k_norm", k_norm)):
+            if x is not None and x.dtype != k.dtype:
+                raise UsageError(f"{name}: {x.dtype} beside k of {k.dtype}; they must be alike")
+        for name, x in (("q_norm", q_norm), ("k_norm", k_norm)):
+            if x is not None and (x.shape != (self.head_dim,) or not x.flags.c_contiguous):
+                raise UsageError(f"{name}: shape {list(x.shape)} does not fit; it must be contiguous [{self.head_dim}]")
+        if rotary is not None and 2 * rotary.pairs > self.head_dim:
+            raise UsageError(f"rotary turns {2 * rotary.pairs} elements of heads of {self.head_dim}")
+        return queries, keys, values
 
     def advance(self, tokens: int | Any = 1, *, most: int | None = None, stream: Any = None) -> None:
         """Counts new tokens in: once for a step, after all layers; on the device, so that graphs may hold it.

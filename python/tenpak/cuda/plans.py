@@ -301,8 +301,8 @@ def choose(
 HEAD_DIMS = (32, 64, 80, 96, 128, 256)
 #: Columns of a tensor core's product in attention: heads of a group, times new tokens.
 COLUMNS = 8
-#: Shared memory that a block of attention.cu keeps for queries.
-QUERY_BYTES = 12 << 10
+#: Shared memory that a block of attention.cu keeps for queries and what turns them.
+QUERY_BYTES = 13 << 10
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,9 @@
 """Writes tokens on one GPU: weights and cache stay quantised, and each step is one captured CUDA graph.
 
-A layer is six launches: queries + keys + values (of the residual stream's norm), append, attention, output (added to
-the residual stream), gate + up (of its norm, activated and multiplied), down (added). The residual stream is FP32, all
-else FP16. The token is chosen on the device and stays there: while the host reads one, the next is being computed.
+A layer is five launches: queries + keys + values (of the residual stream's norm), attention (which also turns, appends
+and quantises), output (added to the residual stream), gate + up (of its norm, activated and multiplied), down (added).
+The residual stream is FP32, all else FP16. The token is chosen on the device and stays there: while the host reads one,
+the next is being computed.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import cupy
 import numpy as np
 
 from tenpak.cuda import glue
-from tenpak.cuda.attention import attend, prefill
+from tenpak.cuda.attention import append_and_attend, attend, prefill
 from tenpak.cuda.cache import KVCache, RotaryTable
 from tenpak.cuda.launch import overlapping
 from tenpak.cuda.plans import HEAD_DIMS
@@ -290,9 +291,12 @@ class Runner:
         norm = layer.block.q_norm
         eps = 0.0 if norm is None else norm.eps
         norms = {"q_norm": layer.q_norm, "k_norm": layer.k_norm}
-        cache.append(index, k, v, q=q, rotary=self._rotary, eps=eps, **norms)
         mixed = buffers.mixed.reshape(1, count, heads, dim)
         options = {"scale": config.score_scales[index], "window": config.windows[index], "out": mixed}
+        if count == 1:
+            append_and_attend(q, k, v, cache, index, rotary=self._rotary, eps=eps, **norms, **options)
+            return
+        cache.append(index, k, v, q=q, rotary=self._rotary, eps=eps, **norms)
         if fresh:
             prefill(q, k, v, **options)
         else:
