@@ -1,6 +1,6 @@
 // y = x Wᵀ for many tokens on Hopper: the copy engine brings tokens, warps of their own weights.
 //
-// A block owns tiles of ROWS = 64 * BLOCKS * GROUPS rows by TOKENS tokens. Four warps ask in turn for copies, STAGES stages of STEP
+// A block owns tiles of ROWS = 64 * BLOCKS * GROUPS rows by TOKENS tokens. Four warps ask for copies, STAGES stages of STEP
 // times 64 columns ahead: the copy engine's boxes of x, swizzled as wgmma reads them, and packed weights. GROUPS
 // warpgroups turn weights into A operands (columns.cuh) and multiply; operands of sixteen columns are made while the last
 // three are multiplied. Those groups own nearly all registers, so that a block may have 256 tokens and each operand that is
@@ -26,9 +26,8 @@ constexpr int STRIP_BYTES = SUPERS_AT + Columns::SUPER_BYTES;
 constexpr int WEIGHTS_AT = STEP * X_BYTES;
 constexpr int BYTES_OF_STAGE = (WEIGHTS_AT + STRIPS * STRIP_BYTES + 1023) / 1024 * 1024;
 static_assert(X_BYTES % 1024 == 0, "the swizzle repeats every 1024 bytes");
-static_assert(STRIP_BYTES % 16 == 0, "copies are of sixteen bytes");
-// Warps that ask in turn. None is ahead of another by more than the stages: of a barrier's phases only the last two differ.
-constexpr int ASKING = PRODUCER_WARPS < STAGES ? PRODUCER_WARPS : STAGES;
+constexpr int PRODUCER_STRIPS = STRIPS / PRODUCER_WARPS;
+static_assert(STRIP_BYTES % 16 == 0 && STRIPS % PRODUCER_WARPS == 0, "copies are of sixteen bytes, warps have as many strips");
 
 // On the way to y a group's sums of 64 rows by CHUNK tokens lie in shared memory, longer by one chunk of sixteen bytes: eight
 // tokens then meet all banks.
@@ -122,32 +121,27 @@ struct Turn {
 
 // ---- Producer -----------------------------------------------------------------------------------------------------------
 
-// One step's copies, by a warp: boxes of x, and strips of weights sixteen bytes a lane; strips beyond the weight's are copies
-// of its last. The copy engine is not asked for weights: it takes some 55 cycles for each run, however short, and a step has
-// two or three runs a strip.
+// One step's copies: boxes of x by one thread, and each producer warp's strips by its lanes, sixteen bytes each; strips
+// beyond the weight's are copies of its last. The copy engine is not asked for weights: it takes some 55 cycles for each
+// run, however short, and a step has two or three runs a strip.
 __device__ __forceinline__ void copy_step(const TensorMap& x, const Weight& w, const Place& at, int strips, int step, u32 stage,
-                                          u32 barrier, int lane) {
+                                          u32 barrier, u64 keep, int producer, int lane) {
     const int k = STEP * step, count = STEP == 1 ? 1 : min(STEP, w.tiles - k);
-    if (lane == 0) {
+    if (producer == 0 && lane == 0) {
         barrier_expect(barrier, count * X_BYTES);
 #pragma unroll
         for (int j = 0; j < STEP; ++j)
             if (j < count) copy_box(stage + j * X_BYTES, x, (k + j) * TILE_COLS, at.token, at.matrix, barrier, KEEP_LONG);
     }
     __syncwarp();
-    // Runs of strips are as far from each other as strips.
-    const int last = strips - 1 - at.strip;
-    const u8 *codes = w.codes + (size_t)(u32)(at.strip * w.tiles + k) * Layout::CODE_BYTES, *params = Columns::params(w, at.strip, k),
-             *supers = Columns::supers(w, at.strip, k);
-    const u32 codes_step = w.tiles * Layout::CODE_BYTES, params_step = (u32)(Columns::params(w, 1, 0) - Columns::params(w, 0, 0)),
-              supers_step = (u32)(Columns::supers(w, 1, 0) - Columns::supers(w, 0, 0));
-    u32 to = stage + WEIGHTS_AT;
-#pragma unroll 4
-    for (int i = 0; i < STRIPS; ++i, to += STRIP_BYTES) {
-        const u32 strip = min(i, last);
-        copy_run<STEP * Layout::CODE_BYTES>(to, codes + (u64)strip * codes_step, count * Layout::CODE_BYTES, lane);
-        copy_run<Columns::PARAM_BYTES(STEP)>(to + PARAMS_AT, params + (u64)strip * params_step, Columns::PARAM_BYTES(count), lane);
-        copy_run<Columns::SUPER_BYTES>(to + SUPERS_AT, supers + (u64)strip * supers_step, Columns::SUPER_BYTES, lane);
+#pragma unroll
+    for (int i = 0; i < PRODUCER_STRIPS; ++i) {
+        const int strip_of_stage = producer + i * PRODUCER_WARPS, strip = min(at.strip + strip_of_stage, strips - 1);
+        const u32 to = stage + WEIGHTS_AT + strip_of_stage * STRIP_BYTES;
+        copy_run<STEP * Layout::CODE_BYTES>(to, w.codes + (size_t)(u32)(strip * w.tiles + k) * Layout::CODE_BYTES,
+                                            count * Layout::CODE_BYTES, keep, lane);
+        copy_run<Columns::PARAM_BYTES(STEP)>(to + PARAMS_AT, Columns::params(w, strip, k), Columns::PARAM_BYTES(count), keep, lane);
+        copy_run<Columns::SUPER_BYTES>(to + SUPERS_AT, Columns::supers(w, strip, k), Columns::SUPER_BYTES, keep, lane);
     }
     copies_arrive(barrier);
 }
@@ -240,8 +234,8 @@ wide(const __grid_constant__ tenpak::TensorMap x, const unsigned char* codes, co
     if (threadIdx.x == 0) {
         prefetch_map(x);
         for (int i = 0; i < STAGES; ++i) {
-            // Each lane's copies of weights, and the one that asks for x.
-            barrier_init(full + 8 * i, LANES + 1);
+            // Each thread's copies of weights, and the one that asks for x.
+            barrier_init(full + 8 * i, PRODUCER_WARPS * LANES + 1);
             barrier_init(empty + 8 * i, CONSUMER_WARPS);
         }
         barriers_ready();
@@ -256,19 +250,17 @@ wide(const __grid_constant__ tenpak::TensorMap x, const unsigned char* codes, co
         leave_registers<FEW>();
         Schedule schedule = own_schedule();
         Segment segment;
+        // Weights that one tile reads are not read again.
+        const u64 keep = token_tiles == 1 ? KEEP_SHORT : KEEP_NORMAL;
         Turn turn(1);  // all stages are empty
-        int turn_of = 0;
         while (schedule.next(segment)) {
             const Place at(segment.tile, row_tiles, token_tiles);
             const Weight w = weight(at.matrix);
 #pragma unroll 1
             for (int step = segment.first; step < segment.first + segment.count; ++step) {
-                // Each step is one warp's: to ask for it takes longer than to use it.
-                if (turn_of == warp - CONSUMER_WARPS) {
-                    barrier_wait(empty + 8 * turn.stage, turn.phase);
-                    copy_step(x, w, at, strips, step, stages_address + turn.stage * BYTES_OF_STAGE, full + 8 * turn.stage, lane);
-                }
-                turn_of = (turn_of + 1) % ASKING;
+                barrier_wait(empty + 8 * turn.stage, turn.phase);
+                copy_step(x, w, at, strips, step, stages_address + turn.stage * BYTES_OF_STAGE, full + 8 * turn.stage, keep,
+                          warp - CONSUMER_WARPS, lane);
                 turn.next();
             }
         }
