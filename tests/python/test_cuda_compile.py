@@ -231,9 +231,12 @@ def test_choices_made_ahead_are_those_of_products():
         for about in gpus:
             here = ahead.device(*about, capability)
             for n, k in shapes:
-                for m in range(1, plans.DENSE_FROM[here.hopper]):
-                    plan = plans.choose(here, "int4_lut16", n, k, m)
-                    assert (plan.source, tuple(sorted(plan.defines.items()))) in made, (capability, n, k, m)
+                for in_boxes in (False, True):
+                    last = min(plans.dense_from(here.hopper, in_boxes), 2100)
+                    for m in range(1, last):
+                        plan = plans.choose(here, "int4_lut16", n, k, m, in_boxes=in_boxes)
+                        chosen = (plan.source, tuple(sorted(plan.defines.items())))
+                        assert chosen in made, (capability, n, k, m, in_boxes)
 
 
 def test_what_fails_to_compile_is_said_with_the_log(tmp_path, monkeypatch):

@@ -25,7 +25,6 @@ from tenpak.cuda import compile as kernels
 from tenpak.cuda import layouts
 from tenpak.cuda.plans import (
     ACTIVATIONS,
-    DENSE_FROM,
     HEAD_DIMS,
     NORMS,
     RESERVED,
@@ -35,6 +34,7 @@ from tenpak.cuda.plans import (
     cache_defines,
     choose,
     choose_attention,
+    dense_from,
     norm_defines,
 )
 from tenpak.decoder import Config
@@ -165,15 +165,13 @@ def _plans(
         Fused("rms", activation="silu", gated=True, overlaps=True),
     ]
     for n, k in shapes:
-        # Beyond, tokens come in tiles of 128.
-        for m in range(1, min(DENSE_FROM[here.hopper], 130)):
-            for bf16 in types:
-                for in_boxes in {False, m >= WIDE_FROM}:
-                    plan = choose(here, layout, n, k, m, bf16=bf16, in_boxes=in_boxes)
-                    yield plan.source, plan.defines
-        # `wide` has tiles of up to 256.
-        for m in range(max(WIDE_FROM, 130), DENSE_FROM[here.hopper], 32):
-            for bf16 in types:
+        for bf16 in types:
+            # Beyond, tokens come in tiles of 128.
+            for m in range(1, min(dense_from(here.hopper, False), 130)):
+                plan = choose(here, layout, n, k, m, bf16=bf16)
+                yield plan.source, plan.defines
+            # `wide` has tiles of up to 256, and which of them fit best changes with their number.
+            for m in range(WIDE_FROM, dense_from(here.hopper, True) if here.hopper else 0, 16):
                 plan = choose(here, layout, n, k, m, bf16=bf16, in_boxes=True)
                 yield plan.source, plan.defines
         for fused in endings:

@@ -5,9 +5,9 @@ tuned at run time.
 
 - up to 8 tokens, and 16 where x fits in shared memory: `skinny`, bound by memory (one or two tokens of `int4_lut16`:
   in integers);
-- more on Hopper: `prefill`, on its tensor cores' warpgroup instructions, or from `WIDE_FROM` tokens on `wide`, which
-  the copy engine feeds;
-- `DENSE_FROM` tokens and more: the weight is unpacked, a part at a time, for cuBLAS.
+- more on Hopper: from `WIDE_FROM` tokens on `wide`, whose tokens the copy engine brings, and `prefill` for fewer and
+  where it cannot bring them; both on the tensor cores' warpgroup instructions;
+- `dense_from` tokens and more: the weight is unpacked, a part at a time, for cuBLAS.
 """
 
 from __future__ import annotations
@@ -37,10 +37,8 @@ STAGE_BYTES = {
 
 #: Layouts with products in integers, and for how many tokens (cuda/integers.cuh).
 INTEGER = {"int4_lut16": 2}
-#: Tokens from which unpacking the weight for cuBLAS is faster: on Hopper, and where only `skinny` runs.
-DENSE_FROM = {True: 512, False: 64}
-#: Tokens from which `wide` is faster than `prefill`, where the copy engine can read x. Not measured yet: never.
-WIDE_FROM = 1 << 62
+#: Tokens from which `wide` is faster than what is for fewer.
+WIDE_FROM = 17
 #: Weights from which more tiles in flight pay for the shared memory they take.
 LARGE = 100_000_000
 #: Shared memory that a block keeps for itself: barriers, tables, and what the driver reserves.
@@ -130,6 +128,11 @@ class Plan:
 
 def divide_up(a: int, b: int) -> int:
     return -(-a // b)
+
+
+def dense_from(hopper: bool, in_boxes: bool) -> int:
+    """Tokens from which unpacking the weight for cuBLAS is faster; `in_boxes`: the copy engine can read x."""
+    return (8192 if in_boxes else 512) if hopper else 64
 
 
 def _skinny(

@@ -16,7 +16,7 @@ import numpy as np
 from tenpak.cuda import plans, tensormap
 from tenpak.cuda.compile import function
 from tenpak.cuda.layouts import TILE_COLS, TILE_ROWS
-from tenpak.cuda.plans import DENSE_FROM, PLAIN, RESERVED, Device, Fused, Plan, choose, divide_up
+from tenpak.cuda.plans import PLAIN, RESERVED, Device, Fused, Plan, choose, dense_from, divide_up
 from tenpak.errors import UsageError
 
 if TYPE_CHECKING:
@@ -197,7 +197,8 @@ def matmul(x: Any, w: QuantizedWeight, bias: Any = None, out: Any = None, stream
             if m == 0 or out.size == 0:
                 return out
             bf16 = _is_bf16(x)
-            if m >= DENSE_FROM[device_of(w.device).hopper] and not _capturing(stream):
+            in_boxes = tensormap.fits(x.data.ptr, stride)
+            if m >= dense_from(device_of(w.device).hopper, in_boxes) and not _capturing(stream):
                 _dense(w, x, stride, out, m, bf16, bias, stream)
             else:
                 address = 0 if bias is None else bias.data.ptr

@@ -15,8 +15,8 @@ from tenpak.cuda.layouts import TILE_COLS
 #: (GROUPS, BLOCKS, TOKENS) by the most tokens of a product that would take them: all fit in registers.
 SHAPES = (
     (16, ((4, 1, 16), (2, 1, 16))),
-    (32, ((4, 1, 32), (2, 1, 32))),
-    (64, ((4, 1, 64), (2, 1, 64))),
+    (32, ((4, 1, 32), (3, 1, 32), (2, 1, 32))),
+    (64, ((4, 1, 64), (3, 1, 64), (2, 1, 64))),
     (128, ((2, 2, 128), (3, 1, 128), (2, 1, 128))),
     (192, ((2, 1, 192), (2, 2, 128), (3, 1, 128), (2, 1, 128))),
     (1 << 31, ((2, 1, 256), (2, 2, 128), (3, 1, 128), (2, 1, 128))),
@@ -28,8 +28,10 @@ MOST_STAGES = 10
 MEMORY_SPEED, L2_SPEED, SHARED_SPEED = 18.0, 20.0, 128.0
 #: Cycles to begin and end a tile, and to wait for other blocks' sums.
 TILE_CYCLES, SHARE_CYCLES = 1500.0, 3000.0
-#: What products reach of the tensor cores' speed.
-PRODUCTS = 0.85
+#: What products of at least so many tokens reach of the tensor cores' speed: fewer use an unpacked weight less often.
+PRODUCTS = ((256, 0.82), (192, 0.75), (128, 0.66), (0, 0.5))
+#: Cycles of each step beside those, and of each strip's step of two tiles: what takes small tiles their time.
+STEP_CYCLES, STRIP_CYCLES = 420.0, 80.0
 
 
 @dataclass(frozen=True)
@@ -131,10 +133,11 @@ def _of_shape(
         return []
     token_tiles, steps = _up(m, tokens), _up(_up(k, TILE_COLS), step)
     tiles = batch * _up(n, rows) * token_tiles
-    products = step * 2 * (rows // 64) * tokens / PRODUCTS
+    products = step * 2 * (rows // 64) * tokens / next(share for least, share in PRODUCTS if tokens >= least)
     reads = step * ((rows // 64) * tokens + strips * 20) + stage_bytes / SHARED_SPEED
     # Weights of tiles with other tokens come from L2.
-    step_cycles = max(products, reads, weights / MEMORY_SPEED / min(token_tiles, 2))
+    asked = STEP_CYCLES + strips * STRIP_CYCLES * step / 2
+    step_cycles = max(products, reads, asked, weights / MEMORY_SPEED / min(token_tiles, 2))
     store_cycles = TILE_CYCLES + rows * tokens * 2 / L2_SPEED
 
     def choice(grid: int, cycles: float) -> Choice:
