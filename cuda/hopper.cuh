@@ -67,42 +67,6 @@ __device__ __forceinline__ u32 load_acquire(const u32* at) {
     asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(seen) : "l"(at) : "memory");
     return seen;
 }
-// ---- Clusters -----------------------------------------------------------------------------------------------------------
-
-// Blocks that share what they read: each brings its part of x to all of them.
-#ifndef CLUSTER
-#define CLUSTER 1
-#endif
-
-// This block's number within its cluster.
-__device__ __forceinline__ int rank_in_cluster() {
-#if CLUSTER > 1
-    u32 rank;
-    asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-    return rank;
-#else
-    return 0;
-#endif
-}
-// All threads of all its blocks.
-__device__ __forceinline__ void cluster_barrier() {
-#if CLUSTER > 1
-    asm volatile("barrier.cluster.arrive;\nbarrier.cluster.wait;" ::: "memory");
-#endif
-}
-// At the barrier that a block of the cluster has at the same address, by its lane of the same number.
-__device__ __forceinline__ void cluster_arrive(u32 barrier, int lane) {
-    if (lane >= CLUSTER) return;
-#if CLUSTER > 1
-    asm volatile(
-        "{\n.reg .b32 there;\n"
-        "mapa.shared::cluster.u32 there, %0, %1;\n"
-        "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there];\n}" :: "r"(barrier), "r"(lane) : "memory");
-#else
-    barrier_arrive(barrier);
-#endif
-}
-
 // Among the 128 threads of one warpgroup.
 __device__ __forceinline__ void group_barrier(int group) { asm volatile("bar.sync %0, 128;" :: "r"(group + 1) : "memory"); }
 
@@ -134,21 +98,12 @@ __device__ __forceinline__ void copy_run(u32 to, const u8* from, u32 bytes, u64 
 __device__ __forceinline__ void copies_arrive(u32 barrier) {
     asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" :: "r"(barrier) : "memory");
 }
-// The map's box at these coordinates, to all blocks of the cluster, each of whose barriers counts it; zeros beyond the matrix
-// are bytes, too.
+// The map's box at these coordinates; zeros beyond the matrix are counted as bytes, too.
 __device__ __forceinline__ void copy_box(u32 to, const TensorMap& map, int column, int row, int matrix, u32 barrier, u64 keep) {
-#if CLUSTER > 1
-    asm volatile(
-        "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster.L2::cache_hint"
-        " [%0], [%1, {%2, %3, %4}], [%5], %6, %7;"
-        :: "r"(to), "l"(&map), "r"(column), "r"(row), "r"(matrix), "r"(barrier), "h"((u16)((1 << CLUSTER) - 1)), "l"(keep)
-        : "memory");
-#else
     asm volatile(
         "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint"
         " [%0], [%1, {%2, %3, %4}], [%5], %6;"
         :: "r"(to), "l"(&map), "r"(column), "r"(row), "r"(matrix), "r"(barrier), "l"(keep) : "memory");
-#endif
 }
 
 // ---- Registers --------------------------------------------------------------------------------------------------------

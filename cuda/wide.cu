@@ -6,16 +6,12 @@
 // three are multiplied. Those groups own nearly all registers, so that a block may have 256 tokens and each operand that is
 // made serves as many as that: weights are unpacked for less than the time of multiplying.
 //
-// Blocks of a cluster have tiles one below another, of the same tokens: each brings its part of x to all of them, since what
-// L2 can give would else be less than what the tensor cores can take.
-//
-// Tiles go round the clusters one each. What does not come out even (one to two tiles a cluster, or fewer if there are fewer)
-// is cut evenly into units of STEP times 64 columns, and goes first: the cluster that begins such a tile finishes it, adding
-// the sums of those that went on with it in order, so results repeat; they have stored them as their first deed. Clusters
+// Tiles go round the blocks one each. What does not come out even (one to two tiles a block, or fewer if there are fewer)
+// is cut evenly into units of STEP times 64 columns, and goes first: the block that begins such a tile finishes it, adding
+// the sums of those that went on with it in order, so results repeat; they have stored them as their first deed. Blocks
 // take those shares from the back: a block waits only for blocks that were started before it.
 //
-// sm_90a. -DGROUPS, -DBLOCKS (of 64 rows a warpgroup), -DTOKENS, -DSTEP (1 or 2), -DSTAGES, -DCLUSTER
-// (blocks).
+// sm_90a. -DGROUPS, -DBLOCKS (of 64 rows a warpgroup), -DTOKENS, -DSTEP (1 or 2), -DSTAGES.
 #include "columns.cuh"
 
 namespace tenpak {
@@ -29,7 +25,7 @@ constexpr int PARAMS_AT = STEP * Layout::CODE_BYTES, SUPERS_AT = PARAMS_AT + Col
 constexpr int STRIP_BYTES = SUPERS_AT + Columns::SUPER_BYTES;
 constexpr int WEIGHTS_AT = STEP * X_BYTES;
 constexpr int BYTES_OF_STAGE = (WEIGHTS_AT + STRIPS * STRIP_BYTES + 1023) / 1024 * 1024;
-static_assert(X_BYTES / CLUSTER % 1024 == 0, "the swizzle repeats every 1024 bytes");
+static_assert(X_BYTES % 1024 == 0, "the swizzle repeats every 1024 bytes");
 constexpr int PRODUCER_STRIPS = STRIPS / PRODUCER_WARPS;
 static_assert(STRIP_BYTES % 16 == 0 && STRIPS % PRODUCER_WARPS == 0, "copies are of sixteen bytes, warps have as many strips");
 
@@ -52,28 +48,27 @@ struct Segment {
     int first, count;
 };
 
-// A cluster's segments, in order.
+// A block's segments, in order.
 struct Schedule {
     int steps;         // of a tile
     u32 tiles;
     u32 shared_tiles;  // the first so many are cut into units
     u32 share;
-    u32 unit, end;     // what is left of this cluster's share of those
-    u32 whole;         // the next tile that is this cluster's alone
+    u32 unit, end;     // what is left of this block's share of those
+    u32 whole;         // the next tile that is this block's alone
 
     __device__ __forceinline__ Schedule(u32 tiles, int steps) : steps(steps), tiles(tiles) {
-        const u32 rest = tiles % clusters();
-        shared_tiles = rest == 0 ? 0 : tiles < clusters() ? rest : rest + clusters();
-        share = clusters() - 1 - blockIdx.x / CLUSTER;
+        const u32 rest = tiles % gridDim.x;
+        shared_tiles = rest == 0 ? 0 : tiles < gridDim.x ? rest : rest + gridDim.x;
+        share = gridDim.x - 1 - blockIdx.x;
         unit = begin(share);
         end = begin(share + 1);
-        whole = shared_tiles + blockIdx.x / CLUSTER;
+        whole = shared_tiles + blockIdx.x;
     }
-    static __device__ __forceinline__ u32 clusters() { return gridDim.x / CLUSTER; }
-    // share * units / clusters(), in 32 bits.
+    // share * units / gridDim.x, in 32 bits.
     __device__ __forceinline__ u32 begin(u32 share) const {
-        const u32 units = shared_tiles * steps, each = units / clusters();
-        return share * each + share * (units - each * clusters()) / clusters();
+        const u32 units = shared_tiles * steps, each = units / gridDim.x;
+        return share * each + share * (units - each * gridDim.x) / gridDim.x;
     }
     // The last share that has a part of a tile, from this block's on.
     __device__ __forceinline__ u32 last_share(u32 tile) const {
@@ -93,7 +88,7 @@ struct Schedule {
         segment.tile = whole;
         segment.first = 0;
         segment.count = steps;
-        whole += clusters();
+        whole += gridDim.x;
         return true;
     }
 };
@@ -106,7 +101,7 @@ struct Place {
         const u32 row_and_matrix = tile / token_tiles;
         token = (tile - row_and_matrix * token_tiles) * TOKENS;
         matrix = row_and_matrix / row_tiles;
-        strip = ((row_and_matrix - matrix * row_tiles) * CLUSTER + rank_in_cluster()) * STRIPS;
+        strip = (row_and_matrix - matrix * row_tiles) * STRIPS;
     }
 };
 
@@ -133,13 +128,10 @@ __device__ __forceinline__ void copy_step(const TensorMap& x, const Weight& w, c
                                           u32 barrier, u64 keep, int producer, int lane) {
     const int k = STEP * step, count = STEP == 1 ? 1 : min(STEP, w.tiles - k);
     if (producer == 0 && lane == 0) {
-        const int part = rank_in_cluster();
         barrier_expect(barrier, count * X_BYTES);
 #pragma unroll
         for (int j = 0; j < STEP; ++j)
-            if (j < count)
-                copy_box(stage + j * X_BYTES + part * (X_BYTES / CLUSTER), x, (k + j) * TILE_COLS, at.token + part * (TOKENS / CLUSTER),
-                         at.matrix, barrier, KEEP_LONG);
+            if (j < count) copy_box(stage + j * X_BYTES, x, (k + j) * TILE_COLS, at.token, at.matrix, barrier, KEEP_LONG);
     }
     __syncwarp();
 #pragma unroll
@@ -216,14 +208,10 @@ __device__ __forceinline__ void store(const float (&sums)[SUMS], u8* staged, u16
 
 }  // namespace tenpak
 
-// x: a map of [batch, m, k] with boxes of 64 columns and TOKENS / CLUSTER rows, swizzled by 128 bytes; y [batch, m, n]; bias [batch, n] or
+// x: a map of [batch, m, k] with boxes of 64 columns and TOKENS rows, swizzled by 128 bytes; y [batch, m, n]; bias [batch, n] or
 // null. partial: [gridDim.x][GROUPS][BLOCKS][SUMS / 4][128] float4; arrived: a counter for each tile and group, zero before
 // and after. At most one block a multiprocessor, and no more than there are units.
-extern "C" __global__ void
-#if CLUSTER > 1
-__cluster_dims__(CLUSTER, 1, 1)
-#endif
-__launch_bounds__(128 * GROUPS + 128, 1)
+extern "C" __global__ void __launch_bounds__(128 * GROUPS + 128, 1)
 wide(const __grid_constant__ tenpak::TensorMap x, const unsigned char* codes, const unsigned char* params,
      const unsigned char* row_params, unsigned short* y, const unsigned short* bias, float4* partial, unsigned int* arrived,
      long long codes_step, long long params_step, long long row_params_step, int batch, int m, int n, int tiles, int supers,
@@ -235,7 +223,7 @@ wide(const __grid_constant__ tenpak::TensorMap x, const unsigned char* codes, co
     const u32 stages_address = keep_address(shared_address(stages));
     const u32 full = keep_address(shared_address(barriers)), empty = full + 8 * STAGES;
 
-    const int row_tiles = (n + ROWS * CLUSTER - 1) / (ROWS * CLUSTER), token_tiles = (m + TOKENS - 1) / TOKENS;
+    const int row_tiles = (n + ROWS - 1) / ROWS, token_tiles = (m + TOKENS - 1) / TOKENS;
     const int strips = (n + TILE_ROWS - 1) / TILE_ROWS;
     // Each role makes its own: what both keep must fit in the registers of the smaller one.
     auto own_schedule = [&] { return Schedule((u32)batch * row_tiles * token_tiles, (tiles + STEP - 1) / STEP); };
@@ -248,7 +236,7 @@ wide(const __grid_constant__ tenpak::TensorMap x, const unsigned char* codes, co
         for (int i = 0; i < STAGES; ++i) {
             // Each thread's copies of weights, and the one that asks for x.
             barrier_init(full + 8 * i, PRODUCER_WARPS * LANES + 1);
-            barrier_init(empty + 8 * i, CLUSTER * CONSUMER_WARPS);
+            barrier_init(empty + 8 * i, CONSUMER_WARPS);
         }
         barriers_ready();
     }
@@ -256,7 +244,6 @@ wide(const __grid_constant__ tenpak::TensorMap x, const unsigned char* codes, co
     Lut16::prepare(threadIdx.x, Lut16::BIASED_XOR);
 #endif
     __syncthreads();
-    cluster_barrier();
 
     const int warp = __shfl_sync(~0u, threadIdx.x / LANES, 0), lane = lane_of_warp();
     if (warp >= CONSUMER_WARPS) {
@@ -318,7 +305,7 @@ wide(const __grid_constant__ tenpak::TensorMap x, const unsigned char* codes, co
                         multiply<1>(sums[block], tile, rows[block], box, lane);
                         multiply<2>(sums[block], tile, rows[block], box, lane);
                         // Only this step's three are under way.
-                        if (j == 0 && block == 0 && to_release) cluster_arrive(to_release, lane);
+                        if (j == 0 && block == 0 && to_release && lane == 0) barrier_arrive(to_release);
                         multiply<3>(sums[block], tile, rows[block], box, lane);
                     }
                 }
@@ -326,14 +313,13 @@ wide(const __grid_constant__ tenpak::TensorMap x, const unsigned char* codes, co
                 turn.next();
             }
             wgmma_wait<0>();
-            cluster_arrive(to_release, lane);
+            if (lane == 0) barrier_arrive(to_release);
 #pragma unroll
             for (int block = 0; block < BLOCKS; ++block) pin(sums[block]);
 
             constexpr int PART = BLOCKS * SUMS / 4 * 128;  // float4 of one group
-            const int part_of = rank_in_cluster() * GROUPS + group;
-            unsigned int* const counter = arrived + (size_t)segment.tile * (CLUSTER * GROUPS) + part_of;
-            auto part = [&](u32 share) { return partial + ((size_t)share * (CLUSTER * GROUPS) + part_of) * PART + thread; };
+            unsigned int* const counter = arrived + (size_t)segment.tile * GROUPS + group;
+            auto part = [&](u32 share) { return partial + ((size_t)share * GROUPS + group) * PART + thread; };
             if (segment.first > 0) {
                 float4* to = part(schedule.share);
 #pragma unroll
@@ -376,6 +362,4 @@ wide(const __grid_constant__ tenpak::TensorMap x, const unsigned char* codes, co
                       scale * Layout::row_scale(rows[block], false), scale * Layout::row_scale(rows[block], true), group);
         }
     }
-    // The other blocks may still bring what this one does not wait for, or say that they have read.
-    cluster_barrier();
 }

@@ -193,13 +193,6 @@ inline void barrier_wait(u32 barrier, u32 parity) {
         perform(copy, barrier);
     }
 }
-// Clusters of one block.
-constexpr int CLUSTER = 1;
-inline int rank_in_cluster() { return 0; }
-inline void cluster_barrier() {}
-inline void cluster_arrive(u32 barrier, int lane) {
-    if (lane == 0) barrier_arrive(barrier);
-}
 inline u32 load_acquire(const u32* at) { return *at; }
 static Barrier of_groups[8];
 inline void group_barrier(int group) { arrive(of_groups[group], 128); }
