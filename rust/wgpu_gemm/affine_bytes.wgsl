@@ -37,12 +37,14 @@ fn fetch(quad: u32, octet: u32) -> Unit {
     );
 }
 #for r in 0..4
-fn eight_{r}(unit: Unit, rows: Rows) -> Eight {
+// A group's scale and offset.
+fn pair_{r}(unit: Unit, rows: Rows) -> vec2<f32> {
     let bytes = floats(vec4((unit.params >> vec2(8u * {r}u)) & vec2(255u), 0u, 0u));
     let line = rows.line_{r};
-    let scale = fma(bytes.x, line.y, line.x);
-    let offset = fma(bytes.y, line.w, line.z);
+    return vec2(fma(bytes.x, line.y, line.x), fma(bytes.y, line.w, line.z));
+}
 #if HIGH_BITS
+fn codes_{r}(unit: Unit) -> Eight {
     // Eight times HIGH_BITS bits of this row.
     let word = unit.codes[{r}];
     let above = unit.high_{r*HIGH_BITS/4} >> ({r}u * 8u * {HIGH_BITS}u % 32u);
@@ -52,9 +54,30 @@ fn eight_{r}(unit: Unit, rows: Rows) -> Eight {
     let high = (vec4(word) >> vec4(16u, 20u, 24u, 28u)) & vec4(15u);
     let above_low = (vec4(above) >> places) & mask;
     let above_high = (vec4(above) >> (places + 4u * {HIGH_BITS}u)) & mask;
-    return affine(Eight(floats(low | above_low << vec4(4u)), floats(high | above_high << vec4(4u))), scale, offset);
+    return Eight(floats(low | above_low << vec4(4u)), floats(high | above_high << vec4(4u)));
+}
 #else
-    return affine(nibbles(unit.codes[{r}]), scale, offset);
+fn codes_{r}(unit: Unit) -> Eight {
+    return nibbles(unit.codes[{r}]);
+}
+#endif
+fn eight_{r}(unit: Unit, rows: Rows) -> Eight {
+    let pair = pair_{r}(unit, rows);
+    return affine(codes_{r}(unit), pair.x, pair.y);
+}
+fn raw_{r}(unit: Unit, rows: Rows) -> Eight {
+#if HIGH_BITS
+    return codes_{r}(unit);
+#else
+    return sixteenths(unit.codes[{r}]);
+#endif
+}
+fn sum_{r}(unit: Unit, rows: Rows, dot: f32, total: f32) -> f32 {
+    let pair = pair_{r}(unit, rows);
+#if HIGH_BITS
+    return fma(pair.x, dot, pair.y * total);
+#else
+    return affine_sum(dot, total, pair.x, pair.y);
 #endif
 }
 #end

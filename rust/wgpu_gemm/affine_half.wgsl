@@ -23,6 +23,13 @@ fn eight_{r}(unit: Unit, rows: Rows) -> Eight {
     let pair = unpack2x16float(unit.params[{r}]);
     return affine(nibbles(unit.codes[{r}]), pair.x, pair.y);
 }
+fn raw_{r}(unit: Unit, rows: Rows) -> Eight {
+    return sixteenths(unit.codes[{r}]);
+}
+fn sum_{r}(unit: Unit, rows: Rows, dot: f32, total: f32) -> f32 {
+    let pair = unpack2x16float(unit.params[{r}]);
+    return affine_sum(dot, total, pair.x, pair.y);
+}
 #end
 fn row_scales(rows: Rows) -> vec4<f32> {
     return vec4(1.0);

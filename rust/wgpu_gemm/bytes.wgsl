@@ -28,6 +28,12 @@ fn from_bytes(word: u32) -> vec4<f32> {
 fn eight_{r}(unit: Unit, rows: Rows) -> Eight {
     return Eight(from_bytes(unit.low[{r}]), from_bytes(unit.high[{r}]));
 }
+fn raw_{r}(unit: Unit, rows: Rows) -> Eight {
+    return eight_{r}(unit, rows);
+}
+fn sum_{r}(unit: Unit, rows: Rows, dot: f32, total: f32) -> f32 {
+    return dot;
+}
 #end
 fn row_scales(rows: Rows) -> vec4<f32> {
     return rows.scales;

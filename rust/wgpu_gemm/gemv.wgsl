@@ -40,12 +40,14 @@ fn main(
 #for t in 0..TOKENS
         let at_{i}_{t} = 2u * (from_{t} + octet + {i}u * {THREADS}u);
         let x_{i}_{t} = Eight(inputs[at_{i}_{t}], inputs[at_{i}_{t} + 1u]);
+        let total_{i}_{t} = dot(x_{i}_{t}.low + x_{i}_{t}.high, vec4(1.0));
 #end
 #for q in 0..QUADS
 #for r in 0..4
-        let w_{i}_{q}_{r} = eight_{r}(unit_{q}_{i}, rows_{q});
+        let raw_{i}_{q}_{r} = raw_{r}(unit_{q}_{i}, rows_{q});
 #for t in 0..TOKENS
-        sum_{q}_{t}[{r}] += dot(w_{i}_{q}_{r}.low, x_{i}_{t}.low) + dot(w_{i}_{q}_{r}.high, x_{i}_{t}.high);
+        let dot_{i}_{q}_{r}_{t} = dot(raw_{i}_{q}_{r}.low, x_{i}_{t}.low) + dot(raw_{i}_{q}_{r}.high, x_{i}_{t}.high);
+        sum_{q}_{t}[{r}] += sum_{r}(unit_{q}_{i}, rows_{q}, dot_{i}_{q}_{r}_{t}, total_{i}_{t});
 #end
 #end
 #end
@@ -55,13 +57,15 @@ fn main(
 #for t in 0..TOKENS
         let at_{t} = 2u * (from_{t} + octet);
         let x_{t} = Eight(inputs[at_{t}], inputs[at_{t} + 1u]);
+        let total_{t} = dot(x_{t}.low + x_{t}.high, vec4(1.0));
 #end
 #for q in 0..QUADS
         let unit_{q} = fetch(quad_{q}, octet);
 #for r in 0..4
-        let w_{q}_{r} = eight_{r}(unit_{q}, rows_{q});
+        let raw_{q}_{r} = raw_{r}(unit_{q}, rows_{q});
 #for t in 0..TOKENS
-        sum_{q}_{t}[{r}] += dot(w_{q}_{r}.low, x_{t}.low) + dot(w_{q}_{r}.high, x_{t}.high);
+        let dot_{q}_{r}_{t} = dot(raw_{q}_{r}.low, x_{t}.low) + dot(raw_{q}_{r}.high, x_{t}.high);
+        sum_{q}_{t}[{r}] += sum_{r}(unit_{q}, rows_{q}, dot_{q}_{r}_{t}, total_{t});
 #end
 #end
 #end

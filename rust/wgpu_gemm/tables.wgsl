@@ -37,17 +37,26 @@ fn fetch(quad: u32, octet: u32) -> Unit {
     );
 }
 #for r in 0..4
-fn eight_{r}(unit: Unit, rows: Rows) -> Eight {
-    let byte = (unit.params >> (8u * {r}u)) & 255u;
-    // L is the signed number in the low six bits, t the two above.
-    let scale = unpack2x16float(unit.supers[{r}u / 2u])[{r}u % 2u] * f32(extractBits(i32(byte), 0u, 6u));
-    let table = (byte >> 6u) * 256u;
+// L is the signed number in the low six bits of a parameter, t the two above.
+fn scale_{r}(unit: Unit) -> f32 {
+    return unpack2x16float(unit.supers[{r}u / 2u])[{r}u % 2u] * f32(extractBits(i32(unit.params), 8u * {r}u, 6u));
+}
+fn raw_{r}(unit: Unit, rows: Rows) -> Eight {
+    let table = extractBits(unit.params, 8u * {r}u + 6u, 2u) * 256u;
     let word = unit.codes[{r}];
     let a = unpack2x16float(pairs[table + (word & 255u)]);
     let b = unpack2x16float(pairs[table + ((word >> 8u) & 255u)]);
     let c = unpack2x16float(pairs[table + ((word >> 16u) & 255u)]);
     let d = unpack2x16float(pairs[table + (word >> 24u)]);
-    return Eight(vec4(a, b) * scale, vec4(c, d) * scale);
+    return Eight(vec4(a, b), vec4(c, d));
+}
+fn eight_{r}(unit: Unit, rows: Rows) -> Eight {
+    let raw = raw_{r}(unit, rows);
+    let scale = scale_{r}(unit);
+    return Eight(raw.low * scale, raw.high * scale);
+}
+fn sum_{r}(unit: Unit, rows: Rows, dot: f32, total: f32) -> f32 {
+    return dot * scale_{r}(unit);
 }
 #end
 fn row_scales(rows: Rows) -> vec4<f32> {
