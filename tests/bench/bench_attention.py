@@ -5,8 +5,10 @@
 Needs CuPy and torch; FlashInfer is measured where it is installed. Every cache is filled with random tokens by
 `append`, and its output first compared with FP64 attention over the tokens before they were quantised, so the error
 shown is that of the codes. Times are medians, in microseconds, over replays of a CUDA graph that goes round layers
-larger than three times L2. `floor` is the time to read a layer's tokens once at the speed of a plain read of as many
-bytes (measured on an H200). Left out: what a Python call costs outside a graph; appending is shown apart.
+larger than three times L2. `step` is what a decoder's step launches instead: the token is turned and appended, too,
+and launches overlap as `tenpak.cuda.launch` has them. `floor` is the time to read a layer's tokens once at the speed of
+a plain read of as many bytes (measured on an H200). Left out: what a Python call costs outside a graph; appending is
+shown apart.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from __future__ import annotations
 import argparse
 import statistics
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import cupy
@@ -21,7 +24,8 @@ import numpy as np
 import torch
 from bench_gemm import RING, floor_us
 from harness import machine
-from tenpak.cuda import KVCache, attend, prefill
+from tenpak.cuda import KVCache, RotaryTable, append_and_attend, attend, prefill
+from tenpak.cuda.launch import overlapping
 
 HEAD_DIM = 128
 #: Batch, query heads, kv heads, context.
@@ -81,33 +85,41 @@ def error_of(out: Any, q: Any, k: Any, v: Any) -> float:
     return max(errors)
 
 
-def ours(kv: str, batch: int, heads: int, kv_heads: int, context: int) -> tuple[float, float, float]:
-    """Microseconds, error, floor."""
+def ours(kv: str, batch: int, heads: int, kv_heads: int, context: int) -> tuple[float, float, float, float]:
+    """Microseconds of `attend` and of `append_and_attend`, error, floor."""
     cache, [(k, v)] = filled(kv, batch, kv_heads, context)
     q = random_heads(batch, 1, heads, HEAD_DIM)
     out = cupy.full(q.shape, cupy.nan, cupy.float16)
     attend(q, cache, 0, out=out)
     error = error_of(out, q, k, v)
     stream = cupy.cuda.Stream(non_blocking=True)
-    layers = range(cache.layers)
-    repeats = max(1, 24 // cache.layers)
-    with stream:
-        attend(q, cache, 0, out=out, stream=stream)
-        stream.begin_capture()
-        for _ in range(repeats):
-            for layer in layers:
-                attend(q, cache, layer, out=out, stream=stream)
-        graph = stream.end_capture()
-        times = []
-        for _ in range(23):
-            start, end = cupy.cuda.Event(), cupy.cuda.Event()
-            start.record(stream)
-            graph.launch(stream)
-            end.record(stream)
-            end.synchronize()
-            times.append(cupy.cuda.get_elapsed_time(start, end) * 1e3 / (repeats * cache.layers))
+    layers = [layer for _ in range(max(1, 24 // cache.layers)) for layer in range(cache.layers)]
+    rotary = RotaryTable(np.ones(HEAD_DIM // 2, np.float32), context)
+    newest = [x[:, -1:] for x in (k, v)]
+    calls: list[Callable[[int], Any]] = [
+        lambda layer: attend(q, cache, layer, out=out, stream=stream),
+        lambda layer: append_and_attend(q, *newest, cache, layer, rotary=rotary, out=out, stream=stream),
+    ]
+    medians = []
+    for call, around in zip(calls, (nullcontext, overlapping), strict=True):
+        with stream:
+            call(0)
+            stream.begin_capture()
+            with around():
+                for layer in layers:
+                    call(layer)
+            graph = stream.end_capture()
+            times = []
+            for _ in range(23):
+                start, end = cupy.cuda.Event(), cupy.cuda.Event()
+                start.record(stream)
+                graph.launch(stream)
+                end.record(stream)
+                end.synchronize()
+                times.append(cupy.cuda.get_elapsed_time(start, end) * 1e3 / len(layers))
+        medians.append(statistics.median(times[3:]))
     bytes_ = cache.bytes_per_token / cache.layers * context * batch
-    return statistics.median(times[3:]), error, floor_us(int(bytes_), 0)
+    return medians[0], medians[1], error, floor_us(int(bytes_), 0)
 
 
 def sdpa(batch: int, heads: int, kv_heads: int, context: int) -> float:
@@ -187,8 +199,6 @@ def prompt(tokens: int, heads: int, kv_heads: int) -> dict[str, float]:
 
 def step_us(kv: str, batch: int, heads: int, kv_heads: int, context: int) -> float:
     """Microseconds of an append of one token with its rotation."""
-    from tenpak.cuda import RotaryTable
-
     cache = KVCache(2, kv_heads, HEAD_DIM, context + 64, kv, batch)
     cache.lengths[...] = context
     rotary = RotaryTable(np.ones(HEAD_DIM // 2, np.float32), context + 64)
@@ -225,7 +235,7 @@ def main() -> None:
             if (time := flashinfer(*shape, dtype)) is not None:
                 row[name] = time
         for kv in arguments.kv.split(","):
-            row[kv], row[f"{kv} error"], row[f"{kv} floor"] = ours(kv, *shape)
+            row[kv], row[f"{kv} step"], row[f"{kv} error"], row[f"{kv} floor"] = ours(kv, *shape)
         row["append int8"] = step_us("int8", *shape)
         rows.append(row)
         print(", ".join(f"{k}: {v if isinstance(v, str) else f'{v:.4g}'}" for k, v in row.items()), flush=True)

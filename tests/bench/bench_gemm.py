@@ -237,7 +237,12 @@ def main() -> None:
                         **times,
                     }
                 )
-                print(f"{layout} {shape} M={m}: {us:.2f} us, {cublas[m] / us:.2f} x cuBLAS", flush=True)
+                ratios = {"x cuBLAS": cublas[m] / us, **times}
+                print(
+                    f"{layout} {shape} M={m}: {us:.2f} us,",
+                    ", ".join(f"{v:.2f} {k}" for k, v in ratios.items()),
+                    flush=True,
+                )
     report(
         "gemm",
         machine(*installed("tenpak", "torch", "cupy-cuda12x", "cupy-cuda13x", "humming-kernels", "gemlite")),
