@@ -220,30 +220,52 @@ extern "C" __global__ void __launch_bounds__(tenpak::THREADS, BLOCKS)
     };
 #if APPENDS
     __shared__ float lines[WARPS][PER_LANE * LANES];
-    const Rotary turn = {rotary, half, positions, eps};
+    __shared__ float angles[DIM];     // of this position: cosines, and as many sines behind them
+    __shared__ u16 weights[2][DIM];   // of the norms of queries and of keys
+    const Rotary turn = {rotary ? angles : nullptr, half, 1, eps};
     const Newest appended = {{k + sequence * k_sequence + (long long)kv_head * DIM, 0},
-                           {v + sequence * v_sequence + (long long)kv_head * DIM, 0},
-                           k_norm,
-                           turn,
-                           before,
-                           before + 1,
-                           capacity,
-                           ring_tiles,
-                           store + pair * capacity * Codes::BYTES,
-                           ring + pair * ring_tiles * Halves::BYTES,
-                           false};
+                             {v + sequence * v_sequence + (long long)kv_head * DIM, 0},
+                             k_norm ? weights[1] : nullptr,
+                             turn,
+                             before,
+                             before + 1,
+                             capacity,
+                             ring_tiles,
+                             store + pair * capacity * Codes::BYTES,
+                             ring + pair * ring_tiles * Halves::BYTES,
+                             false};
     const bool takes = split == used - 1;
 #if BITS != 16
     static_assert(RECENT >= TILE, "a tile that is quantised has no new token");
     const int due = quantised(before) / TILE, due_in = max(0, due - first_tile) / each;
+    // Its codes are copied next, by cp.async: that reads as other loads of the block do (in the generic proxy), after the
+    // barrier which ends this.
     if (quantised(before + 1) / TILE > due && split == due_in)
         appended.settle(due, *(Newest::Settling*)memory, lines[warp], warp, lane);
 #endif
     // Copies of FP16 tiles would be of the newest as it was.
     if (BITS != 16 || !takes) fetch_first();
+    // What turns and norms the token is here before the token is.
+    if (rotary) {
+        const float* cosines = rotary + (u64)min(before, positions - 1) * half;
+        for (int i = threadIdx.x; i < 2 * half; i += THREADS)
+            angles[i] = i < half ? cosines[i] : cosines[(u64)positions * half + i - half];
+    }
+    for (int d = threadIdx.x; d < DIM; d += THREADS) {
+        if (q_norm) weights[0][d] = q_norm[d];
+        if (k_norm) weights[1][d] = k_norm[d];
+    }
+    __syncthreads();
     wait_for_previous();
     load_queries();
-    if (takes) appended.keep(before / TILE, lines[warp], warp, lane);
+    // The last warps take the key and the value, each one, for the first have queries.
+    static_assert(WARPS >= 2, "key and value have a warp each");
+    if (takes && warp >= WARPS - 2 && before / TILE < capacity) {
+        const bool value = warp == WARPS - 1;
+        u16 newest_raw[PER_LANE];
+        load(newest_raw, value ? appended.values[0] : appended.keys[0], lane);
+        appended.put(newest_raw, value, before, lines[warp], lane);
+    }
     if (BITS == 16 && takes) {
         __syncthreads();
         fetch_first();
@@ -259,7 +281,7 @@ extern "C" __global__ void __launch_bounds__(tenpak::THREADS, BLOCKS)
         if (column >= COLUMNS) continue;
         float x[PER_LANE], sum = 0.0f;
 #if APPENDS
-        prepare(x, raw[i], q_norm, turn, before, lines[warp], lane);
+        prepare(x, raw[i], q_norm ? weights[0] : nullptr, turn, before, lines[warp], lane);
         // As `append` writes it back.
 #pragma unroll
         for (int j = 0; j < PER_LANE; ++j) x[j] = from_activation<BF16>(to_activation<BF16>(x[j])) * scale;

@@ -117,7 +117,6 @@ __device__ __forceinline__ u32 packed(const u8* codes, int w, bool value) {
 }
 #endif
 
-
 // The tiles of one sequence and kv head that new tokens change: tokens from `start` to below `total`.
 struct Newest {
     Rows keys, values;
@@ -150,6 +149,18 @@ struct Newest {
 #endif
     }
 
+    // A new token's key or value, loaded before, into the ring.
+    __device__ __forceinline__ void put(const u16 (&raw)[PER_LANE], bool value, int token, float* line, int lane) const {
+        float x[PER_LANE];
+        take(x, raw, value, token, line, lane);
+        u8* to = halves + (u64)(token / TILE % ring_tiles) * Halves::BYTES + value * Halves::CODES;
+#pragma unroll
+        for (int j = 0; j < PER_LANE; ++j) {
+            const int d = lane + LANES * j;
+            if (d < DIM) *(u16*)(to + half_at(value, token % TILE, d)) = to_half(x[j]);
+        }
+    }
+
     // A tile's new tokens into the ring.
     __device__ __forceinline__ void keep(int tile, float* line, int warp, int lane) const {
         for (int row = warp; row < TILE; row += WARPS) {
@@ -158,17 +169,8 @@ struct Newest {
             u16 raw[2][PER_LANE];
             load(raw[0], keys[token - start], lane);
             load(raw[1], values[token - start], lane);
-#pragma unroll
-            for (int value = 0; value < 2; ++value) {
-                float x[PER_LANE];
-                take(x, raw[value], value, token, line, lane);
-                u8* to = halves + (u64)(tile % ring_tiles) * Halves::BYTES + value * Halves::CODES;
-#pragma unroll
-                for (int j = 0; j < PER_LANE; ++j) {
-                    const int d = lane + LANES * j;
-                    if (d < DIM) *(u16*)(to + half_at(value, row, d)) = to_half(x[j]);
-                }
-            }
+            put(raw[0], false, token, line, lane);
+            put(raw[1], true, token, line, lane);
         }
     }
 

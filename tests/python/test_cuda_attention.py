@@ -202,15 +202,18 @@ def test_long_sequences_are_split_and_merged(gpu):
 
 @pytest.mark.parametrize("kv", ["fp16", "int8", "int4"])
 @pytest.mark.parametrize(
-    ("dim", "heads", "kv_heads", "batch", "norms", "pairs", "window", "dtype"),
+    ("dim", "heads", "kv_heads", "batch", "norms", "pairs", "window", "dtype", "before", "room"),
     [
-        (128, 4, 4, 1, False, 64, None, "float16"),
-        (64, 8, 2, 2, True, 16, None, "bfloat16"),
-        (80, 12, 1, 1, False, 40, 40, "float16"),
-        (64, 2, 1, 2, True, 0, 100, "float16"),
+        (128, 4, 4, 1, False, 64, None, "float16", 60, 112),
+        (64, 8, 2, 2, True, 16, None, "bfloat16", 60, 112),
+        (80, 12, 1, 1, False, 40, 40, "float16", 60, 112),
+        (64, 2, 1, 2, True, 0, 100, "float16", 60, 112),
+        # Several blocks a head: not always the one that has the newest tile quantises one. Past the end, too.
+        (64, 2, 1, 1, True, 32, None, "float16", 140, 160),
+        (128, 2, 1, 1, False, 64, 140, "bfloat16", 300, 400),
     ],
 )
-def test_a_token_appended_on_the_way(gpu, kv, dim, heads, kv_heads, batch, norms, pairs, window, dtype):
+def test_a_token_appended_on_the_way(gpu, kv, dim, heads, kv_heads, batch, norms, pairs, window, dtype, before, room):
     """Cache and output are those of `append` and `attend`, also where tiles begin, settle and leave the ring."""
     random, kind = np.random.default_rng(dim), type_of(dtype)
 
@@ -221,8 +224,7 @@ def test_a_token_appended_on_the_way(gpu, kv, dim, heads, kv_heads, batch, norms
     options: dict[str, Any] = {"q_norm": q_norm, "k_norm": k_norm}
     if pairs:
         options["rotary"] = gpu.RotaryTable(np.geomspace(1, 1e-3, pairs).astype(np.float32), 128)
-    one, other = (gpu.KVCache(1, kv_heads, dim, 112, kv, batch) for _ in range(2))
-    before = 60
+    one, other = (gpu.KVCache(1, kv_heads, dim, room, kv, batch) for _ in range(2))
     prompt = [draw(batch, before, kv_heads, dim) for _ in range(2)]
     for cache in (one, other):
         cache.append(0, prompt[0].copy(), prompt[1])
@@ -345,6 +347,10 @@ def test_refusals(gpu):
     cache = gpu.KVCache(1, 2, 64, 64)
     q, k = (gpu.array(np.zeros((1, 1, heads, 64), np.float16)) for heads in (4, 2))
     cache.append(0, k, k)
+
+    def two(heads: int) -> Any:
+        return gpu.array(np.zeros((1, 2, heads, 64), np.float16))
+
     for call, message in [
         (lambda: cache.append(1, k, k), "there is no layer 1"),
         (lambda: cache.append(0, q, q), r"k: \[1, 1, 4\] does not fit"),
@@ -352,6 +358,7 @@ def test_refusals(gpu):
         (lambda: cache.append(0, k, k, counts=k), "counts: float16"),
         (lambda: gpu.attend(gpu.array(np.zeros((1, 1, 3, 64), np.float16)), cache, 0), "q has 3 heads"),
         (lambda: gpu.attend(q, cache, 0, window=0), "window 0 is too small"),
+        (lambda: gpu.append_and_attend(two(4), two(2), two(2), cache, 0), "k: 2 tokens; one is appended here"),
         (lambda: gpu.attend(q, cache, 0, out=k), "out: float16"),
         (lambda: gpu.prefill(q, k, k.astype(np.float32)), "v: float32"),
     ]:

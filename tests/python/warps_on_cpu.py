@@ -72,6 +72,7 @@ static std::vector<Fiber> fibers;
 static std::vector<Warp> warps;
 static Barrier block;
 static std::vector<u8> dynamic;
+static unsigned launches;
 #define threadIdx (current->index)
 inline void arrive(Barrier& barrier, int of) {
     const int generation = barrier.generation;
@@ -230,11 +231,12 @@ template <class F> void launch_all(F call, const unsigned* grid, unsigned thread
 #ifndef ASCENDING
 #define ASCENDING 0
 #endif
-    // Blocks run from the last to the first, where none may count on an order.
+    // Blocks may count on no order: it turns every sixteen launches, so that steps which are a tile apart meet both.
+    const bool ascending = ASCENDING || launches++ / 16 % 2;
     for (unsigned z = grid[2]; z-- > 0;)
         for (unsigned y = grid[1]; y-- > 0;)
             for (unsigned x = grid[0]; x-- > 0;) {
-                blockIdx = {ASCENDING ? grid[0] - 1 - x : x, y, z};
+                blockIdx = {ascending ? grid[0] - 1 - x : x, y, z};
                 dynamic.assign(shared + 16, 0xff);
                 run_block();
             }

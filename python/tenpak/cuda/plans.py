@@ -304,8 +304,6 @@ def choose(
 HEAD_DIMS = (32, 64, 80, 96, 128, 256)
 #: Columns of a tensor core's product in attention: heads of a group, times new tokens.
 COLUMNS = 8
-#: Shared memory that a block of attention.cu keeps for queries and what turns them.
-QUERY_BYTES = 13 << 10
 
 
 @dataclass(frozen=True)
@@ -323,6 +321,11 @@ class AttentionPlan:
 def tile_bytes(bits: int, head_dim: int) -> int:
     """Bytes of a tile of `TILE` tokens: keys, values, and for codes a scale and an offset of each."""
     return 2 * TILE * head_dim * bits // 8 + (0 if bits == 16 else 2 * TILE * 4)
+
+
+def query_bytes(head_dim: int) -> int:
+    """The most shared memory that a block of attention.cu takes for queries and what turns them, and CUDA for itself."""
+    return (12 << 10) + 16 * head_dim
 
 
 def cache_defines(bits: int, head_dim: int, bf16: bool) -> dict[str, object]:
@@ -346,7 +349,7 @@ def choose_attention(
     # many warps, whose registers are too few for heads of 256.
     many = bits == 4 and head_dim <= 128
     warps, tile = 16 if many else 8, tile_bytes(bits, head_dim)
-    most = device.shared_all - QUERY_BYTES
+    most = device.shared_all - query_bytes(head_dim)
     while most // (warps * tile) < 2:
         warps //= 2
     stages = min(3 if many else 5, most // (warps * tile))
