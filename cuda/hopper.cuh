@@ -142,9 +142,9 @@ __device__ __forceinline__ void wgmma_wait() {
 }
 
 // Rows of 128 bytes, swizzled; eight rows are 1024 bytes on.
-__device__ __forceinline__ u64 descriptor(u32 address) {
-    return (u64)((address & 0x3ffff) >> 4) | (u64)1 << 16 | (u64)(1024 >> 4) << 32 | (u64)1 << 62;
-}
+// The lower half of what wgmma is told; the upper is the same for all.
+__device__ __forceinline__ u32 descriptor(u32 address) { return (address & 0x3ffff) >> 4 | 1 << 16; }
+#define UPPER_DESCRIPTOR "0x40000040"  // 1 << 62 | 1024 / 16 << 32
 
 #if BF16
 #define WGMMA_TYPE ".f32.bf16.bf16"
@@ -152,54 +152,54 @@ __device__ __forceinline__ u64 descriptor(u32 address) {
 #define WGMMA_TYPE ".f32.f16.f16"
 #endif
 #define D8(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
-#define OPERANDS "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b)
+#define OPERANDS "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b)
 // d += a b, under way until a wait: a is 64 x 16, sixteen rows a warp, as of mma.m16n8k16; b is 16 x TOKENS.
-__device__ __forceinline__ void wgmma(float (&d)[SUMS], const u32 (&a)[4], u64 b) {
+__device__ __forceinline__ void wgmma(float (&d)[SUMS], const u32 (&a)[4], u32 b) {
 #if TOKENS == 16
-    asm volatile("wgmma.mma_async.sync.aligned.m64n16k16" WGMMA_TYPE
+    asm volatile("{\n.reg .b64 b;\nmov.b64 b, {%12, " UPPER_DESCRIPTOR "};\nwgmma.mma_async.sync.aligned.m64n16k16" WGMMA_TYPE
                  " {%0,%1,%2,%3,%4,%5,%6,%7}"
-                 ", {%8,%9,%10,%11}, %12, 1, 1, 1, 0;"
+                 ", {%8,%9,%10,%11}, b, 1, 1, 1, 0;\n}"
                  : D8(0)
                  : OPERANDS);
 #elif TOKENS == 32
-    asm volatile("wgmma.mma_async.sync.aligned.m64n32k16" WGMMA_TYPE
+    asm volatile("{\n.reg .b64 b;\nmov.b64 b, {%20, " UPPER_DESCRIPTOR "};\nwgmma.mma_async.sync.aligned.m64n32k16" WGMMA_TYPE
                  " {%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15}"
-                 ", {%16,%17,%18,%19}, %20, 1, 1, 1, 0;"
+                 ", {%16,%17,%18,%19}, b, 1, 1, 1, 0;\n}"
                  : D8(0), D8(8)
                  : OPERANDS);
 #elif TOKENS == 64
-    asm volatile("wgmma.mma_async.sync.aligned.m64n64k16" WGMMA_TYPE
+    asm volatile("{\n.reg .b64 b;\nmov.b64 b, {%36, " UPPER_DESCRIPTOR "};\nwgmma.mma_async.sync.aligned.m64n64k16" WGMMA_TYPE
                  " {%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,"
                  "%28,%29,%30,%31}"
-                 ", {%32,%33,%34,%35}, %36, 1, 1, 1, 0;"
+                 ", {%32,%33,%34,%35}, b, 1, 1, 1, 0;\n}"
                  : D8(0), D8(8), D8(16), D8(24)
                  : OPERANDS);
 #elif TOKENS == 128
-    asm volatile("wgmma.mma_async.sync.aligned.m64n128k16" WGMMA_TYPE
+    asm volatile("{\n.reg .b64 b;\nmov.b64 b, {%68, " UPPER_DESCRIPTOR "};\nwgmma.mma_async.sync.aligned.m64n128k16" WGMMA_TYPE
                  " {%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,"
                  "%28,%29,%30,%31,%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,"
                  "%54,%55,%56,%57,%58,%59,%60,%61,%62,%63}"
-                 ", {%64,%65,%66,%67}, %68, 1, 1, 1, 0;"
+                 ", {%64,%65,%66,%67}, b, 1, 1, 1, 0;\n}"
                  : D8(0), D8(8), D8(16), D8(24), D8(32), D8(40), D8(48), D8(56)
                  : OPERANDS);
 #elif TOKENS == 192
-    asm volatile("wgmma.mma_async.sync.aligned.m64n192k16" WGMMA_TYPE
+    asm volatile("{\n.reg .b64 b;\nmov.b64 b, {%100, " UPPER_DESCRIPTOR "};\nwgmma.mma_async.sync.aligned.m64n192k16" WGMMA_TYPE
                  " {%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,"
                  "%28,%29,%30,%31,%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,"
                  "%54,%55,%56,%57,%58,%59,%60,%61,%62,%63,%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79,"
                  "%80,%81,%82,%83,%84,%85,%86,%87,%88,%89,%90,%91,%92,%93,%94,%95}"
-                 ", {%96,%97,%98,%99}, %100, 1, 1, 1, 0;"
+                 ", {%96,%97,%98,%99}, b, 1, 1, 1, 0;\n}"
                  : D8(0), D8(8), D8(16), D8(24), D8(32), D8(40), D8(48), D8(56), D8(64), D8(72), D8(80), D8(88)
                  : OPERANDS);
 #elif TOKENS == 256
-    asm volatile("wgmma.mma_async.sync.aligned.m64n256k16" WGMMA_TYPE
+    asm volatile("{\n.reg .b64 b;\nmov.b64 b, {%132, " UPPER_DESCRIPTOR "};\nwgmma.mma_async.sync.aligned.m64n256k16" WGMMA_TYPE
                  " {%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,"
                  "%28,%29,%30,%31,%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,"
                  "%54,%55,%56,%57,%58,%59,%60,%61,%62,%63,%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79,"
                  "%80,%81,%82,%83,%84,%85,%86,%87,%88,%89,%90,%91,%92,%93,%94,%95,%96,%97,%98,%99,%100,%101,%102,%103,%104,"
                  "%105,%106,%107,%108,%109,%110,%111,%112,%113,%114,%115,%116,%117,%118,%119,%120,%121,%122,%123,%124,%125,"
                  "%126,%127}"
-                 ", {%128,%129,%130,%131}, %132, 1, 1, 1, 0;"
+                 ", {%128,%129,%130,%131}, b, 1, 1, 1, 0;\n}"
                  : D8(0), D8(8), D8(16), D8(24), D8(32), D8(40), D8(48), D8(56), D8(64), D8(72), D8(80), D8(88), D8(96), D8(104), D8(112), D8(120)
                  : OPERANDS);
 #else

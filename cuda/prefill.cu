@@ -272,7 +272,7 @@ prefill(const unsigned char* codes, const unsigned char* params, const unsigned 
 #pragma unroll
                 for (int j = 0; j < 2; ++j) {
                     if (2 * step + j >= tiles) break;
-                    const u64 b = descriptor(x_address + (2 * stage + j) * X_BYTES);
+                    const u32 b = descriptor(x_address + (2 * stage + j) * X_BYTES);
 #pragma unroll
                     for (int block = 0; block < BLOCKS; ++block) {
                         const Layout::Tile tile = j ? read_stage<1>(here + block * STAGE_BYTES, lane) : read_stage<0>(here + block * STAGE_BYTES, lane);

@@ -150,7 +150,7 @@ __device__ __forceinline__ void copy_step(const TensorMap& x, const Weight& w, c
 
 // Sixteen columns of a tile, which are then under way with at most two before them.
 template <int QUARTER>
-__device__ __forceinline__ void multiply(float (&sums)[SUMS], const Columns::Tile& tile, const Layout::Rows& rows, u64 x, int lane) {
+__device__ __forceinline__ void multiply(float (&sums)[SUMS], const Columns::Tile& tile, const Layout::Rows& rows, u32 x, int lane) {
     u32 a[4];
     Columns::template operand<QUARTER>(tile, rows, lane, a);
     pin(sums);
@@ -294,7 +294,7 @@ wide(const __grid_constant__ tenpak::TensorMap x, const unsigned char* codes, co
 #pragma unroll
                 for (int j = 0; j < STEP; ++j) {
                     if (j > 0 && STEP * step + j >= tiles) break;
-                    const u64 box = descriptor(stage + j * X_BYTES);
+                    const u32 box = descriptor(stage + j * X_BYTES);
 #pragma unroll
                     for (int block = 0; block < BLOCKS; ++block) {
                         const u32 here = stage + own + 4 * block * STRIP_BYTES;

@@ -233,7 +233,7 @@ inline void store_transposed(u32 row, u32 a, u32 b, u32 c, u32 d) {
 }
 
 constexpr int SUMS = TOKENS / 2;
-struct Product { float* sums; u32 a[4][4]; u64 b; };
+struct Product { float* sums; u32 a[4][4]; u32 b; };
 struct Products { std::deque<std::vector<Product>> groups; std::vector<Product> open; };
 static std::map<int, Products> products;
 inline float of_half(u16 x) {
@@ -246,7 +246,7 @@ inline float of_half(u16 x) {
 }
 inline void run(const Product& p) {
     const u32 start = ((u32)(u64)memory() >> 18 << 18) + ((p.b & 0x3fff) << 4);
-    check((p.b >> 32 & 0x3fff) == 64 && p.b >> 62 == 1, "a descriptor is not one of 128-byte rows");
+    check(p.b >> 14 == 4, "a descriptor is not one of rows");
     const int t = threadIdx.x % 4;
     for (int j = 0; j < TOKENS / 8; ++j)
         for (int i = 0; i < 4; ++i) {
@@ -262,10 +262,8 @@ inline void run(const Product& p) {
         }
 }
 inline void wgmma_fence() {}
-inline u64 descriptor(u32 address) {
-    return (u64)((address & 0x3ffff) >> 4) | (u64)1 << 16 | (u64)(1024 >> 4) << 32 | (u64)1 << 62;
-}
-inline void wgmma(float (&d)[SUMS], const u32 (&a)[4], u64 b) {
+inline u32 descriptor(u32 address) { return (address & 0x3ffff) >> 4 | 1 << 16; }
+inline void wgmma(float (&d)[SUMS], const u32 (&a)[4], u32 b) {
     auto all = share<4>({a[0], a[1], a[2], a[3]});
     Product p = {d, {}, b};
     for (int c = 0; c < 4; ++c)
