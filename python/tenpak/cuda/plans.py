@@ -324,7 +324,7 @@ def tile_bytes(bits: int, head_dim: int) -> int:
 
 
 def query_bytes(head_dim: int) -> int:
-    """The most shared memory that a block of attention.cu takes for queries and what turns them, and CUDA for itself."""
+    """The most shared memory that a block of attention.cu takes for queries and what turns them, and CUDA itself."""
     return (12 << 10) + 16 * head_dim
 
 
