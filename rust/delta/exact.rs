@@ -197,7 +197,7 @@ impl<W: Word> Scratch<W> {
                 let pairs = words::<W>(old).zip(words::<W>(new));
                 pairs.map(|(old, new)| usize::from(old != new)).sum()
             }
-            _ => self.words.iter().map(|d| usize::from(*d != W::default())).sum(),
+            _ => self.words.chunks(COUNTED).map(|words| usize::from(nonzero(words))).sum(),
         };
         self.put_planes(&mut out);
         let mut chosen = (kind, out);
@@ -355,6 +355,14 @@ impl<W: Word> Scratch<W> {
         }
         if gaps.next().is_none() { Ok(()) } else { Err(malformed()) }
     }
+}
+
+/// Words that are counted in 16 bits, of which a register holds many.
+const COUNTED: usize = 1 << 12;
+
+/// How many of at most [`COUNTED`] words are not zero.
+fn nonzero<W: Word>(words: &[W]) -> u16 {
+    words.iter().map(|d| u16::from(*d != W::default())).sum()
 }
 
 /// A tensor's bytes as words.

@@ -17,6 +17,9 @@ const DENSE: f64 = 2.5;
 /// Bits per byte above which coding gains nothing.
 const RANDOM: f64 = 7.97;
 
+/// Bytes that are looked at together, whatever the first of them is.
+const BLOCK: usize = 256;
+
 /// How a plane is stored: the first of its five bytes of head; the other four are its stored length.
 const ZEROS: u8 = 0;
 const PLAIN: u8 = 1;
@@ -50,7 +53,7 @@ impl Coder {
             out.extend_from_slice(&(stored.len() as u32).to_le_bytes());
             out.extend_from_slice(stored);
         };
-        if plane.iter().all(|&b| b == 0) {
+        if plane.chunks(BLOCK).all(|block| block.iter().fold(0, |any, b| any | b) == 0) {
             return head(ZEROS, &[]);
         }
         let entropy = entropy(plane);
