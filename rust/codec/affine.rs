@@ -3,6 +3,7 @@
 //! `int4_g32_fp16` holds the numbers of GGUF's Q4_1 and of MLX's affine layout. How scale and offset are
 //! chosen is a [`Fit`]; codes are then the nearest, whichever it was.
 
+use super::descent::Step;
 use super::feedback::{Group, Nearest, feedback};
 use super::groups::{Block, Grid, Weights};
 use super::half_floats::{narrow_f16, widen_f16};
@@ -230,7 +231,6 @@ pub struct Affine<const G: usize>;
 
 impl<const G: usize> Nearest for Affine<G> {
     const GROUP: usize = G;
-    const REFIT: bool = true;
     const OFFSET: bool = true;
     type Ready<S: Simd> = ();
 
@@ -260,8 +260,9 @@ impl<const G: usize> Nearest for Affine<G> {
     }
 
     #[inline(always)]
-    fn storable<S: Simd>(s: S, a: S::F, b: S::F, group: Group<S>) -> Group<S> {
-        let (a, b) = (round_f16(s, a), round_f16(s, b));
+    fn storable<S: Simd>(s: S, step: &Step<S>, group: Group<S>) -> Group<S> {
+        let [scale, offset] = step.both(s);
+        let (a, b) = (round_f16(s, s.add(group.a, scale)), round_f16(s, s.add(group.b, offset)));
         // Codes go upwards; a scale that would turn them round is no better one.
         let upwards = s.lt(s.splat(0.0), a);
         Group { a: s.select(upwards, a, group.a), b: s.select(upwards, b, group.b), ..group }

@@ -51,13 +51,55 @@ fn round<S: Simd, N: Nearest>(
         let block = Block { first, len: (cols - first).min(BLOCK), rows: &panel[first..] };
         for start in (0..block.len).step_by(N::GROUP) {
             let group = start..(start + N::GROUP).min(block.len);
-            if N::REFIT {
-                refit(s, ready, job, &block, group.clone(), errors, codes, &mut gradient);
-            }
+            refit(s, ready, job, &block, group.clone(), errors, codes, &mut gradient);
             for j in group {
                 choose(s, ready, job, &block, j, errors, codes, &mut gradient);
             }
         }
+    }
+}
+
+/// How the error changes with one group's scale and offset, by the letters of this file's head.
+pub struct Step<S: Simd> {
+    p: S::F,
+    r: S::F,
+    a: S::F,
+    b: S::F,
+    c: S::F,
+}
+
+impl<S: Simd> Step<S> {
+    /// The best α alone.
+    #[inline(always)]
+    pub fn scale(&self, s: S) -> S::F {
+        s.div(self.p, self.a)
+    }
+
+    /// The best α and β.
+    #[inline(always)]
+    pub fn both(&self, s: S) -> [S::F; 2] {
+        let d = s.sub(s.mul(self.a, self.c), s.mul(self.b, self.b));
+        let scale = s.div(s.sub(s.mul(self.c, self.p), s.mul(self.b, self.r)), d);
+        let offset = s.div(s.sub(s.mul(self.a, self.r), s.mul(self.b, self.p)), d);
+        [scale, offset]
+    }
+
+    /// The best β for this α.
+    #[inline(always)]
+    pub fn offset(&self, s: S, scale: S::F) -> S::F {
+        s.div(s.sub(self.r, s.mul(scale, self.b)), self.c)
+    }
+
+    /// What α and β add to the error.
+    #[inline(always)]
+    pub fn change(&self, s: S, scale: S::F, offset: S::F) -> S::F {
+        let linear = s.fma(scale, self.p, s.mul(offset, self.r));
+        let square = s.fma(
+            scale,
+            s.fma(scale, self.a, s.mul(s.mul(s.splat(2.0), offset), self.b)),
+            s.mul(s.mul(offset, offset), self.c),
+        );
+        s.sub(square, s.mul(s.splat(2.0), linear))
     }
 }
 
@@ -132,24 +174,11 @@ fn refit<S: Simd, N: Nearest>(
             a = s.fma(product, u[i], a);
             b = s.add(b, product);
         }
-        let new = if N::OFFSET {
-            let d = s.sub(s.mul(a, all), s.mul(b, b));
-            let scale = s.div(s.sub(s.mul(all, p), s.mul(b, r)), d);
-            let offset = s.div(s.sub(s.mul(a, r), s.mul(b, p)), d);
-            N::storable(s, s.add(old.a, scale), s.add(old.b, offset), old)
-        } else {
-            N::storable(s, s.add(old.a, s.div(p, a)), old.b, old)
-        };
-        let scale = s.sub(new.a, old.a);
+        let step = Step { p, r, a, b, c: all };
+        let new = N::storable(s, &step, old);
         let offset = if N::OFFSET { s.sub(new.b, old.b) } else { zero };
-        let linear = s.fma(scale, p, s.mul(offset, r));
-        let square = s.fma(
-            scale,
-            s.fma(scale, a, s.mul(s.mul(s.splat(2.0), offset), b)),
-            s.mul(s.mul(offset, offset), all),
-        );
         // NaN and infinity, where a group is degenerate, never compare as better.
-        let better = s.lt(s.sub(square, s.mul(s.splat(2.0), linear)), zero);
+        let better = s.lt(step.change(s, s.sub(new.a, old.a), offset), zero);
         let kept = Group { a: s.select(better, new.a, old.a), b: s.select(better, new.b, old.b), ..old };
         for (x, out) in [kept.a, kept.b].into_iter().zip(&mut chosen) {
             s.store(x, &mut out.as_chunks_mut::<LANES>().0[v]);

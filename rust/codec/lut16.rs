@@ -6,6 +6,7 @@
 //! negative scale) backwards.
 
 use super::affine::{round_f16, widen};
+use super::descent::Step;
 use super::feedback::{Group, Nearest, feedback};
 use super::groups::Grid;
 use super::half_floats::widen_f16;
@@ -502,7 +503,6 @@ pub struct Lut16;
 
 impl Nearest for Lut16 {
     const GROUP: usize = GROUP;
-    const REFIT: bool = true;
     const OFFSET: bool = false;
     type Ready<S: Simd> = [Table<S>; 4];
 
@@ -557,7 +557,8 @@ impl Nearest for Lut16 {
     }
 
     #[inline(always)]
-    fn storable<S: Simd>(s: S, a: S::F, _b: S::F, group: Group<S>) -> Group<S> {
+    fn storable<S: Simd>(s: S, step: &Step<S>, group: Group<S>) -> Group<S> {
+        let a = s.add(group.a, step.scale(s));
         let l = clamp_scale(s, s.round(divide_lanes(s, a, group.unit)));
         Group { a: s.mul(group.unit, l), ..group }
     }
