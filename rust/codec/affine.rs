@@ -3,13 +3,13 @@
 //! `int4_g32_fp16` holds the numbers of GGUF's Q4_1 and of MLX's affine layout. How scale and offset are
 //! chosen is a [`Fit`]; codes are then the nearest, whichever it was.
 
-use super::descent::Step;
 use super::feedback::{Group, Nearest, feedback};
 use super::groups::{Block, Grid, Weights};
 use super::half_floats::{narrow_f16, widen_f16};
 use super::range::{Range, RangeLanes};
 use super::search::{Search, max_code};
 use super::simd::{Kernel, LANES, Level, Simd};
+use super::trial::Step;
 use super::{Calibrated, Layout, Part, Per, Strip};
 use crate::tensor::Dtype;
 use std::marker::PhantomData;
@@ -251,12 +251,21 @@ impl<const G: usize> Nearest for Affine<G> {
 
     #[inline(always)]
     fn nearest<S: Simd>(s: S, (): &(), x: S::F, group: Group<S>) -> (S::I, S::F) {
-        nearest::<S, 4>(s, x, group.a, group.b)
+        nearest_in_group::<S, 4>(s, x, group)
     }
 
     #[inline(always)]
     fn unscaled<S: Simd>(s: S, (): &(), code: S::I, _: Group<S>) -> S::F {
         s.float(code)
+    }
+
+    const STARTS: usize = STARTS.len();
+    const PASSES: usize = passes(G);
+
+    #[inline(always)]
+    fn start<S: Simd>(s: S, number: usize, group: Group<S>) -> Group<S> {
+        let (a, b) = around::<S, 4>(s, number, group);
+        Group { a: round_f16(s, a), b: round_f16(s, b), ..group }
     }
 
     #[inline(always)]
@@ -269,11 +278,41 @@ impl<const G: usize> Nearest for Affine<G> {
     }
 }
 
+/// Grids to try around a group's: by how many steps they reach further at both ends, and lie higher.
+pub const STARTS: &[(f32, f32)] =
+    &[(-0.75, 0.0), (0.75, 0.0), (0.0, 0.25), (0.0, -0.25), (0.0, 0.5), (0.0, -0.5)];
+
+/// How often each is refitted: the second time gains a third of what the first does.
+/// Large groups, whose passes take longer, gain less.
+pub const fn passes(group: usize) -> usize {
+    if group < 32 { 2 } else { 1 }
+}
+
+/// Scale and offset of start `number`.
+#[inline(always)]
+pub fn around<S: Simd, const BITS: u32>(s: S, number: usize, group: Group<S>) -> (S::F, S::F) {
+    let (further, higher) = STARTS[number];
+    let scale = s.mul(group.a, s.splat(1.0 + 2.0 * further / max_code(BITS)));
+    (scale, s.fma(group.a, s.splat(higher - further), group.b))
+}
+
 /// The nearest code, 0 where the scale is 0, and the weight that it stands for.
 #[inline(always)]
 pub fn nearest<S: Simd, const BITS: u32>(s: S, x: S::F, scale: S::F, offset: S::F) -> (S::I, S::F) {
     let divisor = s.select(s.lt(s.splat(0.0), scale), scale, s.splat(f32::INFINITY));
-    let q = s.div(s.sub(x, offset), divisor);
+    rebuilt::<S, BITS>(s, s.div(s.sub(x, offset), divisor), scale, offset)
+}
+
+/// The same with one division for all weights of a group, which may round a tie otherwise.
+#[inline(always)]
+pub fn nearest_in_group<S: Simd, const BITS: u32>(s: S, x: S::F, group: Group<S>) -> (S::I, S::F) {
+    let zero = s.splat(0.0);
+    let inverse = s.select(s.lt(zero, group.a), s.div(s.splat(1.0), group.a), zero);
+    rebuilt::<S, BITS>(s, s.mul(s.sub(x, group.b), inverse), group.a, group.b)
+}
+
+#[inline(always)]
+fn rebuilt<S: Simd, const BITS: u32>(s: S, q: S::F, scale: S::F, offset: S::F) -> (S::I, S::F) {
     let code = s.round_i(s.min(s.max(q, s.splat(0.0)), s.splat(max_code(BITS))));
     (code, s.add(s.mul(s.float(code), scale), offset))
 }

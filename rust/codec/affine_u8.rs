@@ -4,13 +4,13 @@
 //! s = s0 + u·ds and o = o0 + v·do, with u and v the bytes. The search first fits every group of a row
 //! freely, spreads the bytes over what it found, and then chooses them again with codes in view.
 
-use super::affine::{nearest, per_weight, quantise_block, rebuild};
-use super::descent::Step;
+use super::affine::{STARTS, around, nearest, nearest_in_group, passes, per_weight, quantise_block, rebuild};
 use super::feedback::{Group, Nearest, ROW_NUMBERS, feedback, store_bits};
 use super::groups::{Block, Grid};
 use super::range::{Range, RangeLanes};
 use super::search::{best_offset, code, error, relative, search};
 use super::simd::{Kernel, LANES, Level, Simd};
+use super::trial::Step;
 use super::{Calibrated, Layout, Part, Per, Strip};
 use crate::tensor::Dtype;
 use half::f16;
@@ -484,12 +484,22 @@ impl<const G: usize, const BITS: u32> Nearest for AffineU8<G, BITS> {
 
     #[inline(always)]
     fn nearest<S: Simd>(s: S, (): &(), x: S::F, group: Group<S>) -> (S::I, S::F) {
-        nearest::<S, BITS>(s, x, group.a, group.b)
+        nearest_in_group::<S, BITS>(s, x, group)
     }
 
     #[inline(always)]
     fn unscaled<S: Simd>(s: S, (): &(), code: S::I, _: Group<S>) -> S::F {
         s.float(code)
+    }
+
+    const STARTS: usize = STARTS.len();
+    const PASSES: usize = passes(G);
+
+    #[inline(always)]
+    fn start<S: Simd>(s: S, number: usize, group: Group<S>) -> Group<S> {
+        let (a, b) = around::<S, BITS>(s, number, group);
+        let [scales, offsets] = [[group.row[0], group.row[1]], [group.row[2], group.row[3]]];
+        Group { a: value(s, scales, byte(s, scales, a)), b: value(s, offsets, byte(s, offsets, b)), ..group }
     }
 
     /// The best of the scales around the best one, each with the offset that suits it.

@@ -5,9 +5,10 @@
 //! four vectors, since rows do not depend on each other. Each row keeps what loses less of its outputs: this, or
 //! what the search alone had chosen.
 
-use super::descent::{self, Step};
+use super::descent;
 use super::factor::{BLOCK, Factor};
 use super::simd::{Kernel, LANES, Level, Simd};
+use super::trial::Step;
 use super::{Layout, Strip};
 use std::marker::PhantomData;
 
@@ -73,6 +74,14 @@ pub trait Nearest {
 
     /// What a code stands for under a = 1 and without an offset.
     fn unscaled<S: Simd>(s: S, ready: &Self::Ready<S>, code: S::I, group: Group<S>) -> S::F;
+
+    /// How many parameters around those of a group are tried besides them.
+    const STARTS: usize;
+    /// How often, from each of them, parameters and then codes are chosen again.
+    const PASSES: usize;
+
+    /// The parameters of start `number`, below [`Self::STARTS`].
+    fn start<S: Simd>(s: S, number: usize, group: Group<S>) -> Group<S>;
 
     /// Parameters near to a + α and b + β that can be stored, where `step` has its least at α and β.
     fn storable<S: Simd>(s: S, step: &Step<S>, group: Group<S>) -> Group<S>;

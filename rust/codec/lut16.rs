@@ -6,12 +6,12 @@
 //! negative scale) backwards.
 
 use super::affine::{round_f16, widen};
-use super::descent::Step;
 use super::feedback::{Group, Nearest, feedback};
 use super::groups::Grid;
 use super::half_floats::widen_f16;
 use super::range::{Range, RangeLanes};
 use super::simd::{Kernel, LANES, Level, Simd};
+use super::trial::Step;
 use super::{Calibrated, Layout, Part, Per, Strip};
 use crate::tensor::Dtype;
 
@@ -554,6 +554,21 @@ impl Nearest for Lut16 {
             value = s.select(before, value, s.lookup16(table.values, code));
         }
         value
+    }
+
+    // The other tables, and scales a step down and up.
+    const STARTS: usize = TABLES.len() + 1;
+    const PASSES: usize = 1;
+
+    #[inline(always)]
+    fn start<S: Simd>(s: S, number: usize, group: Group<S>) -> Group<S> {
+        if number < TABLES.len() - 1 {
+            let (b, tables) = (s.add(group.b, s.splat((number + 1) as f32)), s.splat(TABLES.len() as f32));
+            return Group { b: s.select(s.lt(b, tables), b, s.sub(b, tables)), ..group };
+        }
+        let l = s.round(divide_lanes(s, group.a, group.unit));
+        let l = clamp_scale(s, s.add(l, s.splat(if number == TABLES.len() { -1.0 } else { 1.0 })));
+        Group { a: s.mul(group.unit, l), ..group }
     }
 
     #[inline(always)]
