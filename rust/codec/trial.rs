@@ -115,11 +115,11 @@ impl<S: Simd> Trial<S> {
     #[inline(always)]
     fn choose<N: Nearest>(&mut self, s: S, ready: &N::Ready<S>, weights: &Weights<'_, S>) {
         let Weights { w, within } = weights;
-        for j in 0..within.len() {
-            let best = s.fma(self.g[j], s.splat(1.0 / within.row(j)[j]), s.sub(w[j], self.e[j]));
+        for (j, &w) in w.iter().enumerate().take(within.len()) {
+            let best = s.fma(self.g[j], s.splat(1.0 / within.row(j)[j]), s.sub(w, self.e[j]));
             let (code, rebuilt) = N::nearest(s, ready, best, self.group);
             self.codes[j] = code;
-            self.set_error(s, within, j, s.sub(w[j], rebuilt));
+            self.set_error(s, within, j, s.sub(w, rebuilt));
         }
     }
 
