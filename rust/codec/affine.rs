@@ -9,6 +9,7 @@ use super::half_floats::{narrow_f16, widen_f16};
 use super::range::{Range, RangeLanes};
 use super::search::{Search, max_code};
 use super::simd::{Kernel, LANES, Level, Simd};
+use super::trial::Step;
 use super::{Calibrated, Layout, Part, Per, Strip};
 use crate::tensor::Dtype;
 use std::marker::PhantomData;
@@ -230,7 +231,6 @@ pub struct Affine<const G: usize>;
 
 impl<const G: usize> Nearest for Affine<G> {
     const GROUP: usize = G;
-    const REFIT: bool = true;
     const OFFSET: bool = true;
     type Ready<S: Simd> = ();
 
@@ -251,7 +251,7 @@ impl<const G: usize> Nearest for Affine<G> {
 
     #[inline(always)]
     fn nearest<S: Simd>(s: S, (): &(), x: S::F, group: Group<S>) -> (S::I, S::F) {
-        nearest::<S, 4>(s, x, group.a, group.b)
+        nearest_in_group::<S, 4>(s, x, group)
     }
 
     #[inline(always)]
@@ -259,20 +259,60 @@ impl<const G: usize> Nearest for Affine<G> {
         s.float(code)
     }
 
+    const STARTS: usize = STARTS.len();
+    const PASSES: usize = passes(G);
+
     #[inline(always)]
-    fn storable<S: Simd>(s: S, a: S::F, b: S::F, group: Group<S>) -> Group<S> {
-        let (a, b) = (round_f16(s, a), round_f16(s, b));
+    fn start<S: Simd>(s: S, number: usize, group: Group<S>) -> Group<S> {
+        let (a, b) = around::<S, 4>(s, number, group);
+        Group { a: round_f16(s, a), b: round_f16(s, b), ..group }
+    }
+
+    #[inline(always)]
+    fn storable<S: Simd>(s: S, step: &Step<S>, group: Group<S>) -> Group<S> {
+        let [scale, offset] = step.both(s);
+        let (a, b) = (round_f16(s, s.add(group.a, scale)), round_f16(s, s.add(group.b, offset)));
         // Codes go upwards; a scale that would turn them round is no better one.
         let upwards = s.lt(s.splat(0.0), a);
         Group { a: s.select(upwards, a, group.a), b: s.select(upwards, b, group.b), ..group }
     }
 }
 
+/// Grids to try around a group's: by how many steps they reach further at both ends, and lie higher.
+pub const STARTS: &[(f32, f32)] =
+    &[(-0.75, 0.0), (0.75, 0.0), (0.0, 0.25), (0.0, -0.25), (0.0, 0.5), (0.0, -0.5)];
+
+/// How often each is refitted: the second time gains a third of what the first does.
+/// Large groups, whose passes take longer, gain less.
+pub const fn passes(group: usize) -> usize {
+    if group < 32 { 2 } else { 1 }
+}
+
+/// Scale and offset of start `number`.
+#[inline(always)]
+pub fn around<S: Simd, const BITS: u32>(s: S, number: usize, group: Group<S>) -> (S::F, S::F) {
+    let (further, higher) = STARTS[number];
+    let scale = s.mul(group.a, s.splat(1.0 + 2.0 * further / max_code(BITS)));
+    (scale, s.fma(group.a, s.splat(higher - further), group.b))
+}
+
 /// The nearest code, 0 where the scale is 0, and the weight that it stands for.
 #[inline(always)]
 pub fn nearest<S: Simd, const BITS: u32>(s: S, x: S::F, scale: S::F, offset: S::F) -> (S::I, S::F) {
     let divisor = s.select(s.lt(s.splat(0.0), scale), scale, s.splat(f32::INFINITY));
-    let q = s.div(s.sub(x, offset), divisor);
+    rebuilt::<S, BITS>(s, s.div(s.sub(x, offset), divisor), scale, offset)
+}
+
+/// The same with one division for all weights of a group, which may round a tie otherwise.
+#[inline(always)]
+pub fn nearest_in_group<S: Simd, const BITS: u32>(s: S, x: S::F, group: Group<S>) -> (S::I, S::F) {
+    let zero = s.splat(0.0);
+    let inverse = s.select(s.lt(zero, group.a), s.div(s.splat(1.0), group.a), zero);
+    rebuilt::<S, BITS>(s, s.mul(s.sub(x, group.b), inverse), group.a, group.b)
+}
+
+#[inline(always)]
+fn rebuilt<S: Simd, const BITS: u32>(s: S, q: S::F, scale: S::F, offset: S::F) -> (S::I, S::F) {
     let code = s.round_i(s.min(s.max(q, s.splat(0.0)), s.splat(max_code(BITS))));
     (code, s.add(s.mul(s.float(code), scale), offset))
 }

@@ -4,12 +4,13 @@
 //! s = s0 + u·ds and o = o0 + v·do, with u and v the bytes. The search first fits every group of a row
 //! freely, spreads the bytes over what it found, and then chooses them again with codes in view.
 
-use super::affine::{nearest, per_weight, quantise_block, rebuild};
-use super::feedback::{Group, Nearest, feedback, store_bits};
+use super::affine::{STARTS, around, nearest, nearest_in_group, passes, per_weight, quantise_block, rebuild};
+use super::feedback::{Group, Nearest, ROW_NUMBERS, feedback, store_bits};
 use super::groups::{Block, Grid};
 use super::range::{Range, RangeLanes};
 use super::search::{best_offset, code, error, relative, search};
 use super::simd::{Kernel, LANES, Level, Simd};
+use super::trial::Step;
 use super::{Calibrated, Layout, Part, Per, Strip};
 use crate::tensor::Dtype;
 use half::f16;
@@ -77,15 +78,19 @@ impl Map {
     /// The nearest bytes, as FP32.
     #[inline(always)]
     fn byte<S: Simd>(self, s: S, value: S::F) -> S::F {
-        let step = if self.step > f16::ZERO { self.step.to_f32() } else { f32::INFINITY };
-        let byte = s.round(s.div(s.sub(value, s.splat(self.start.to_f32())), s.splat(step)));
-        s.min(s.max(byte, s.splat(0.0)), s.splat(STEPS))
+        byte(s, self.lanes(s), value)
     }
 
     /// The parameters of bytes.
     #[inline(always)]
     fn value<S: Simd>(self, s: S, byte: S::F) -> S::F {
-        s.add(s.mul(byte, s.splat(self.step.to_f32())), s.splat(self.start.to_f32()))
+        value(s, self.lanes(s), byte)
+    }
+
+    /// Start and step, for every lane.
+    #[inline(always)]
+    fn lanes<S: Simd>(self, s: S) -> [S::F; 2] {
+        [s.splat(self.start.to_f32()), s.splat(self.step.to_f32())]
     }
 
     fn to_le_bytes(self) -> [u8; 4] {
@@ -97,6 +102,26 @@ impl Map {
         let [a, b, c, d] = bytes;
         Map { start: f16::from_le_bytes([a, b]), step: f16::from_le_bytes([c, d]) }
     }
+
+    /// The maps of scales and of offsets that a row keeps.
+    fn of_row([a, b, c, d, e, f, g, h]: [u8; 8]) -> [Map; 2] {
+        [Map::from_le_bytes([a, b, c, d]), Map::from_le_bytes([e, f, g, h])]
+    }
+}
+
+/// The nearest bytes under the start and step of each lane, as FP32.
+#[inline(always)]
+fn byte<S: Simd>(s: S, [start, step]: [S::F; 2], value: S::F) -> S::F {
+    let zero = s.splat(0.0);
+    let divisor = s.select(s.lt(zero, step), step, s.splat(f32::INFINITY));
+    let byte = s.round(s.div(s.sub(value, start), divisor));
+    s.min(s.max(byte, zero), s.splat(STEPS))
+}
+
+/// The parameters of bytes under the start and step of each lane.
+#[inline(always)]
+fn value<S: Simd>(s: S, [start, step]: [S::F; 2], byte: S::F) -> S::F {
+    s.add(s.mul(byte, step), start)
 }
 
 /// Encodes rows.
@@ -160,8 +185,7 @@ impl<const G: usize, const BITS: u32> Kernel for Encode<'_, '_, '_, G, BITS> {
                 }
             }
             let maps = if self.given {
-                let [a, b, c, d, e, f, g, h] = *params;
-                [Map::from_le_bytes([a, b, c, d]), Map::from_le_bytes([e, f, g, h])]
+                Map::of_row(*params)
             } else {
                 [Map::covering(&free_scales), Map::covering(&free_offsets)]
             };
@@ -348,8 +372,7 @@ impl<const G: usize, const BITS: u32> Kernel for Decode<'_, '_, G, BITS> {
         for (r, (((out, codes), (scales, offsets)), params)) in
             rows.zip(parameters).zip(row_params.as_chunks::<8>().0).enumerate()
         {
-            let [a, b, c, d, e, f, g, h] = *params;
-            let maps = [Map::from_le_bytes([a, b, c, d]), Map::from_le_bytes([e, f, g, h])];
+            let maps = Map::of_row(*params);
             let per_row = high_bytes(cols, BITS);
             let high = high.first().map_or(&[][..], |high| &high[r * per_row..][..per_row]);
             let batches = out.chunks_mut(G * LANES).zip(codes.chunks(G * LANES / 2));
@@ -414,8 +437,6 @@ pub struct AffineU8<const G: usize, const BITS: u32>;
 
 impl<const G: usize, const BITS: u32> Nearest for AffineU8<G, BITS> {
     const GROUP: usize = G;
-    // The bytes of a row share their maps, so that one group's parameters cannot move freely.
-    const REFIT: bool = false;
     const OFFSET: bool = true;
     type Ready<S: Simd> = ();
 
@@ -425,13 +446,31 @@ impl<const G: usize, const BITS: u32> Nearest for AffineU8<G, BITS> {
     fn parameters(parts: &[&[u8]], cols: usize, [scales, offsets, _]: [&mut [f32]; 3]) {
         let groups = cols.div_ceil(G);
         for (row, params) in parts[3].as_chunks::<8>().0.iter().enumerate() {
-            let [c, d, e, f, g, h, i, j] = *params;
-            let maps = [Map::from_le_bytes([c, d, e, f]), Map::from_le_bytes([g, h, i, j])];
+            let maps = Map::of_row(*params);
             let groups = row * groups..(row + 1) * groups;
             for ((map, bytes), out) in maps.iter().zip(&parts[1..3]).zip([&mut *scales, &mut *offsets]) {
                 for (out, &byte) in out[groups.clone()].iter_mut().zip(&bytes[groups.clone()]) {
                     *out = f32::from(byte) * map.step.to_f32() + map.start.to_f32();
                 }
+            }
+        }
+    }
+
+    fn row_numbers(parts: &[&[u8]], out: &mut [[f32; ROW_NUMBERS]]) {
+        for (out, params) in out.iter_mut().zip(parts[3].as_chunks::<8>().0) {
+            let [scales, offsets] = Map::of_row(*params);
+            *out = [scales.start, scales.step, offsets.start, offsets.step].map(f16::to_f32);
+        }
+    }
+
+    fn store_parameters(parts: &mut [&mut [u8]], _cols: usize, row: usize, groups: [&[f32]; 3]) {
+        let maps = Map::of_row(parts[3].as_chunks::<8>().0[row]);
+        for ((map, part), values) in maps.iter().zip(&mut parts[1..3]).zip(groups) {
+            let bytes = &mut part[row * values.len()..][..values.len()];
+            for (byte, value) in bytes.iter_mut().zip(values) {
+                // The value is a byte's, rounded once, so that dividing finds the byte again.
+                let (start, step) = (map.start.to_f32(), map.step.to_f32());
+                *byte = if step > 0.0 { ((value - start) / step).round_ties_even() as u8 } else { 0 };
             }
         }
     }
@@ -445,11 +484,45 @@ impl<const G: usize, const BITS: u32> Nearest for AffineU8<G, BITS> {
 
     #[inline(always)]
     fn nearest<S: Simd>(s: S, (): &(), x: S::F, group: Group<S>) -> (S::I, S::F) {
-        nearest::<S, BITS>(s, x, group.a, group.b)
+        nearest_in_group::<S, BITS>(s, x, group)
     }
 
     #[inline(always)]
     fn unscaled<S: Simd>(s: S, (): &(), code: S::I, _: Group<S>) -> S::F {
         s.float(code)
+    }
+
+    const STARTS: usize = STARTS.len();
+    const PASSES: usize = passes(G);
+
+    #[inline(always)]
+    fn start<S: Simd>(s: S, number: usize, group: Group<S>) -> Group<S> {
+        let (a, b) = around::<S, BITS>(s, number, group);
+        let [scales, offsets] = [[group.row[0], group.row[1]], [group.row[2], group.row[3]]];
+        Group { a: value(s, scales, byte(s, scales, a)), b: value(s, offsets, byte(s, offsets, b)), ..group }
+    }
+
+    /// The best of the scales around the best one, each with the offset that suits it.
+    #[inline(always)]
+    fn storable<S: Simd>(s: S, step: &Step<S>, group: Group<S>) -> Group<S> {
+        let zero = s.splat(0.0);
+        let [scales, offsets] = [[group.row[0], group.row[1]], [group.row[2], group.row[3]]];
+        let [best_scale, _] = step.both(s);
+        let middle = byte(s, scales, s.add(group.a, best_scale));
+        let (mut least, mut chosen) = (zero, group);
+        for away in [0.0, -1.0, 1.0] {
+            let u = s.min(s.max(s.add(middle, s.splat(away)), zero), s.splat(STEPS));
+            let a = value(s, scales, u);
+            let best_offset = step.offset(s, s.sub(a, group.a));
+            let b = value(s, offsets, byte(s, offsets, s.add(group.b, best_offset)));
+            let change = step.change(s, s.sub(a, group.a), s.sub(b, group.b));
+            // Codes go upwards: a scale that is not positive keeps what there is.
+            let change = s.select(s.lt(zero, a), change, zero);
+            let better = s.lt(change, least);
+            least = s.select(better, change, least);
+            chosen.a = s.select(better, a, chosen.a);
+            chosen.b = s.select(better, b, chosen.b);
+        }
+        chosen
     }
 }

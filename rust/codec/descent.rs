@@ -1,15 +1,13 @@
-//! Coordinate descent on the squared error of a layer's outputs, e H eᵀ: each code, and each group's scale and
-//! offset, is chosen again given all others, for a few rounds.
-//!
-//! With the gradient g = e H, the best place for weight j is its rebuilt value plus g_j / H_jj, wherever the
-//! others are; and the error changes by -2(α p + β r) + α²A + 2αβB + β²C when a group's scale grows by α and its
-//! offset by β, with u its unscaled values, p = Σ g u, r = Σ g, A = u H uᵀ, B = u H 1, C = 1 H 1 over the group.
+//! Coordinate descent on the squared error of a layer's outputs, e H eᵀ: one group at a time, scale, offset and codes
+//! are chosen again given all other groups ([`super::trial`]), for a few rounds.
 
 use super::factor::{BLOCK, Factor};
 use super::feedback::{
-    Codes, Column, Group, Job, Nearest, ROWS, VECTORS, add_product, add_products, store, store_codes, vectors,
+    Codes, Column, Job, Nearest, ROWS, VECTORS, add_product, add_products, store_codes, vectors,
 };
 use super::simd::{LANES, Simd};
+use super::trial::{Trial, Weights, Within};
+use std::ops::Range;
 
 /// Rounds over all columns. The first takes most of what can be had.
 const ROUNDS: usize = 3;
@@ -51,12 +49,7 @@ fn round<S: Simd, N: Nearest>(
         let block = Block { first, len: (cols - first).min(BLOCK), rows: &panel[first..] };
         for start in (0..block.len).step_by(N::GROUP) {
             let group = start..(start + N::GROUP).min(block.len);
-            if N::REFIT {
-                refit(s, ready, job, &block, group.clone(), errors, codes, &mut gradient);
-            }
-            for j in group {
-                choose(s, ready, job, &block, j, errors, codes, &mut gradient);
-            }
+            improve_group(s, ready, job, &block, group, errors, codes, &mut gradient);
         }
     }
 }
@@ -69,106 +62,52 @@ struct Block<'a> {
     rows: &'a [[f32; BLOCK]],
 }
 
-/// Chooses the codes of column `j` of the block.
+/// Chooses scale, offset and codes of one group of the block; the gradient follows in the groups after it.
 #[inline(always)]
 #[allow(clippy::too_many_arguments)]
-fn choose<S: Simd, N: Nearest>(
-    s: S,
-    ready: &N::Ready<S>,
-    job: &Job<'_, N>,
-    block: &Block<'_>,
-    j: usize,
-    errors: &mut [Column],
-    codes: &mut [Codes],
-    gradient: &mut [Column; BLOCK],
-) {
-    let (k, row) = (block.first + j, &block.rows[j]);
-    let inverse = s.splat(1.0 / row[j]);
-    let (w, e, g) = (vectors(s, &job.weights[k]), vectors(s, &errors[k]), vectors(s, &gradient[j]));
-    let after: [S::F; VECTORS] = std::array::from_fn(|v| {
-        let best = s.fma(g[v], inverse, s.sub(w[v], e[v]));
-        let (code, rebuilt) = N::nearest(s, ready, best, job.group(s, k / N::GROUP, v));
-        store_codes(s, code, &mut codes[k], v);
-        s.sub(w[v], rebuilt)
-    });
-    store(s, after, &mut errors[k]);
-    let change = std::array::from_fn(|v| s.sub(after[v], e[v]));
-    add_product(s, change, &row[j + 1..block.len], &mut gradient[j + 1..]);
-}
-
-/// Chooses scale and offset of one group of the block.
-#[inline(always)]
-#[allow(clippy::too_many_arguments)]
-fn refit<S: Simd, N: Nearest>(
+fn improve_group<S: Simd, N: Nearest>(
     s: S,
     ready: &N::Ready<S>,
     job: &mut Job<'_, N>,
     block: &Block<'_>,
-    group: std::ops::Range<usize>,
+    group: Range<usize>,
     errors: &mut [Column],
-    codes: &[Codes],
+    codes: &mut [Codes],
     gradient: &mut [Column; BLOCK],
 ) {
     let zero = s.splat(0.0);
     let number = (block.first + group.start) / N::GROUP;
-    let all: f32 = group.clone().map(|i| block.rows[i][group.clone()].iter().sum::<f32>()).sum();
-    let all = s.splat(all);
-    let mut chosen = [[0.0; ROWS]; 2];
+    let columns = block.first + group.start..block.first + group.end;
+    let within = Within::new(&block.rows[group.clone()], group.start);
+    let mut changes = [[0.0; ROWS]; BLOCK];
     for v in 0..VECTORS {
-        let old = job.group(s, number, v);
-        let mut u = [zero; BLOCK];
-        for j in group.clone() {
-            u[j] = N::unscaled(s, ready, load_codes(s, &codes[block.first + j], v), old);
+        let mut w = [zero; BLOCK];
+        let (e, g, codes_before) = ([zero; BLOCK], [zero; BLOCK], [s.splat_i(0); BLOCK]);
+        let mut before = Trial { group: job.group(s, number, v), e, g, codes: codes_before };
+        for (i, k) in columns.clone().enumerate() {
+            w[i] = vectors(s, &job.weights[k])[v];
+            before.e[i] = vectors(s, &errors[k])[v];
+            before.g[i] = vectors(s, &gradient[group.start + i])[v];
+            before.codes[i] = load_codes(s, &codes[k], v);
         }
-        let (mut p, mut r, mut a, mut b) = (zero, zero, zero, zero);
-        for i in group.clone() {
-            let mut product = zero;
-            for j in group.clone() {
-                product = s.fma(u[j], s.splat(block.rows[i][j]), product);
-            }
-            let g = vectors(s, &gradient[i])[v];
-            p = s.fma(g, u[i], p);
-            r = s.add(r, g);
-            a = s.fma(product, u[i], a);
-            b = s.add(b, product);
+        let best = Weights::new(w, within).best_trial::<N>(s, ready, &before);
+        for (x, out) in [best.group.a, best.group.b].into_iter().zip(&mut job.parameters) {
+            store_vector(s, x, &mut out[number], v);
         }
-        let new = if N::OFFSET {
-            let d = s.sub(s.mul(a, all), s.mul(b, b));
-            let scale = s.div(s.sub(s.mul(all, p), s.mul(b, r)), d);
-            let offset = s.div(s.sub(s.mul(a, r), s.mul(b, p)), d);
-            N::storable(s, s.add(old.a, scale), s.add(old.b, offset), old)
-        } else {
-            N::storable(s, s.add(old.a, s.div(p, a)), old.b, old)
-        };
-        let scale = s.sub(new.a, old.a);
-        let offset = if N::OFFSET { s.sub(new.b, old.b) } else { zero };
-        let linear = s.fma(scale, p, s.mul(offset, r));
-        let square = s.fma(
-            scale,
-            s.fma(scale, a, s.mul(s.mul(s.splat(2.0), offset), b)),
-            s.mul(s.mul(offset, offset), all),
-        );
-        // NaN and infinity, where a group is degenerate, never compare as better.
-        let better = s.lt(s.sub(square, s.mul(s.splat(2.0), linear)), zero);
-        let kept = Group { a: s.select(better, new.a, old.a), b: s.select(better, new.b, old.b), ..old };
-        for (x, out) in [kept.a, kept.b].into_iter().zip(&mut chosen) {
-            s.store(x, &mut out.as_chunks_mut::<LANES>().0[v]);
+        for (i, k) in columns.clone().enumerate() {
+            store_codes(s, best.codes[i], &mut codes[k], v);
+            store_vector(s, best.e[i], &mut errors[k], v);
+            store_vector(s, s.sub(best.e[i], before.e[i]), &mut changes[i], v);
         }
     }
-    [job.parameters[0][number], job.parameters[1][number]] = chosen;
-    for j in group {
-        let k = block.first + j;
-        let (w, e) = (vectors(s, &job.weights[k]), vectors(s, &errors[k]));
-        let after: [S::F; VECTORS] = std::array::from_fn(|v| {
-            let group = job.group(s, number, v);
-            let u = N::unscaled(s, ready, load_codes(s, &codes[k], v), group);
-            let scaled = s.mul(u, group.a);
-            s.sub(w[v], if N::OFFSET { s.add(scaled, group.b) } else { scaled })
-        });
-        store(s, after, &mut errors[k]);
-        let change = std::array::from_fn(|v| s.sub(after[v], e[v]));
-        add_product(s, change, &block.rows[j][..block.len], &mut gradient[..block.len]);
+    for (change, row) in changes.iter().zip(&block.rows[group.clone()]) {
+        add_product(s, vectors(s, change), &row[group.end..block.len], &mut gradient[group.end..]);
     }
+}
+
+#[inline(always)]
+fn store_vector<S: Simd>(s: S, x: S::F, column: &mut Column, v: usize) {
+    s.store(x, &mut column.as_chunks_mut::<LANES>().0[v]);
 }
 
 #[inline(always)]

@@ -8,6 +8,7 @@
 use super::descent;
 use super::factor::{BLOCK, Factor};
 use super::simd::{Kernel, LANES, Level, Simd};
+use super::trial::Step;
 use super::{Layout, Strip};
 use std::marker::PhantomData;
 
@@ -19,6 +20,9 @@ pub const VECTORS: usize = 4;
 
 /// Columns that one pass over the errors serves; with four vectors they fill the registers.
 pub const TILE: usize = 4;
+
+/// Numbers that a layout may keep once a row.
+pub const ROW_NUMBERS: usize = 4;
 
 /// One number of every row.
 pub type Column = [f32; ROWS];
@@ -35,14 +39,14 @@ pub struct Group<S: Simd> {
     pub b: S::F,
     /// The unit of the scale, where it has one.
     pub unit: S::F,
+    /// What the layout keeps once a row, where it does.
+    pub row: [S::F; ROW_NUMBERS],
 }
 
 /// What error feedback must know of a layout.
 pub trait Nearest {
     /// Weights that share parameters.
     const GROUP: usize;
-    /// Whether parameters can be chosen again.
-    const REFIT: bool;
     /// Whether b is added, and may be chosen again too.
     const OFFSET: bool;
     /// What look-ups need, loaded once.
@@ -54,13 +58,16 @@ pub trait Nearest {
     /// Writes a, b and the unit of every group of `rows`: `[rows, groups]` each.
     fn parameters(parts: &[&[u8]], cols: usize, out: [&mut [f32]; 3]);
 
+    /// Writes what the layout keeps once a row, `[rows]`; nothing where it keeps nothing.
+    fn row_numbers(_parts: &[&[u8]], _out: &mut [[f32; ROW_NUMBERS]]) {}
+
     /// Stores the codes of one row again.
     fn store_codes(parts: &mut [&mut [u8]], row: usize, codes: &[u8]) {
         store_bits(parts[0], row, codes, 4, 0);
     }
 
     /// Stores a, b and the unit of every group of one row again, `[groups]` each.
-    fn store_parameters(_parts: &mut [&mut [u8]], _cols: usize, _row: usize, _groups: [&[f32]; 3]) {}
+    fn store_parameters(parts: &mut [&mut [u8]], cols: usize, row: usize, groups: [&[f32]; 3]);
 
     /// The nearest code, and the weight that it stands for, exactly as the layout rebuilds it.
     fn nearest<S: Simd>(s: S, ready: &Self::Ready<S>, x: S::F, group: Group<S>) -> (S::I, S::F);
@@ -68,11 +75,16 @@ pub trait Nearest {
     /// What a code stands for under a = 1 and without an offset.
     fn unscaled<S: Simd>(s: S, ready: &Self::Ready<S>, code: S::I, group: Group<S>) -> S::F;
 
-    /// The parameters nearest to `a` and `b` that can be stored.
-    #[inline(always)]
-    fn storable<S: Simd>(_: S, _a: S::F, _b: S::F, group: Group<S>) -> Group<S> {
-        group
-    }
+    /// How many parameters around those of a group are tried besides them.
+    const STARTS: usize;
+    /// How often, from each of them, parameters and then codes are chosen again.
+    const PASSES: usize;
+
+    /// The parameters of start `number`, below [`Self::STARTS`].
+    fn start<S: Simd>(s: S, number: usize, group: Group<S>) -> Group<S>;
+
+    /// Parameters near to a + α and b + β that can be stored, where `step` has its least at α and β.
+    fn storable<S: Simd>(s: S, step: &Step<S>, group: Group<S>) -> Group<S>;
 }
 
 /// Σ over rows of ΔHΔᵀ and WHWᵀ: squared errors of the layer's outputs, and their squared norm.
@@ -102,16 +114,19 @@ pub fn feedback<N: Nearest>(
     let groups = cols.div_ceil(N::GROUP);
     let mut rebuilt = vec![0f32; strip.data.len()];
     let mut parameters = [(); 3].map(|()| vec![0f32; strip.rows() * groups]);
+    let mut row_numbers = vec![[0f32; ROW_NUMBERS]; strip.rows()];
     {
         let parts: Vec<&[u8]> = parts.iter().map(|p| &**p).collect();
         (layout.decode)(level, &parts, cols, &mut rebuilt);
         N::parameters(&parts, cols, parameters.each_mut().map(Vec::as_mut_slice));
+        N::row_numbers(&parts, &mut row_numbers);
     }
     let done = level.run(Job::<N> {
         factor,
         weights: columns(strip.data, cols),
         rebuilt: columns(&rebuilt, cols),
         parameters: parameters.map(|p| columns(&p, groups)),
+        row: columns(row_numbers.as_flattened(), ROW_NUMBERS),
         layout: PhantomData,
     });
     let mut total = OutputError::default();
@@ -126,12 +141,10 @@ pub fn feedback<N: Nearest>(
             row_codes.clear();
             row_codes.extend(done.codes.iter().map(|column| column[r]));
             N::store_codes(parts, r, &row_codes);
-            if N::REFIT {
-                for (row, all) in row_parameters.iter_mut().zip(&done.parameters) {
-                    row.iter_mut().zip(all).for_each(|(out, column)| *out = column[r]);
-                }
-                N::store_parameters(parts, cols, r, row_parameters.each_ref().map(Vec::as_slice));
+            for (row, all) in row_parameters.iter_mut().zip(&done.parameters) {
+                row.iter_mut().zip(all).for_each(|(out, column)| *out = column[r]);
             }
+            N::store_parameters(parts, cols, r, row_parameters.each_ref().map(Vec::as_slice));
         }
     }
     total
@@ -169,6 +182,8 @@ pub struct Job<'a, N> {
     rebuilt: Vec<Column>,
     /// a, b and the unit of each group.
     pub parameters: [Vec<Column>; 3],
+    /// What the layout keeps once a row.
+    row: Vec<Column>,
     layout: PhantomData<N>,
 }
 
@@ -186,7 +201,7 @@ impl<N> Job<'_, N> {
     #[inline(always)]
     pub fn group<S: Simd>(&self, s: S, group: usize, v: usize) -> Group<S> {
         let [a, b, unit] = self.parameters.each_ref().map(|p| vectors(s, &p[group])[v]);
-        Group { a, b, unit }
+        Group { a, b, unit, row: std::array::from_fn(|i| vectors(s, &self.row[i])[v]) }
     }
 }
 

@@ -11,6 +11,7 @@ use super::groups::Grid;
 use super::half_floats::widen_f16;
 use super::range::{Range, RangeLanes};
 use super::simd::{Kernel, LANES, Level, Simd};
+use super::trial::Step;
 use super::{Calibrated, Layout, Part, Per, Strip};
 use crate::tensor::Dtype;
 
@@ -502,7 +503,6 @@ pub struct Lut16;
 
 impl Nearest for Lut16 {
     const GROUP: usize = GROUP;
-    const REFIT: bool = true;
     const OFFSET: bool = false;
     type Ready<S: Simd> = [Table<S>; 4];
 
@@ -556,8 +556,24 @@ impl Nearest for Lut16 {
         value
     }
 
+    // The other tables, and scales a step down and up.
+    const STARTS: usize = TABLES.len() + 1;
+    const PASSES: usize = 1;
+
     #[inline(always)]
-    fn storable<S: Simd>(s: S, a: S::F, _b: S::F, group: Group<S>) -> Group<S> {
+    fn start<S: Simd>(s: S, number: usize, group: Group<S>) -> Group<S> {
+        if number < TABLES.len() - 1 {
+            let (b, tables) = (s.add(group.b, s.splat((number + 1) as f32)), s.splat(TABLES.len() as f32));
+            return Group { b: s.select(s.lt(b, tables), b, s.sub(b, tables)), ..group };
+        }
+        let l = s.round(divide_lanes(s, group.a, group.unit));
+        let l = clamp_scale(s, s.add(l, s.splat(if number == TABLES.len() { -1.0 } else { 1.0 })));
+        Group { a: s.mul(group.unit, l), ..group }
+    }
+
+    #[inline(always)]
+    fn storable<S: Simd>(s: S, step: &Step<S>, group: Group<S>) -> Group<S> {
+        let a = s.add(group.a, step.scale(s));
         let l = clamp_scale(s, s.round(divide_lanes(s, a, group.unit)));
         Group { a: s.mul(group.unit, l), ..group }
     }

@@ -17,6 +17,7 @@ mod minmax;
 mod range;
 mod search;
 pub mod simd;
+mod trial;
 
 pub use factor::{Cholesky, Factor};
 pub use feedback::{OutputError, ROWS as FEEDBACK_ROWS, store_bits};
