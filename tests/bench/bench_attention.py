@@ -55,6 +55,19 @@ def median_us(capture: Callable[[], Any], calls: int, runs: int = 20) -> float:
     return statistics.median(times[3:])
 
 
+def replays_us(graph: Any, stream: Any, calls: int, runs: int = 20) -> float:
+    """Microseconds of a call, of `calls` in a CuPy graph."""
+    times = []
+    for _ in range(runs + 3):
+        start, end = cupy.cuda.Event(), cupy.cuda.Event()
+        start.record(stream)
+        graph.launch(stream)
+        end.record(stream)
+        end.synchronize()
+        times.append(cupy.cuda.get_elapsed_time(start, end) * 1e3 / calls)
+    return statistics.median(times[3:])
+
+
 def random_heads(*shape: int) -> Any:
     return cupy.random.standard_normal(shape, dtype=cupy.float32).astype(cupy.float16)
 
@@ -109,15 +122,7 @@ def ours(kv: str, batch: int, heads: int, kv_heads: int, context: int) -> tuple[
                 for layer in layers:
                     call(layer)
             graph = stream.end_capture()
-            times = []
-            for _ in range(23):
-                start, end = cupy.cuda.Event(), cupy.cuda.Event()
-                start.record(stream)
-                graph.launch(stream)
-                end.record(stream)
-                end.synchronize()
-                times.append(cupy.cuda.get_elapsed_time(start, end) * 1e3 / len(layers))
-        medians.append(statistics.median(times[3:]))
+        medians.append(replays_us(graph, stream, len(layers)))
     bytes_ = cache.bytes_per_token / cache.layers * context * batch
     return medians[0], medians[1], error, floor_us(int(bytes_), 0)
 
@@ -211,15 +216,7 @@ def step_us(kv: str, batch: int, heads: int, kv_heads: int, context: int) -> flo
         for _ in range(32):
             cache.append(0, k, v, q=q, rotary=rotary, stream=stream)
         graph = stream.end_capture()
-        times = []
-        for _ in range(8):
-            start, end = cupy.cuda.Event(), cupy.cuda.Event()
-            start.record(stream)
-            graph.launch(stream)
-            end.record(stream)
-            end.synchronize()
-            times.append(cupy.cuda.get_elapsed_time(start, end) * 1e3 / 32)
-    return statistics.median(times)
+    return replays_us(graph, stream, 32)
 
 
 def main() -> None:
