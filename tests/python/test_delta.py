@@ -324,3 +324,34 @@ def test_the_console_script(tmp_path: Path, tuned: Path) -> None:
     assert refused.count("materialize") == 1
     assert "tensor" not in refused, "it is about the file"
     assert not (tmp_path / "no").exists()
+
+
+@pytest.mark.parametrize("mode", ["exact", "codes", "bit1"])
+def test_perplexities_of_what_comes_back(tmp_path: Path, mode: str) -> None:
+    tuned = shutil.copytree(BASE, tmp_path / "tuned")
+    tensors = read_safetensors(BASE / "model.safetensors")
+    rng = np.random.default_rng(0)
+    for name, (dtype, shape, _) in list(tensors.items()):
+        if name.endswith("_proj.weight"):
+            w = f16(tensors, name) + (rng.standard_normal(shape) * 1e-3).astype(np.float16)
+            tensors[name] = (dtype, shape, w.tobytes())
+    write_safetensors(tuned / "model.safetensors", tensors)
+    text = tmp_path / "text.txt"
+    text.write_text("The quick brown fox jumps over the lazy dog, and then it sleeps. " * 40)
+    base: Path = BASE
+    if mode == "codes":
+        base = tmp_path / "base.tenpak"
+        tenpak.compress(BASE, base, "int4_g32_fp16_v1")
+    more = ("--mode", mode, "--text", text, "--windows", "2", "--force", "-q")
+    delta = ("delta", "-b", base, "-i", tuned, "-o", tmp_path / "d.tenpak")
+    measured = tenpak_command(*delta, *more, "--json").json["perplexity"]
+    assert all(np.isfinite(value) and value > 1 for value in measured.values())
+    if mode == "exact":
+        assert measured["fine-tune"] == measured["from the delta"]
+    else:
+        assert abs(measured["from the delta"] / measured["fine-tune"] - 1) < 0.1
+    assert ("quantised afresh" in measured) == (mode == "codes")
+    shown = tenpak_command(*delta, *more).out
+    assert shown.count("perplexity, ") == len(measured)
+    nothing = tenpak_command(*delta, "--text", tmp_path / "none.txt", "--force", code=2).err
+    assert "there is no such file" in nothing
