@@ -30,6 +30,8 @@ pub struct Chain {
     pub identity: Option<[u8; 32]>,
     /// How many deltas there are.
     pub depth: usize,
+    /// The digests of a model's tensors, where they had to be computed for its identity.
+    digests: Option<Vec<[u8; 32]>>,
 }
 
 impl Content {
@@ -84,7 +86,12 @@ pub fn open(paths: &[impl AsRef<Path>], trust: Trust) -> Result<Chain> {
 
 fn open_base(path: &Path) -> Result<Chain> {
     if !is_artifact(path) {
-        return Ok(Chain { content: Content::Model(input::open(path)?), identity: None, depth: 0 });
+        return Ok(Chain {
+            content: Content::Model(input::open(path)?),
+            identity: None,
+            depth: 0,
+            digests: None,
+        });
     }
     let file = ArtifactFile::open(path)?;
     if let Some(delta) = file.delta() {
@@ -95,7 +102,7 @@ fn open_base(path: &Path) -> Result<Chain> {
         )));
     }
     let identity = Some(file.root());
-    Ok(Chain { content: Content::Stored(Box::new(file)), identity, depth: 0 })
+    Ok(Chain { content: Content::Stored(Box::new(file)), identity, depth: 0, digests: None })
 }
 
 /// Whether a file starts as an artifact does.
@@ -113,7 +120,12 @@ impl Chain {
     pub fn identify(&mut self) -> Result<[u8; 32]> {
         let identity = match (&self.identity, &self.content) {
             (Some(known), _) => *known,
-            (None, Content::Model(model)) => input::digest(&**model)?,
+            (None, Content::Model(model)) => {
+                let digests = input::digests(&**model)?;
+                let identity = input::digest_of(model.tensors(), &digests);
+                self.digests = Some(digests);
+                identity
+            }
             (None, Content::Stored(stored)) => stored.root(),
         };
         self.identity = Some(identity);
@@ -148,7 +160,7 @@ impl Chain {
         let trust = if self.depth > 0 { Trust::Base } else { trust };
         let content = match Mode::from_name(&delta.mode).map_err(at)? {
             Mode::Exact | Mode::Bit1 => {
-                Content::Model(Box::new(Applied::new(file, self.content.into_model()?, trust)?))
+                Content::Model(Box::new(Applied::new(file, self.content.into_model()?, self.digests, trust)?))
             }
             Mode::Codes => match self.content {
                 Content::Stored(base) => Content::Stored(Box::new(super::recoded::Recoded::new(file, base)?)),
@@ -159,6 +171,6 @@ impl Chain {
                 }
             },
         };
-        Ok(Chain { content, identity: Some(delta.result), depth: self.depth + 1 })
+        Ok(Chain { content, identity: Some(delta.result), depth: self.depth + 1, digests: None })
     }
 }

@@ -15,6 +15,9 @@ use std::borrow::Cow;
 /// Elements that are coded together: few enough for a core's cache, enough for their own statistics.
 pub const CHUNK: usize = 1 << 17;
 
+/// Chunks that a thread takes together, for making what it needs takes time.
+const AT_ONCE: usize = 4;
+
 /// Bytes of a chunk's head.
 const HEAD: usize = 5;
 
@@ -126,6 +129,7 @@ fn encode_words<W: Word>(old: &[u8], new: &[u8], dtype: Dtype) -> Result<Encoded
     let coded: Vec<Result<(Kind, Vec<u8>, u64)>> = new
         .par_chunks(bytes)
         .enumerate()
+        .with_min_len(AT_ONCE)
         .map_init(Scratch::<W>::new, |scratch, (i, new)| {
             let scratch = scratch.as_mut().map_err(|e| e.clone())?;
             Ok(scratch.encode(&piece(old, i * bytes, new.len()), new, is_float(dtype)))
@@ -149,6 +153,7 @@ fn decode_words<W: Word>(data: &[u8], old: &[u8], dtype: Dtype, new: &mut [u8]) 
         .par_chunks_mut(bytes)
         .zip(chunks)
         .enumerate()
+        .with_min_len(AT_ONCE)
         .map_init(Scratch::<W>::new, |scratch, (i, (new, (kind, chunk)))| {
             let scratch = scratch.as_mut().map_err(|e| e.clone())?;
             scratch.decode(kind, chunk, &piece(old, i * bytes, new.len()), new, is_float(dtype))

@@ -111,8 +111,15 @@ pub trait Model: Send + Sync {
 /// # Errors
 /// An input error if a file has changed since it was opened.
 pub fn digest(model: &dyn Model) -> Result<[u8; 32]> {
-    let digests = (0..model.tensors().len()).map(|i| Ok(content_digest(&model.read(i)?.bytes)));
-    Ok(digest_of(model.tensors(), &digests.collect::<Result<Vec<_>>>()?))
+    Ok(digest_of(model.tensors(), &digests(model)?))
+}
+
+/// BLAKE3 of every tensor's elements, in the model's order.
+///
+/// # Errors
+/// An input error if a file has changed since it was opened.
+pub fn digests(model: &dyn Model) -> Result<Vec<[u8; 32]>> {
+    (0..model.tensors().len()).map(|i| Ok(content_digest(&model.read(i)?.bytes))).collect()
 }
 
 /// BLAKE3 of a tensor's elements, on the threads that are free.
