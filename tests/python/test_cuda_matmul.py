@@ -114,6 +114,37 @@ def test_products_of_every_shape(cupy, layout, dtype, n, k):
 
 
 @every_layout
+@pytest.mark.parametrize("kind", ["rms", "layer"])
+def test_the_norm_before_a_product(cupy, layout, kind):
+    """And outputs that are added to what was there; waiting for the launch before, or not."""
+    from tenpak.cuda import plans, products
+    from tenpak.cuda.launch import overlapping
+
+    stream = cupy.cuda.get_current_stream()
+    # K in one part, in slices, and with a tile that is not full.
+    for n, k in [(40, 256), (48, 8200), (2500, 1000)]:
+        w = random_weight(layout, n, k)
+        weight, bias = (
+            cupy.asarray(np.random.default_rng(seed).standard_normal(k).astype(np.float32)) for seed in (3, 4)
+        )
+        for m in (1, 2, 5, 8):
+            h = cupy.asarray(np.random.default_rng(m).standard_normal((m, k)).astype(np.float32) * 3 + 0.5)
+            rows = h.get().astype(np.float64)
+            rows = rows - rows.mean(-1, keepdims=True) if kind == "layer" else rows
+            rows = rows / np.sqrt((rows**2).mean(-1, keepdims=True) + 1e-5) * weight.get()
+            x = cupy.asarray((rows + bias.get() if kind == "layer" else rows).astype(np.float16))
+            before = cupy.asarray(np.random.default_rng(5).standard_normal((m, n)).astype(np.float32))
+            for overlaps in (False, True):
+                fused, y = plans.Fused(kind, output="added", overlaps=overlaps), before.copy()
+                norm = (weight.data.ptr, bias.data.ptr if kind == "layer" else 0, 1e-5)
+                with overlapping():
+                    products.launch(w, h.data.ptr, y.data.ptr, m, bf16=False, stream=stream, fused=fused, norm=norm)
+                wanted = exact(x, w)
+                added = y - before
+                assert error(added, wanted, at_least=expected_norm(x, w)) < TOLERANCE["float16"], (n, k, m, overlaps)
+
+
+@every_layout
 @every_dtype
 def test_products_of_boxes(cupy, layout, dtype, monkeypatch):
     """wide.cu wherever the copy engine can read x, in every configuration it may choose for a shape; twice the same."""
