@@ -82,11 +82,11 @@ __device__ __forceinline__ void prefetch_map(const TensorMap& map) {
 }
 
 // How long L2 should keep what passes through it.
-constexpr u64 KEEP_SHORT = 0x12f0000000000000, KEEP_NORMAL = 0x1000000000000000, KEEP_LONG = 0x14f0000000000000;
+constexpr u64 KEEP_LONG = 0x14f0000000000000;
 
 // Up to MOST bytes, sixteen a lane and instruction; both are multiples of 16.
 template <int MOST>
-__device__ __forceinline__ void copy_run(u32 to, const u8* from, u32 bytes, u64 keep, int lane) {
+__device__ __forceinline__ void copy_run(u32 to, const u8* from, u32 bytes, int lane) {
 #pragma unroll
     for (int at = 0; at < MOST; at += 16 * LANES) {
         if (at + 16 * lane < bytes)

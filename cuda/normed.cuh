@@ -27,7 +27,7 @@ template <class Products>
 struct NormedStaging {
     XSlice from;
     float eps;
-    float4 factors[EACH], terms[NORM == 2 ? EACH : 1];
+    float4 factors[EACH], terms[EACH];
 
     __device__ __forceinline__ static int column(int j) { return ((int)threadIdx.x + j * THREADS) * 4; }
 
@@ -39,7 +39,7 @@ struct NormedStaging {
             const bool there = column(j) < from.k;
             const float4 zeros = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
             factors[j] = there ? *reinterpret_cast<const float4*>(weight + column(j)) : zeros;
-            if (NORM == 2) terms[j] = there && bias ? *reinterpret_cast<const float4*>(bias + column(j)) : zeros;
+            terms[j] = NORM == 2 && there && bias ? *reinterpret_cast<const float4*>(bias + column(j)) : zeros;
         }
     }
 
@@ -69,7 +69,7 @@ struct NormedStaging {
             const float factor = 1.0f / sqrtf(sum_of_threads(sum, parts) / from.k + eps);
 #pragma unroll
             for (int j = 0; j < EACH; ++j) {
-                const float4 f = factors[j], t = NORM == 2 ? terms[j % (NORM == 2 ? EACH : 1)] : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+                const float4 f = factors[j], t = terms[j];
                 const u32 low = narrow(x[j].x * factor * f.x + t.x) | (u32)narrow(x[j].y * factor * f.y + t.y) << 16;
                 const u32 high = narrow(x[j].z * factor * f.z + t.z) | (u32)narrow(x[j].w * factor * f.w + t.w) << 16;
                 Products::put(to + token * row_bytes, from.columns, column(j) - from.first_column, make_uint2(low, high),

@@ -11,9 +11,10 @@
 // Grid: x strips (persistent), y slices of K, z matrices of a batch. -DWARPS, -DDEPTH, -DCOLUMNS (tiles of 8 tokens),
 // -DBLOCKS (a multiprocessor's blocks, for the register budget).
 //
-// A decoder's step has more in the same launch: -DNORM and -DEACH (normed.cuh), where x is the residual stream; -DOUTPUT=0 writes the activations' type, 1 FP32, 2 adds to FP32; -DACTIVATION
-// (activation.cuh); -DGATED=1 where each strip has eight rows of gates and then the eight rows that they multiply. With
-// -DOVERLAP=1 the first weights are on their way before the previous kernel has ended (overlap.cuh).
+// A decoder's step has more in the same launch: -DNORM and -DEACH (normed.cuh), where x is the residual stream; -DOUTPUT=0
+// writes the activations' type, 1 FP32, 2 adds to FP32; -DACTIVATION (activation.cuh); -DGATED=1 where each strip has eight
+// rows of gates and then the eight rows that they multiply. With -DOVERLAP=1 the first weights are on their way before the
+// previous kernel has ended (overlap.cuh).
 #include "activation.cuh"
 #include "layouts.cuh"
 #include "overlap.cuh"
@@ -107,8 +108,8 @@ struct Output {
 
 }  // namespace tenpak
 
-// x [batch, m, k] (FP32 before a norm) with rows of x_stride elements, or, with offsets [batch + 1], all experts' tokens one after another,
-// sorted by expert. y alike with rows of n, or n / 2 if gated. bias [batch, n] or null. slice: tiles of K for each block; partial
+// x [batch, m, k] (FP32 before a norm) with rows of x_stride elements, or, with offsets [batch + 1], all experts' tokens one
+// after another, sorted by expert. y alike with rows of n, or n / 2 if gated. bias [batch, n] or null. slice: tiles of K for each block; partial
 // [slots, slices, strips, COLUMNS, lanes] float4 and arrived [slots, strips] serve slices > 1. norm_weight, norm_bias (or
 // null): FP32 [k], with -DNORM.
 extern "C" __global__ void __launch_bounds__((WARPS + (COLUMNS <= 2 ? 2 : 1)) * 32, BLOCKS)

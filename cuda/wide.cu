@@ -122,10 +122,10 @@ struct Turn {
 // ---- Producer -----------------------------------------------------------------------------------------------------------
 
 // One step's copies: boxes of x by one thread, and each producer warp's strips by its lanes, sixteen bytes each; strips
-// beyond the weight's are copies of its last. The copy engine is not asked for weights: it takes some 55 cycles for each
-// run, however short, and a step has two or three runs a strip.
+// beyond the weight's are copies of its last. The copy engine is not asked for weights: with
+// its bulk copies of each strip's runs most shapes were slower.
 __device__ __forceinline__ void copy_step(const TensorMap& x, const Weight& w, const Place& at, int strips, int step, u32 stage,
-                                          u32 barrier, u64 keep, int producer, int lane) {
+                                          u32 barrier, int producer, int lane) {
     const int k = STEP * step, count = STEP == 1 ? 1 : min(STEP, w.tiles - k);
     if (producer == 0 && lane == 0) {
         barrier_expect(barrier, count * X_BYTES);
@@ -139,9 +139,9 @@ __device__ __forceinline__ void copy_step(const TensorMap& x, const Weight& w, c
         const int strip_of_stage = producer + i * PRODUCER_WARPS, strip = min(at.strip + strip_of_stage, strips - 1);
         const u32 to = stage + WEIGHTS_AT + strip_of_stage * STRIP_BYTES;
         copy_run<STEP * Layout::CODE_BYTES>(to, w.codes + (size_t)(u32)(strip * w.tiles + k) * Layout::CODE_BYTES,
-                                            count * Layout::CODE_BYTES, keep, lane);
-        copy_run<Columns::PARAM_BYTES(STEP)>(to + PARAMS_AT, Columns::params(w, strip, k), Columns::PARAM_BYTES(count), keep, lane);
-        copy_run<Columns::SUPER_BYTES>(to + SUPERS_AT, Columns::supers(w, strip, k), Columns::SUPER_BYTES, keep, lane);
+                                            count * Layout::CODE_BYTES, lane);
+        copy_run<Columns::PARAM_BYTES(STEP)>(to + PARAMS_AT, Columns::params(w, strip, k), Columns::PARAM_BYTES(count), lane);
+        copy_run<Columns::SUPER_BYTES>(to + SUPERS_AT, Columns::supers(w, strip, k), Columns::SUPER_BYTES, lane);
     }
     copies_arrive(barrier);
 }
@@ -250,8 +250,6 @@ wide(const __grid_constant__ tenpak::TensorMap x, const unsigned char* codes, co
         leave_registers<FEW>();
         Schedule schedule = own_schedule();
         Segment segment;
-        // Weights that one tile reads are not read again.
-        const u64 keep = token_tiles == 1 ? KEEP_SHORT : KEEP_NORMAL;
         Turn turn(1);  // all stages are empty
         while (schedule.next(segment)) {
             const Place at(segment.tile, row_tiles, token_tiles);
@@ -259,7 +257,7 @@ wide(const __grid_constant__ tenpak::TensorMap x, const unsigned char* codes, co
 #pragma unroll 1
             for (int step = segment.first; step < segment.first + segment.count; ++step) {
                 barrier_wait(empty + 8 * turn.stage, turn.phase);
-                copy_step(x, w, at, strips, step, stages_address + turn.stage * BYTES_OF_STAGE, full + 8 * turn.stage, keep,
+                copy_step(x, w, at, strips, step, stages_address + turn.stage * BYTES_OF_STAGE, full + 8 * turn.stage,
                           warp - CONSUMER_WARPS, lane);
                 turn.next();
             }

@@ -197,10 +197,10 @@ inline u32 load_acquire(const u32* at) { return *at; }
 static Barrier of_groups[8];
 inline void group_barrier(int group) { arrive(of_groups[group], 128); }
 
-constexpr u64 KEEP_SHORT = 0, KEEP_NORMAL = 1, KEEP_LONG = 2;
+constexpr u64 KEEP_LONG = 2;
 struct TensorMap { u64 x, stride; int columns, rows, matrices, unused; u64 more[12]; };
 template <int MOST>
-void copy_run(u32 to, const u8* from, u32 bytes, u64, int lane) {
+void copy_run(u32 to, const u8* from, u32 bytes, int lane) {
     check(bytes <= MOST, "a run is longer than its most");
     for (u32 at = 16 * lane; at < bytes; at += 16 * 32) {
         check(to % 16 == 0 && (u64)from % 16 == 0 && bytes % 16 == 0, "a copy is not made of sixteen bytes");

@@ -117,9 +117,9 @@ def builds(
             for bits in BITS.values():
                 for bf16 in types:
                     # Tokens, heads and capacity change the grid alone.
-                    attention = choose_attention(here, bits, head_dim, bf16, 1, 1, 8, 8, 64).defines
-                    add("attention.cu", attention)
-                    add("attention.cu", {**attention, "APPENDS": 1})
+                    attention = choose_attention(here, bits, head_dim, bf16, 1, 1, 8, 8, 64)
+                    add("attention.cu", attention.defines)
+                    add("attention.cu", attention.appending)
     for layout in chosen:
         add("pack.cu", {"LAYOUT": layout})
         add("embed.cu", {"LAYOUT": layout})
@@ -156,7 +156,7 @@ def builds(
 def _plans(
     here: Device, layout: str, shapes: Sequence[tuple[int, int]], types: Sequence[bool]
 ) -> Iterator[tuple[str, Mapping[str, object]]]:
-    endings = [
+    launches = [
         Fused(overlaps=True),
         Fused(output="float32", overlaps=True),
         Fused(output="added", overlaps=True),
@@ -174,7 +174,7 @@ def _plans(
             for m in range(WIDE_FROM, dense_from(here.hopper, True) if here.hopper else 0, 16):
                 plan = choose(here, layout, n, k, m, bf16=bf16, in_boxes=True)
                 yield plan.source, plan.defines
-        for fused in endings:
+        for fused in launches:
             plan = choose(here, layout, n, k, 1, fused=fused)
             yield plan.source, plan.defines
 

@@ -169,7 +169,7 @@ def _attend(
             np.float32(_scale(scale, cache.head_dim) * _LOG2E),
             *(newest or ()),
         )
-        defines = plan.defines if newest is None else {**plan.defines, "APPENDS": 1}
+        defines = plan.defines if newest is None else plan.appending
         kernel = function("attention.cu", "attend", defines, cache.device)
         kernel(plan.grid, (32 * plan.warps,), arguments, plan.shared, stream)
     return out
@@ -187,7 +187,7 @@ def prepare(cache: KVCache, heads: int, *, tokens: int = 1, bf16: bool = False, 
             workspace_of(cache.device, stream.ptr).reserve(plan.partial_bytes, plan.counters)
         function("attention.cu", "attend", plan.defines, cache.device)
         if tokens == 1:
-            function("attention.cu", "attend", {**plan.defines, "APPENDS": 1}, cache.device)
+            function("attention.cu", "attend", plan.appending, cache.device)
         function("append.cu", "append", cache.defines(bf16), cache.device)
         function("append.cu", "advance", cache.defines(False), cache.device)
 

@@ -181,9 +181,7 @@ def matmul_cuda(
     if x.device != torch.device("cuda", torch.cuda.current_device()):
         with torch.cuda.device(x.device):
             return matmul_cuda(x, codes, params, row_params, layout, n, k, scale, bias)
-    from tenpak.cuda import tensormap
-    from tenpak.cuda.plans import dense_from
-    from tenpak.cuda.products import device_of, launch
+    from tenpak.cuda.products import is_dense, launch
 
     compute = x.dtype if x.dtype in (torch.float16, torch.bfloat16) else torch.float16
     rows = x if x.dim() == 2 and x.dtype == compute else x.reshape(-1, k).to(compute)
@@ -193,8 +191,7 @@ def matmul_cuda(
     m, bf16 = rows.shape[0], compute == torch.bfloat16
     weight = _weight(codes, params, row_params, layout, n, k, scale)
     stream = current_stream(x.device)
-    in_boxes = tensormap.fits(rows.data_ptr(), rows.stride(0))
-    if m >= dense_from(device_of(weight.device).hopper, in_boxes):
+    if is_dense(weight, rows.data_ptr(), rows.stride(0), m):  # type: ignore[arg-type]
         y = _by_cublas(rows, weight, bias, bf16, stream)
     else:
         y = torch.empty(m, n, dtype=compute, device=x.device)

@@ -317,6 +317,11 @@ class AttentionPlan:
     partial_bytes: int
     counters: int
 
+    @property
+    def appending(self) -> Mapping[str, object]:
+        """Macros where the launch also appends its one token."""
+        return {**self.defines, "APPENDS": 1}
+
 
 def tile_bytes(bits: int, head_dim: int) -> int:
     """Bytes of a tile of `TILE` tokens: keys, values, and for codes a scale and an offset of each."""

@@ -93,6 +93,11 @@ def plan_for(
     return plan(w.device, w.layout, *w.shape, m, max(w.batch, 1), bf16, grouped, fused, in_boxes)
 
 
+def is_dense(w: QuantizedWeight, x: int, stride: int, m: int) -> bool:
+    """Whether `m` tokens at an address, rows `stride` elements apart, are for cuBLAS, the weight being unpacked."""
+    return m >= dense_from(device_of(w.device).hopper, tensormap.fits(x, stride))
+
+
 def launch(
     w: QuantizedWeight,
     x: int,
@@ -197,8 +202,7 @@ def matmul(x: Any, w: QuantizedWeight, bias: Any = None, out: Any = None, stream
             if m == 0 or out.size == 0:
                 return out
             bf16 = _is_bf16(x)
-            in_boxes = tensormap.fits(x.data.ptr, stride)
-            if m >= dense_from(device_of(w.device).hopper, in_boxes) and not _capturing(stream):
+            if is_dense(w, x.data.ptr, stride, m) and not _capturing(stream):
                 _dense(w, x, stride, out, m, bf16, bias, stream)
             else:
                 address = 0 if bias is None else bias.data.ptr
