@@ -5,13 +5,20 @@
 // that hold the part p, the token drawn) asks which token a running sum over that order first passes a number at. That is
 // found in two histograms, over the upper and the lower half of the distance, and nothing is sorted.
 //
-// One block of THREADS.
+// One cluster of blocks of THREADS, each with a part of the tokens; histograms are added by parts of their bins.
+#include "cluster.cuh"
 #include "overlap.cuh"
 #include "reduce.cuh"
+#if CLUSTER == 1
+#define IN_CLUSTERS
+#else
+#define IN_CLUSTERS __cluster_dims__(CLUSTER, 1, 1)
+#endif
 
 namespace tenpak {
 
 constexpr int HALF = 13, BINS = 1 << HALF;   // a distance has two halves
+constexpr int EACH = BINS / (CLUSTER * THREADS);  // bins of which a thread knows the cluster's sums
 constexpr float STEPS = 1048576.0f;          // of a distance of 1
 constexpr float UNIT = 1099511627776.0f;     // the weight of the likeliest, 2^40
 constexpr float LOG2E = 1.4426950408889634f;
@@ -43,6 +50,7 @@ __device__ __forceinline__ void for_each(const float* all, int count, Take take)
     }
 }
 
+// This block's.
 struct Scores {
     const float* all;
     int count;
@@ -75,51 +83,95 @@ __device__ __forceinline__ void add_to(u64* bin, u64 x) {
     if (high) atomicAdd(halves + 1, high);
 }
 
-// Adds each token's weight (or 1, if COUNTED) to the bin that `bin` gives for its distance, if that is not below 0.
+// What the threads of a cluster add up, in the order of blocks and threads.
+struct Together {
+    int turn = 0;
+
+    // What comes before this thread's x, and the sum of all.
+    __device__ __forceinline__ u64 sum_before(u64 x, u64& total) {
+        // One is written while a slow block reads the other.
+        __shared__ u64 sums[2][CLUSTER];
+        const int rank = cluster_rank();
+        u64 before = block_sum_before(x, total);
+        turn ^= 1;
+        if (threadIdx.x < CLUSTER) *in_block(&sums[turn][rank], threadIdx.x) = total;
+        cluster_sync();
+        total = 0;
+#pragma unroll
+        for (int i = 0; i < CLUSTER; ++i) {
+            if (i < rank) before += sums[turn][i];
+            total += sums[turn][i];
+        }
+        return before;
+    }
+
+    // The first bin at which `before` plus the running sum passes `target(total)`; `before` becomes the sum before it. Thread
+    // t of block b has bins (b · THREADS + t) · EACH and on.
+    template <class Target>
+    __device__ __forceinline__ int find_bin(const u64 (&bins)[EACH], u64& before, Target target) {
+        __shared__ int found;
+        __shared__ u64 found_before;
+        u64 mine = 0, total;
+#pragma unroll
+        for (int i = 0; i < EACH; ++i) mine += bins[i];
+        u64 sum = before + sum_before(mine, total);
+        const u64 wanted = target(total);
+        if (sum <= wanted && sum + mine > wanted) {
+            int bin = (cluster_rank() * THREADS + threadIdx.x) * EACH;
+#pragma unroll
+            for (int i = 0; i < EACH - 1; ++i) {
+                if (sum + bins[i] > wanted) break;
+                sum += bins[i];
+                ++bin;
+            }
+            for (int i = 0; i < CLUSTER; ++i) {
+                *in_block(&found, i) = bin;
+                *in_block(&found_before, i) = sum;
+            }
+        }
+        cluster_sync();
+        before = found_before;
+        return found;
+    }
+};
+
+// Adds each token's weight (or 1, if COUNTED) to the bin that `bin` gives for its distance, if that is not below 0; this
+// thread's bins of all blocks together are `sums`. What reads those (find_bin) lets nobody on before all have added.
 template <bool COUNTED, class Bin>
-__device__ __forceinline__ void fill(const Scores& scores, u64* bins, Bin bin) {
+__device__ __forceinline__ void fill(const Scores& scores, u64* bins, u64 (&sums)[EACH], Bin bin) {
     for (int i = threadIdx.x; i < BINS; i += THREADS) bins[i] = 0;
     __syncthreads();
     scores.for_distances([&](int, u32 distance) {
         const int at = bin(distance);
-        if (at >= 0) add_to(bins + at, COUNTED ? 1ull : scores.weight(distance));
+        if (at < 0) return;
+        const u64 x = COUNTED ? 1ull : scores.weight(distance);
+        if (x) add_to(bins + at, x);
     });
-    __syncthreads();
-}
-
-// The first bin at which `before` plus the running sum passes `target(total)`; `before` becomes the sum before it.
-template <class Target>
-__device__ __forceinline__ int find_bin(const u64* bins, u64& before, Target target) {
-    __shared__ int found;
-    __shared__ u64 sum_before;
-    constexpr int EACH = BINS / THREADS;
-    u64 mine = 0, total;
+    cluster_sync();
 #pragma unroll
-    for (int i = 0; i < EACH; ++i) mine += bins[threadIdx.x * EACH + i];
-    u64 sum = before + block_sum_before(mine, total);
-    const u64 wanted = target(total);
-    if (sum <= wanted && sum + mine > wanted) {
-        int i = threadIdx.x * EACH;
-        while (sum + bins[i] <= wanted) sum += bins[i++];
-        found = i;
-        sum_before = sum;
+    for (int i = 0; i < EACH; ++i) sums[i] = 0;
+    const int first = (cluster_rank() * THREADS + threadIdx.x) * EACH;
+#pragma unroll
+    for (int block = 0; block < CLUSTER; ++block) {
+        const u64* from = in_block(bins, block) + first;
+#pragma unroll
+        for (int i = 0; i < EACH; ++i) sums[i] += from[i];
     }
-    __syncthreads();
-    const int bin = found;
-    before = sum_before;
-    __syncthreads();
-    return bin;
 }
 
-// `target` is given the total, and must stay below it.
+template <bool COUNTED>
+__device__ __forceinline__ void fill_upper(const Scores& scores, u64* bins, u64 (&sums)[EACH]) {
+    fill<COUNTED>(scores, bins, sums, [](u32 distance) { return (int)(distance >> HALF); });
+}
+
+// `upper`: sums of the upper half's bins; `target` is given the total, and must stay below it.
 template <bool COUNTED, class Target>
-__device__ __forceinline__ Found find(const Scores& scores, u64* bins, Target target) {
-    u64 before = 0, wanted = 0;
-    fill<COUNTED>(scores, bins, [](u32 distance) { return (int)(distance >> HALF); });
-    const int upper = find_bin(bins, before, [&](u64 total) { return wanted = target(total); });
-    fill<COUNTED>(scores, bins, [=](u32 d) { return (int)(d >> HALF) == upper ? (int)(d & (BINS - 1)) : -1; });
-    const int lower = find_bin(bins, before, [=](u64) { return wanted; });
-    const u32 distance = (u32)upper << HALF | (u32)lower;
+__device__ __forceinline__ Found find(Together& all, const Scores& scores, u64* bins, const u64 (&upper)[EACH], Target target) {
+    u64 before = 0, wanted = 0, lower[EACH];
+    const u32 high = all.find_bin(upper, before, [&](u64 total) { return wanted = target(total); });
+    fill<COUNTED>(scores, bins, lower, [=](u32 d) { return d >> HALF == high ? (int)(d & (BINS - 1)) : -1; });
+    const u32 low = all.find_bin(lower, before, [=](u64) { return wanted; });
+    const u32 distance = high << HALF | low;
     return {distance, before, (wanted - before) / (COUNTED ? 1ull : scores.weight(distance))};
 }
 
@@ -141,116 +193,117 @@ __device__ __forceinline__ u64 chance(u64 seed, u64 position) {
     return c0;
 }
 
-// The likeliest token, of equal ones the first; -1 where a score is NaN or +infinity. Where there is room for them the
-// scores are `kept` for what comes after.
-__device__ __forceinline__ int likeliest(const float* scores, int count, float* kept, float& top) {
-    __shared__ float tops[WARPS];
-    __shared__ int places[WARPS];
-    float best = from_bits(0xff800000u);
-    int place = count;
-    bool broken = false;
+// A token that may be the likeliest: the highest score, of equal ones the first; a score that is NaN or +infinity, at place
+// -1, wins over all.
+struct Best {
+    float score;
+    int place;
+
+    __device__ __forceinline__ void take(float other, int where) {
+        if (where < 0 || (place >= 0 && (other > score || (other == score && where < place)))) {
+            score = other;
+            place = where;
+        }
+    }
+    __device__ __forceinline__ void take_of_warp() {
+#pragma unroll
+        for (int mask = 1; mask < LANES; mask *= 2)
+            take(exchange(score, mask), (int)to_bits(exchange(from_bits((u32)place), mask)));
+    }
+};
+
+// The cluster's, with `count` of the scores in this block, from `first` on. Where there is room for them the scores are `kept`
+// for what comes after.
+__device__ __forceinline__ Best likeliest(const float* scores, int first, int count, float* kept) {
+    constexpr int ALL = CLUSTER * WARPS;
+    __shared__ Best bests[ALL];
+    const int lane = threadIdx.x % LANES;
+    Best best = {from_bits(0xff800000u), 0x7fffffff};
     for_each(scores, count, [&](int i, float x) {
         if (kept) kept[i] = x;
-        broken |= !(x < from_bits(0x7f800000u));
-        if (x > best || (x == best && i < place)) {
-            best = x;
-            place = i;
-        }
+        best.take(x, x < from_bits(0x7f800000u) ? first + i : -1);
     });
-    if (broken) place = -1;
-#pragma unroll
-    for (int mask = 1; mask < LANES; mask *= 2) {
-        const float other = exchange(best, mask);
-        const int where = (int)to_bits(exchange(from_bits((u32)place), mask));
-        // A broken score wins over all.
-        if (where < 0 || (place >= 0 && (other > best || (other == best && where < place)))) {
-            best = other;
-            place = where;
-        }
-    }
-    if (threadIdx.x % LANES == 0) {
-        tops[threadIdx.x / LANES] = best;
-        places[threadIdx.x / LANES] = place;
-    }
-    __syncthreads();
-    for (int i = 0; i < WARPS; ++i) {
-        const float other = tops[i];
-        const int where = places[i];
-        if (where < 0 || (place >= 0 && (other > best || (other == best && where < place)))) {
-            best = other;
-            place = where;
-        }
-    }
-    top = best;
-    return place;
+    best.take_of_warp();
+    for (int i = lane; i < CLUSTER; i += LANES)
+        *in_block(&bests[cluster_rank() * WARPS + threadIdx.x / LANES], i) = best;
+    cluster_sync();
+    for (int i = lane; i < ALL; i += LANES) best.take(bests[i].score, bests[i].place);
+    best.take_of_warp();
+    return best;
 }
 
 }  // namespace tenpak
 
-// scores [count], which shared memory has `room` for behind the bins, or 0; lengths: tokens before the one that is chosen;
-// token: the choice, -1 where a score is not finite.
-extern "C" __global__ void __launch_bounds__(THREADS)
+// scores [count], of which shared memory has `room` for this block's behind the bins, or 0; lengths: tokens before the one that
+// is chosen; token: the choice, -1 where a score is not finite.
+extern "C" __global__ void __launch_bounds__(THREADS) IN_CLUSTERS
     sample(const float* scores, int count, const void* options, const int* lengths, int* token, int room) {
     using namespace tenpak;
     let_next_begin();
+    // All blocks have begun.
+    cluster_sync();
     wait_for_previous();
     u64* bins = (u64*)dynamic_shared();
     const How how = *(const How*)options;
-    float top;
+    const int part = (count + CLUSTER - 1) / CLUSTER, first = min(cluster_rank() * part, count), here = min(part, count - first);
     float* const kept_scores = room ? (float*)(bins + BINS) : nullptr;
-    const int first = likeliest(scores, count, kept_scores, top);
-    if (first < 0 || how.inverse_temperature == 0.0f) {
-        if (threadIdx.x == 0) *token = first;
+    const Best best = likeliest(scores + first, first, here, kept_scores);
+    if (best.place < 0 || how.inverse_temperature == 0.0f) {
+        if (cluster_rank() == 0 && threadIdx.x == 0) *token = best.place;
         return;
     }
-    const Scores all = {room ? kept_scores : scores, count, top, how.inverse_temperature};
+    const Scores own = {room ? kept_scores : scores + first, here, best.score, how.inverse_temperature};
+    Together all;
     // What all considered tokens weigh; 0 as long as all are.
-    u64 kept = 0;
+    u64 kept = 0, upper[EACH];
     if (how.top_k > 0 && how.top_k < count) {
-        const Found last = find<true>(all, bins, [=](u64) { return (u64)how.top_k - 1; });
-        const u64 weight = all.weight(last.distance);
+        fill_upper<true>(own, bins, upper);
+        const Found last = find<true>(all, own, bins, upper, [=](u64) { return (u64)how.top_k - 1; });
+        const u64 weight = own.weight(last.distance);
         u64 nearer = 0, total;
-        all.for_distances([&](int, u32 distance) {
-            if (distance < last.distance) nearer += all.weight(distance);
+        own.for_distances([&](int, u32 distance) {
+            if (distance < last.distance) nearer += own.weight(distance);
         });
-        block_sum_before(nearer, total);
+        all.sum_before(nearer, total);
         kept = total + (last.equal + 1) * weight;
     }
+    fill_upper<false>(own, bins, upper);
     if (how.top_p < 1.0) {
-        const Found last = find<false>(all, bins, [&](u64 total) {
+        const Found last = find<false>(all, own, bins, upper, [&](u64 total) {
             if (!kept) kept = total;
             // The token that reaches the part p is still considered.
             const u64 wanted = (u64)ceil(how.top_p * (double)kept);
             return (wanted > kept ? kept : wanted < 1 ? 1 : wanted) - 1;
         });
-        const u64 reached = last.before + (last.equal + 1) * all.weight(last.distance);
+        const u64 reached = last.before + (last.equal + 1) * own.weight(last.distance);
         kept = reached < kept ? reached : kept;
     }
     const u64 number = chance(how.seed, (u64)lengths[0]);
-    const Found drawn = find<false>(all, bins, [=](u64 total) { return __umul64hi(number, kept ? kept : total); });
+    const Found drawn =
+        find<false>(all, own, bins, upper, [=](u64 total) { return __umul64hi(number, kept ? kept : total); });
 
     // Nearly always one token has that distance.
     u64 mine = 0, total;
     int only = 0;
-    all.for_distances([&](int i, u32 distance) {
+    own.for_distances([&](int i, u32 distance) {
         if (distance != drawn.distance) return;
         ++mine;
         only = i;
     });
-    block_sum_before(mine, total);
+    all.sum_before(mine, total);
     if (total == 1) {
-        if (mine) *token = only;
+        if (mine) *token = first + only;
         return;
     }
     // Else the equal-th of them, in the order of tokens.
-    const int each = (count + THREADS - 1) / THREADS, from = threadIdx.x * each, to = min(from + each, count);
+    const int each = (here + THREADS - 1) / THREADS, from = threadIdx.x * each, to = min(from + each, here);
     mine = 0;
-    for (int i = from; i < to; ++i) mine += all.distance(all.all[i]) == drawn.distance;
-    u64 place = block_sum_before(mine, total);
+    for (int i = from; i < to; ++i) mine += own.distance(own.all[i]) == drawn.distance;
+    u64 place = all.sum_before(mine, total);
     if (place <= drawn.equal && place + mine > drawn.equal) {
         for (int i = from; i < to; ++i) {
-            if (all.distance(all.all[i]) != drawn.distance) continue;
-            if (place++ == drawn.equal) *token = i;
+            if (own.distance(own.all[i]) != drawn.distance) continue;
+            if (place++ == drawn.equal) *token = first + i;
         }
     }
 }
