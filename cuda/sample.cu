@@ -3,9 +3,9 @@
 // A token's distance to the likeliest, over the temperature and in steps of 2^-20, orders the tokens, the lower index first
 // among equals; its weight is an integer, so that sums do not depend on their order. Each choice (the k likeliest, those
 // that hold the part p, the token drawn) asks which token a running sum over that order first passes a number at. That is
-// found in two histograms, over the upper and the lower half of the distance, and nothing is sorted.
+// found in three histograms, each over some bits of the distance, and nothing is sorted.
 //
-// One cluster of blocks of THREADS, each with a part of the tokens; histograms are added by parts of their bins.
+// One cluster of blocks of THREADS, each with a part of the tokens. Each block adds up the histograms of all.
 #include "cluster.cuh"
 #include "overlap.cuh"
 #include "reduce.cuh"
@@ -17,8 +17,7 @@
 
 namespace tenpak {
 
-constexpr int HALF = 13, BINS = 1 << HALF;   // a distance has two halves
-constexpr int EACH = BINS / (CLUSTER * THREADS);  // bins of which a thread knows the cluster's sums
+constexpr int BITS = 26, LEVEL = 9, BINS = 1 << LEVEL;  // of a distance; of each histogram, from the highest on
 constexpr float STEPS = 1048576.0f;          // of a distance of 1
 constexpr float UNIT = 1099511627776.0f;     // the weight of the likeliest, 2^40
 constexpr float LOG2E = 1.4426950408889634f;
@@ -57,7 +56,7 @@ struct Scores {
     float top, inverse_temperature;
 
     __device__ __forceinline__ u32 distance(float score) const {
-        return (u32)fminf((top - score) * inverse_temperature * STEPS, (float)(BINS - 1) * BINS);
+        return (u32)fminf((top - score) * inverse_temperature * STEPS, (float)((BINS - 1) << (BITS - LEVEL)));
     }
     // Calls take(i, distance) for this thread's tokens.
     template <class Take>
@@ -85,11 +84,11 @@ __device__ __forceinline__ void add_to(u64* bin, u64 x) {
 
 // What the threads of a cluster add up, in the order of blocks and threads.
 struct Together {
-    int turn = 0;
+    u64* bins;     // [2][BINS]: one is filled while a slow block reads the other
+    int turn = 0;  // the one that is not in use
 
     // What comes before this thread's x, and the sum of all.
     __device__ __forceinline__ u64 sum_before(u64 x, u64& total) {
-        // One is written while a slow block reads the other.
         __shared__ u64 sums[2][CLUSTER];
         const int rank = cluster_rank();
         u64 before = block_sum_before(x, total);
@@ -105,75 +104,65 @@ struct Together {
         return before;
     }
 
-    // The first bin at which `before` plus the running sum passes `target(total)`; `before` becomes the sum before it. Thread
-    // t of block b has bins (b · THREADS + t) · EACH and on.
-    template <class Target>
-    __device__ __forceinline__ int find_bin(const u64 (&bins)[EACH], u64& before, Target target) {
-        __shared__ int found;
-        __shared__ u64 found_before;
-        u64 mine = 0, total;
-#pragma unroll
-        for (int i = 0; i < EACH; ++i) mine += bins[i];
-        u64 sum = before + sum_before(mine, total);
-        const u64 wanted = target(total);
-        if (sum <= wanted && sum + mine > wanted) {
-            int bin = (cluster_rank() * THREADS + threadIdx.x) * EACH;
-#pragma unroll
-            for (int i = 0; i < EACH - 1; ++i) {
-                if (sum + bins[i] > wanted) break;
-                sum += bins[i];
-                ++bin;
-            }
-            for (int i = 0; i < CLUSTER; ++i) {
-                *in_block(&found, i) = bin;
-                *in_block(&found_before, i) = sum;
-            }
-        }
+    // Adds each token's weight (or 1, if COUNTED) to a bin, if its distance shifted by `from` is `prefix`: that of the
+    // next bits, down to bit `shift`. Bin t of the cluster's is thread t's.
+    template <bool COUNTED>
+    __device__ __forceinline__ u64 fill(const Scores& scores, int from, u32 prefix, int shift) {
+        turn ^= 1;
+        u64* const mine = bins + turn * BINS;
+        for (int i = threadIdx.x; i < BINS; i += THREADS) mine[i] = 0;
+        __syncthreads();
+        scores.for_distances([&](int, u32 distance) {
+            if (distance >> from != prefix) return;
+            const u64 x = COUNTED ? 1ull : scores.weight(distance);
+            if (x) add_to(mine + (distance >> shift & ((1u << (from - shift)) - 1)), x);
+        });
         cluster_sync();
+        u64 sum = 0;
+        if (threadIdx.x < BINS) {
+#pragma unroll
+            for (int block = 0; block < CLUSTER; ++block) sum += in_block(mine, block)[threadIdx.x];
+        }
+        return sum;
+    }
+
+    // The first bin at which `before` plus the running sum passes `target(total)`; `before` becomes the sum before it.
+    template <class Target>
+    __device__ __forceinline__ u32 find_bin(u64 bin, u64& before, Target target) {
+        __shared__ u32 found;
+        __shared__ u64 found_before;
+        u64 total;
+        const u64 sum = before + block_sum_before(bin, total);
+        const u64 wanted = target(total);
+        if (sum <= wanted && sum + bin > wanted) {
+            found = threadIdx.x;
+            found_before = sum;
+        }
+        __syncthreads();
         before = found_before;
         return found;
     }
-};
 
-// Adds each token's weight (or 1, if COUNTED) to the bin that `bin` gives for its distance, if that is not below 0; this
-// thread's bins of all blocks together are `sums`. What reads those (find_bin) lets nobody on before all have added.
-template <bool COUNTED, class Bin>
-__device__ __forceinline__ void fill(const Scores& scores, u64* bins, u64 (&sums)[EACH], Bin bin) {
-    for (int i = threadIdx.x; i < BINS; i += THREADS) bins[i] = 0;
-    __syncthreads();
-    scores.for_distances([&](int, u32 distance) {
-        const int at = bin(distance);
-        if (at < 0) return;
-        const u64 x = COUNTED ? 1ull : scores.weight(distance);
-        if (x) add_to(bins + at, x);
-    });
-    cluster_sync();
-#pragma unroll
-    for (int i = 0; i < EACH; ++i) sums[i] = 0;
-    const int first = (cluster_rank() * THREADS + threadIdx.x) * EACH;
-#pragma unroll
-    for (int block = 0; block < CLUSTER; ++block) {
-        const u64* from = in_block(bins, block) + first;
-#pragma unroll
-        for (int i = 0; i < EACH; ++i) sums[i] += from[i];
+    template <bool COUNTED>
+    __device__ __forceinline__ u64 fill_upper(const Scores& scores) {
+        return fill<COUNTED>(scores, BITS, 0, BITS - LEVEL);
     }
-}
 
-template <bool COUNTED>
-__device__ __forceinline__ void fill_upper(const Scores& scores, u64* bins, u64 (&sums)[EACH]) {
-    fill<COUNTED>(scores, bins, sums, [](u32 distance) { return (int)(distance >> HALF); });
-}
-
-// `upper`: sums of the upper half's bins; `target` is given the total, and must stay below it.
-template <bool COUNTED, class Target>
-__device__ __forceinline__ Found find(Together& all, const Scores& scores, u64* bins, const u64 (&upper)[EACH], Target target) {
-    u64 before = 0, wanted = 0, lower[EACH];
-    const u32 high = all.find_bin(upper, before, [&](u64 total) { return wanted = target(total); });
-    fill<COUNTED>(scores, bins, lower, [=](u32 d) { return d >> HALF == high ? (int)(d & (BINS - 1)) : -1; });
-    const u32 low = all.find_bin(lower, before, [=](u64) { return wanted; });
-    const u32 distance = high << HALF | low;
-    return {distance, before, (wanted - before) / (COUNTED ? 1ull : scores.weight(distance))};
-}
+    // `upper`: this thread's bin of the uppermost bits; `target` is given the total, and must stay below it.
+    template <bool COUNTED, class Target>
+    __device__ __forceinline__ Found find(const Scores& scores, u64 upper, Target target) {
+        u64 before = 0, wanted = 0;
+        u32 distance = find_bin(upper, before, [&](u64 total) { return wanted = target(total); });
+        for (int known = BITS - LEVEL; known > 0;) {
+            const int shift = max(known - LEVEL, 0);
+            const u64 bin = fill<COUNTED>(scores, known, distance, shift);
+            distance = distance << (known - shift) | find_bin(bin, before, [=](u64) { return wanted; });
+            known = shift;
+        }
+        return {distance, before, (wanted - before) / (COUNTED ? 1ull : scores.weight(distance))};
+    }
+};
+static_assert(THREADS >= BINS, "a thread for each bin");
 
 // The number from 0 to below 2^64 that decides the token at a position: NumPy's Philox with key (seed, 0) and counter
 // (position, 0, 0, 0), Philox 4x64 with ten rounds (Salmon et al. 2011).
@@ -213,10 +202,9 @@ struct Best {
 };
 
 // The cluster's, with `count` of the scores in this block, from `first` on. Where there is room for them the scores are `kept`
-// for what comes after.
-__device__ __forceinline__ Best likeliest(const float* scores, int first, int count, float* kept) {
+// for what comes after; `bests` has room for one a warp.
+__device__ __forceinline__ Best likeliest(const float* scores, int first, int count, float* kept, Best* bests) {
     constexpr int ALL = CLUSTER * WARPS;
-    __shared__ Best bests[ALL];
     const int lane = threadIdx.x % LANES;
     Best best = {from_bits(0xff800000u), 0x7fffffff};
     for_each(scores, count, [&](int i, float x) {
@@ -243,22 +231,20 @@ extern "C" __global__ void __launch_bounds__(THREADS) IN_CLUSTERS
     // All blocks have begun.
     cluster_sync();
     wait_for_previous();
-    u64* bins = (u64*)dynamic_shared();
+    Together all = {(u64*)dynamic_shared()};
     const How how = *(const How*)options;
     const int part = (count + CLUSTER - 1) / CLUSTER, first = min(cluster_rank() * part, count), here = min(part, count - first);
-    float* const kept_scores = room ? (float*)(bins + BINS) : nullptr;
-    const Best best = likeliest(scores + first, first, here, kept_scores);
+    float* const kept_scores = room ? (float*)(all.bins + 2 * BINS) : nullptr;
+    const Best best = likeliest(scores + first, first, here, kept_scores, (Best*)all.bins);
     if (best.place < 0 || how.inverse_temperature == 0.0f) {
         if (cluster_rank() == 0 && threadIdx.x == 0) *token = best.place;
         return;
     }
     const Scores own = {room ? kept_scores : scores + first, here, best.score, how.inverse_temperature};
-    Together all;
     // What all considered tokens weigh; 0 as long as all are.
-    u64 kept = 0, upper[EACH];
+    u64 kept = 0;
     if (how.top_k > 0 && how.top_k < count) {
-        fill_upper<true>(own, bins, upper);
-        const Found last = find<true>(all, own, bins, upper, [=](u64) { return (u64)how.top_k - 1; });
+        const Found last = all.find<true>(own, all.fill_upper<true>(own), [=](u64) { return (u64)how.top_k - 1; });
         const u64 weight = own.weight(last.distance);
         u64 nearer = 0, total;
         own.for_distances([&](int, u32 distance) {
@@ -267,9 +253,9 @@ extern "C" __global__ void __launch_bounds__(THREADS) IN_CLUSTERS
         all.sum_before(nearer, total);
         kept = total + (last.equal + 1) * weight;
     }
-    fill_upper<false>(own, bins, upper);
+    const u64 upper = all.fill_upper<false>(own);
     if (how.top_p < 1.0) {
-        const Found last = find<false>(all, own, bins, upper, [&](u64 total) {
+        const Found last = all.find<false>(own, upper, [&](u64 total) {
             if (!kept) kept = total;
             // The token that reaches the part p is still considered.
             const u64 wanted = (u64)ceil(how.top_p * (double)kept);
@@ -280,7 +266,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) IN_CLUSTERS
     }
     const u64 number = chance(how.seed, (u64)lengths[0]);
     const Found drawn =
-        find<false>(all, own, bins, upper, [=](u64 total) { return __umul64hi(number, kept ? kept : total); });
+        all.find<false>(own, upper, [=](u64 total) { return __umul64hi(number, kept ? kept : total); });
 
     // Nearly always one token has that distance.
     u64 mine = 0, total;

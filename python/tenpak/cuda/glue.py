@@ -14,8 +14,8 @@ from tenpak.cuda.plans import ACTIVATIONS, NORM_THREADS, OUTPUTS, Output, norm_d
 from tenpak.cuda.products import device_of
 from tenpak.sampling import Sampling
 
-#: Shared memory of a block of cuda/sample.cu: a histogram.
-_BINS_BYTES = 8 << 13
+#: Shared memory of a block of cuda/sample.cu: two histograms.
+_BINS_BYTES = 2 * 8 << 9
 
 
 def norm(norm: Any, h: Any, added: Any, out: Any) -> None:
