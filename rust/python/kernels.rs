@@ -17,6 +17,7 @@ static SOURCES: &[(&str, &str)] = sources![
     "attention.cu",
     "attention_prefill.cu",
     "cache.cuh",
+    "cluster.cuh",
     "columns.cuh",
     "decode.cu",
     "dense.cu",

@@ -54,7 +54,7 @@ STEP: list[tuple[str, dict[str, object]]] = [
     *(("embed.cu", {"LAYOUT": layout}) for layout in LAYOUTS),
     *(("embed.cu", {"IN": kind}) for kind in (16, 32)),
     *(("product.cu", {"IN": 16 << (i % 2), "BF16": 0, "OUTPUT": i}) for i in range(3)),
-    ("sample.cu", {"THREADS": 1024}),
+    ("sample.cu", {"THREADS": 1024, "CLUSTER": 1}),
     *(
         ("skinny.cu", {"LAYOUT": layout, "BF16": 0, **SKINNY[0], **fused.defines})
         for layout in ("int4_g32_fp16", "int8_sym")
@@ -91,6 +91,8 @@ def test_every_kernel_compiles_for_every_layout(name, arch, layout):
 def test_a_decoders_step_compiles(arch):
     for name, defines in STEP:
         assert kernels.compile_to_cubin(name, defines, arch).startswith(b"\x7fELF")
+    if arch != "sm_80":
+        assert kernels.compile_to_cubin("sample.cu", plans.sample_defines(H200), arch).startswith(b"\x7fELF")
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
@@ -217,7 +219,7 @@ def test_nvcc_compiles_what_nvrtc_does(tmp_path):
         for header, text in kernels.headers(name).items():
             (tmp_path / header).write_text(text)
     skinny = {"LAYOUT": "int4_lut16", "BF16": 0, **INTEGER[0], "GATED": 1, "ACTIVATION": 1, "OVERLAP": 1}
-    for name, defines in (("skinny.cu", skinny), ("sample.cu", {"THREADS": 1024})):
+    for name, defines in (("skinny.cu", skinny), ("sample.cu", plans.sample_defines(H200))):
         ahead.compile_with_nvcc(nvcc, (name, tuple(defines.items())), "sm_90", tmp_path, tmp_path)
         made = tmp_path / kernels.ahead_name(name, defines, "sm_90")
         assert made.read_bytes().startswith(b"\x7fELF")

@@ -103,6 +103,11 @@ def norm_defines(width: int, centred: bool) -> dict[str, object]:
     return {"THREADS": NORM_THREADS, "EACH": divide_up(width, NORM_THREADS), "BF16": 0, "CENTRED": int(centred)}
 
 
+def sample_defines(here: Device) -> dict[str, int]:
+    """Macros of sample.cu: where there are clusters, the blocks of one choose a token together."""
+    return {"THREADS": 1024, "CLUSTER": 8 if here.hopper else 1}
+
+
 PLAIN = Fused()
 #: Tokens that a product with another `Fused` may have.
 FEW = 8
