@@ -36,20 +36,15 @@ struct QuadCodes {
     }
 };
 
-// Pair t of a word as q * s + o. Nibbles lie 0,2,4,6,1,3,5,7.
-__device__ __forceinline__ u32 affine_pair(u32 word, int shift, u32 pair) {
-    const u32 code = and_or(word >> shift, 0x000f000f, BF16 ? 0x43004300 : 0x64006400);
-    const u32 p = BF16 ? to_bfloat(pair) : pair;
-    return fma_pair(BF16 ? bfloat_fma(code, 0x3f803f80, 0xc300c300) : half_sub(code, 0x64006400), low_twice(p), high_twice(p));
-}
-
 // For layouts with scale and offset: param<WORD>(tile, rows, c) is the pair for that word of lane c.
 template <class Layout, class Params>
 struct AffineColumns : NoSupers {
     struct Tile {
-        QuadCodes codes;
+        uint4 pairs;  // t of all four lanes' words, as layouts.cuh has them
         typename Params::Held params;
     };
+    // A tile's sixteen bytes of all lanes lie chunk by chunk, so that eight that are read together meet all banks.
+    static __device__ __forceinline__ int place(int lane) { return lane % 4 * 8 + lane / 4; }
     static constexpr int PARAM_BYTES(int tiles) { return Params::BYTES * Params::units(tiles); }
     static __device__ __forceinline__ const u8* params(const Weight& w, int strip, int k) {
         return w.params + (size_t)(u32)(strip * Params::units(w.tiles) + Params::unit(k)) * Params::BYTES;
@@ -57,18 +52,19 @@ struct AffineColumns : NoSupers {
     template <int J>
     static __device__ __forceinline__ Tile load(u32 codes, u32 params, u32, int lane) {
         Tile tile;
-        tile.codes.load(codes + J * FourBit::CODE_BYTES, lane);
+        tile.pairs = load_matrices(codes + J * FourBit::CODE_BYTES + 16 * lane);
         Params::load(tile.params, params + Params::unit(J) * Params::BYTES, lane);
         return tile;
     }
     template <int QUARTER>
     static __device__ __forceinline__ void operand(const Tile& tile, const typename Layout::Rows& rows, int lane, u32 (&a)[4]) {
         constexpr int UPPER = QUARTER / 2 * 2, LOWER = UPPER + 1, FIRST = QUARTER % 2 * 2, SECOND = FIRST + 1;
-        const int shift = lane % 4 * 4;
-        a[0] = affine_pair(tile.codes.template word<UPPER>(FIRST), shift, Params::template pair<UPPER>(tile.params, rows, FIRST));
-        a[1] = affine_pair(tile.codes.template word<LOWER>(FIRST), shift, Params::template pair<LOWER>(tile.params, rows, FIRST));
-        a[2] = affine_pair(tile.codes.template word<UPPER>(SECOND), shift, Params::template pair<UPPER>(tile.params, rows, SECOND));
-        a[3] = affine_pair(tile.codes.template word<LOWER>(SECOND), shift, Params::template pair<LOWER>(tile.params, rows, SECOND));
+        const u32 first = FourBit::word(tile.pairs, FIRST), second = FourBit::word(tile.pairs, SECOND);
+        auto as_activations = [](u32 param) { return BF16 ? to_bfloat(param) : param; };
+        a[0] = affine_pair<UPPER>(first, as_activations(Params::template pair<UPPER>(tile.params, rows, FIRST)));
+        a[1] = affine_pair<LOWER>(first, as_activations(Params::template pair<LOWER>(tile.params, rows, FIRST)));
+        a[2] = affine_pair<UPPER>(second, as_activations(Params::template pair<UPPER>(tile.params, rows, SECOND)));
+        a[3] = affine_pair<LOWER>(second, as_activations(Params::template pair<LOWER>(tile.params, rows, SECOND)));
     }
 };
 
@@ -130,6 +126,7 @@ struct BytesOfTile {
 
 // Codes in order, so that byte t is pair t, and two chunks of a row make one look-up: they are in one group.
 struct Lut16Columns {
+    static __device__ __forceinline__ int place(int lane) { return lane; }
     static constexpr int SUPER_BYTES = Lut16::SUPER_BYTES;
     struct Tile {
         QuadCodes codes;
@@ -179,6 +176,7 @@ struct Lut16Columns {
 };
 
 struct EightBitColumns : NoSupers {
+    static __device__ __forceinline__ int place(int lane) { return lane; }
     struct Tile {
         u32 bytes[2][4][2];  // of half, lane of the quad, row: four codes, of which this lane's are two
     };

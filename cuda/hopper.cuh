@@ -41,6 +41,15 @@ __device__ __forceinline__ u32 shared_u16(u32 at) {
     return v;
 }
 
+// Four 8 x 8 matrices of halves; lane l gives the address of row l % 8 of matrix l / 8, and gets word l % 4 of row l / 4 of
+// each.
+__device__ __forceinline__ uint4 load_matrices(u32 row) {
+    uint4 v;
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(row) : "memory");
+    return v;
+}
+
 // ---- Barriers in shared memory --------------------------------------------------------------------------------------
 
 __device__ __forceinline__ void barrier_init(u32 barrier, u32 count) {
@@ -84,14 +93,15 @@ __device__ __forceinline__ void prefetch_map(const TensorMap& map) {
 // How long L2 should keep what passes through it.
 constexpr u64 KEEP_LONG = 0x14f0000000000000;
 
-// Up to MOST bytes, sixteen a lane and instruction; both are multiples of 16.
+// Up to MOST bytes, sixteen a lane and instruction; both are multiples of 16. Of each 512 bytes, this lane's are those at
+// `lane`, which go to `place`.
 template <int MOST>
-__device__ __forceinline__ void copy_run(u32 to, const u8* from, u32 bytes, int lane) {
+__device__ __forceinline__ void copy_run(u32 to, const u8* from, u32 bytes, int lane, int place) {
 #pragma unroll
     for (int at = 0; at < MOST; at += 16 * LANES) {
         if (at + 16 * lane < bytes)
             asm volatile("cp.async.cg.shared.global [%0], [%1], 16;"
-                         :: "r"(to + at + 16 * lane), "l"(from + at + 16 * lane) : "memory");
+                         :: "r"(to + at + 16 * place), "l"(from + at + 16 * lane) : "memory");
     }
 }
 // This thread arrives once all that it has asked for by copy_run is there; the barrier's count has it already.

@@ -111,6 +111,17 @@ inline uint4 shared_uint4(u32 at) { return shared<uint4>(at); }
 inline uint2 shared_uint2(u32 at) { return shared<uint2>(at); }
 inline u32 shared_u32(u32 at) { return shared<u32>(at); }
 inline u32 shared_u16(u32 at) { return shared<u16>(at); }
+inline uint4 load_matrices(u32 row) {
+    auto all = share<1>({(u64)row});
+    const int lane = threadIdx.x % 32;
+    
+    u32 v[4];
+    for (int matrix = 0; matrix < 4; ++matrix) {
+        const uint4 of_row = shared<uint4>((u32)all[8 * matrix + lane / 4][0]);
+        v[matrix] = (&of_row.x)[lane % 4];
+    }
+    return {v[0], v[1], v[2], v[3]};
+}
 
 struct Counter { int of, missing; long long bytes; u32 parity; };
 struct Piece { u32 to; const u8* from; u32 bytes; };
@@ -200,11 +211,11 @@ inline void group_barrier(int group) { arrive(of_groups[group], 128); }
 constexpr u64 KEEP_LONG = 2;
 struct TensorMap { u64 x, stride; int columns, rows, matrices, unused; u64 more[12]; };
 template <int MOST>
-void copy_run(u32 to, const u8* from, u32 bytes, int lane) {
+void copy_run(u32 to, const u8* from, u32 bytes, int lane, int place) {
     check(bytes <= MOST, "a run is longer than its most");
     for (u32 at = 16 * lane; at < bytes; at += 16 * 32) {
         check(to % 16 == 0 && (u64)from % 16 == 0 && bytes % 16 == 0, "a copy is not made of sixteen bytes");
-        asked_for[threadIdx.x].push_back({to + at, from + at, 16});
+        asked_for[threadIdx.x].push_back({to + at + 16 * (place - lane), from + at, 16});
     }
 }
 inline void copies_arrive(u32 barrier) {
