@@ -79,6 +79,12 @@ __device__ __forceinline__ u32 load_acquire(const u32* at) {
 // Among the 128 threads of one warpgroup.
 __device__ __forceinline__ void group_barrier(int group) { asm volatile("bar.sync %0, 128;" :: "r"(group + 1) : "memory"); }
 
+// Among the 256 threads of two.
+__device__ __forceinline__ void pair_barrier(int pair) { asm volatile("bar.sync %0, 256;" :: "r"(pair + 10) : "memory"); }
+
+__device__ __forceinline__ void lead_wait() { asm volatile("bar.sync 9, 256;" ::: "memory"); }
+__device__ __forceinline__ void lead_arrive() { asm volatile("bar.arrive 9, 256;" ::: "memory"); }
+
 // ---- Copies that barriers wait for ----------------------------------------------------------------------------------
 
 // What the driver makes of a matrix in memory (cuTensorMapEncodeTiled).

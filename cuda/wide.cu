@@ -16,8 +16,19 @@
 
 namespace tenpak {
 
+#ifndef PARTS
+#define PARTS 1
+#endif
+#ifndef LEAD
+#define LEAD 0
+#endif
+#ifndef BATCH
+#define BATCH 1
+#endif
+static_assert(GROUPS % PARTS == 0 && STEP % PARTS == 0, "groups of a part own the rows, parts the columns of a step");
 constexpr int CONSUMER_WARPS = 4 * GROUPS, PRODUCER_WARPS = 4;
-constexpr int GROUP_STRIPS = 4 * BLOCKS, STRIPS = GROUPS * GROUP_STRIPS, ROWS = STRIPS * TILE_ROWS;
+constexpr int ROW_GROUPS = GROUPS / PARTS;
+constexpr int GROUP_STRIPS = 4 * BLOCKS, STRIPS = ROW_GROUPS * GROUP_STRIPS, ROWS = STRIPS * TILE_ROWS;
 
 // A stage: STEP boxes of x, then each strip's codes, parameters and super-scales.
 constexpr int X_BYTES = TOKENS * TILE_COLS * 2;
@@ -151,13 +162,19 @@ __device__ __forceinline__ void copy_step(const TensorMap& x, const Weight& w, c
 // Sixteen columns of a tile, which are then under way with at most two before them.
 template <int QUARTER>
 __device__ __forceinline__ void multiply(float (&sums)[SUMS], const Columns::Tile& tile, const Layout::Rows& rows, u32 x, int lane) {
-    u32 a[4];
-    Columns::template operand<QUARTER>(tile, rows, lane, a);
+    u32 a[BATCH][4];
+    Columns::template operand<QUARTER * BATCH>(tile, rows, lane, a[0]);
+    if constexpr (BATCH > 1) Columns::template operand<QUARTER * BATCH + 1>(tile, rows, lane, a[1]);
+    if constexpr (BATCH > 2) {
+        Columns::template operand<2>(tile, rows, lane, a[2]);
+        Columns::template operand<3>(tile, rows, lane, a[3]);
+    }
     pin(sums);
     wgmma_fence();
-    wgmma(sums, a, x + 2 * QUARTER);
+#pragma unroll
+    for (int i = 0; i < BATCH; ++i) wgmma(sums, a[i], x + 2 * (QUARTER * BATCH + i));
     wgmma_commit();
-    wgmma_wait<3>();
+    wgmma_wait<BATCH == 1 ? 3 : 1>();
 }
 
 // A group's sums of 64 rows to y [tokens, n], by its 128 threads; `staged` is the group's own.
@@ -269,12 +286,16 @@ wide(const __grid_constant__ tenpak::TensorMap x, const unsigned char* codes, co
         const int group = warp / 4, thread = threadIdx.x % 128;
         u8* const staged = stages + STAGES * BYTES_OF_STAGE + group * CHUNKS * CHUNK_BYTES;
         // This warp's first strip in a stage; others follow four on.
-        const u32 own = WEIGHTS_AT + (group * GROUP_STRIPS + warp % 4) * STRIP_BYTES;
+        const int row_group = group % ROW_GROUPS, part_of_step = group / ROW_GROUPS;
+        const u32 own = WEIGHTS_AT + (row_group * GROUP_STRIPS + warp % 4) * STRIP_BYTES;
+#if LEAD
+        bool first_segment = true;
+#endif
         Turn turn(0);
         while (schedule.next(segment)) {
             const Place at(segment.tile, row_tiles, token_tiles);
             const Weight w = weight(at.matrix);
-            const int first_strip = at.strip + group * GROUP_STRIPS;
+            const int first_strip = at.strip + row_group * GROUP_STRIPS;
             Layout::Rows rows[BLOCKS];
             float sums[BLOCKS][SUMS];
 #pragma unroll
@@ -285,12 +306,20 @@ wide(const __grid_constant__ tenpak::TensorMap x, const unsigned char* codes, co
             }
 
             u32 to_release = 0;  // the barrier of the stage whose products may still be under way
+#if LEAD
+            if (first_segment && group) lead_wait();
+#endif
 #pragma unroll 1
             for (int step = segment.first; step < segment.first + segment.count; ++step) {
+#if LEAD
+                if (first_segment && group == 0 && step == min(segment.first + LEAD, segment.first + segment.count - 1))
+                    lead_arrive();
+#endif
                 barrier_wait(full + 8 * turn.stage, turn.phase);
                 const u32 stage = stages_address + turn.stage * BYTES_OF_STAGE;
 #pragma unroll
                 for (int j = 0; j < STEP; ++j) {
+                    if (PARTS > 1 && j % PARTS != part_of_step) continue;
                     if (j > 0 && STEP * step + j >= tiles) break;
                     const u32 box = descriptor(stage + j * X_BYTES);
 #pragma unroll
@@ -299,25 +328,72 @@ wide(const __grid_constant__ tenpak::TensorMap x, const unsigned char* codes, co
                         const Columns::Tile tile =
                             j ? Columns::template load<1>(here, here + PARAMS_AT, here + SUPERS_AT, lane)
                               : Columns::template load<0>(here, here + PARAMS_AT, here + SUPERS_AT, lane);
+#if BATCH == 1
                         multiply<0>(sums[block], tile, rows[block], box, lane);
                         multiply<1>(sums[block], tile, rows[block], box, lane);
                         multiply<2>(sums[block], tile, rows[block], box, lane);
                         // Only this step's three are under way.
-                        if (j == 0 && block == 0 && to_release && lane == 0) barrier_arrive(to_release);
+                        if (j < PARTS && block == 0 && to_release && lane == 0) barrier_arrive(to_release);
                         multiply<3>(sums[block], tile, rows[block], box, lane);
+#elif BATCH == 2
+                        multiply<0>(sums[block], tile, rows[block], box, lane);
+                        if (j < PARTS && block == 0 && to_release && lane == 0) barrier_arrive(to_release);
+                        multiply<1>(sums[block], tile, rows[block], box, lane);
+#else
+                        multiply<0>(sums[block], tile, rows[block], box, lane);
+                        if (j < PARTS && block == 0 && to_release && lane == 0) barrier_arrive(to_release);
+#endif
                     }
+                }
+                if (PARTS > 1 && STEP * step + part_of_step >= tiles) {
+                    // This part's columns are beyond the last.
+                    wgmma_wait<0>();
+                    if (to_release && lane == 0) barrier_arrive(to_release);
                 }
                 to_release = empty + 8 * turn.stage;
                 turn.next();
             }
+#if LEAD
+            first_segment = false;
+#endif
             wgmma_wait<0>();
             if (lane == 0) barrier_arrive(to_release);
 #pragma unroll
             for (int block = 0; block < BLOCKS; ++block) pin(sums[block]);
 
+            // Parts of K of the same rows, that of the first group's.
+            if constexpr (PARTS > 1) {
+                float4* const others = reinterpret_cast<float4*>(stages + STAGES * BYTES_OF_STAGE + GROUPS * CHUNKS * CHUNK_BYTES) +
+                                       row_group * (BLOCKS * SUMS / 4 * 128) + thread;
+                static_assert(PARTS <= 2, "one group's sums wait at a time");
+                if (part_of_step == 1) {
+#pragma unroll
+                    for (int block = 0; block < BLOCKS; ++block)
+#pragma unroll
+                        for (int i = 0; i < SUMS; i += 4)
+                            others[(block * SUMS + i) / 4 * 128] =
+                                make_float4(sums[block][i], sums[block][i + 1], sums[block][i + 2], sums[block][i + 3]);
+                }
+                pair_barrier(row_group);
+                if (part_of_step == 0) {
+#pragma unroll
+                    for (int block = 0; block < BLOCKS; ++block)
+#pragma unroll
+                        for (int i = 0; i < SUMS; i += 4) {
+                            const float4 v = others[(block * SUMS + i) / 4 * 128];
+                            sums[block][i] += v.x;
+                            sums[block][i + 1] += v.y;
+                            sums[block][i + 2] += v.z;
+                            sums[block][i + 3] += v.w;
+                        }
+                }
+                pair_barrier(row_group);
+                if (part_of_step == 1) continue;
+            }
+
             constexpr int PART = BLOCKS * SUMS / 4 * 128;  // float4 of one group
-            unsigned int* const counter = arrived + (size_t)segment.tile * GROUPS + group;
-            auto part = [&](u32 share) { return partial + ((size_t)share * GROUPS + group) * PART + thread; };
+            unsigned int* const counter = arrived + (size_t)segment.tile * ROW_GROUPS + group;
+            auto part = [&](u32 share) { return partial + ((size_t)share * ROW_GROUPS + group) * PART + thread; };
             if (segment.first > 0) {
                 float4* to = part(schedule.share);
 #pragma unroll

@@ -207,6 +207,10 @@ inline void barrier_wait(u32 barrier, u32 parity) {
 inline u32 load_acquire(const u32* at) { return *at; }
 static Barrier of_groups[8];
 inline void group_barrier(int group) { arrive(of_groups[group], 128); }
+static Barrier of_pairs[4];
+inline void lead_wait() {}
+inline void lead_arrive() {}
+inline void pair_barrier(int pair) { arrive(of_pairs[pair], 256); }
 
 constexpr u64 KEEP_LONG = 2;
 struct TensorMap { u64 x, stride; int columns, rows, matrices, unused; u64 more[12]; };
@@ -366,9 +370,10 @@ def wide(
     step, stages = int(str(defines["STEP"])), int(str(defines["STAGES"]))
     layout = str(defines["LAYOUT"])
     strip = plans.strip_bytes(layout, STAGE_BYTES[layout], step)
-    fixed, stage = plans.shared_bytes(groups, blocks, tokens, step, strip)
+    parts = int(str(defines.get("PARTS", 1)))
+    fixed, stage = plans.shared_bytes(groups, blocks, tokens, step, strip, parts)
     tiles = -(-k // 64)
-    rows = 64 * groups * blocks
+    rows = 64 * groups // parts * blocks
     partial = aligned(np.full(grid * rows * tokens, np.nan, np.float32))
     arrived = aligned(np.zeros(batch * -(-n // rows) * -(-m // tokens) * groups, np.uint32))
     assert x is not None
