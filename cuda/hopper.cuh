@@ -76,6 +76,10 @@ __device__ __forceinline__ u32 load_acquire(const u32* at) {
     asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(seen) : "l"(at) : "memory");
     return seen;
 }
+// After all that this thread, and those that met it at a barrier, have stored.
+__device__ __forceinline__ void add_release(u32* at, u32 value) {
+    asm volatile("red.release.gpu.global.add.u32 [%0], %1;" :: "l"(at), "r"(value) : "memory");
+}
 // Among the 128 threads of one warpgroup.
 __device__ __forceinline__ void group_barrier(int group) { asm volatile("bar.sync %0, 128;" :: "r"(group + 1) : "memory"); }
 
@@ -84,6 +88,32 @@ __device__ __forceinline__ void pair_barrier(int pair) { asm volatile("bar.sync 
 
 __device__ __forceinline__ void lead_wait() { asm volatile("bar.sync 9, 256;" ::: "memory"); }
 __device__ __forceinline__ void lead_arrive() { asm volatile("bar.arrive 9, 256;" ::: "memory"); }
+
+__device__ __forceinline__ void consumers_barrier(int threads) { asm volatile("bar.sync 15, %0;" :: "r"(threads) : "memory"); }
+
+// ---- Clusters of blocks -------------------------------------------------------------------------------------------------
+
+__device__ __forceinline__ u32 cluster_rank() {
+    u32 rank;
+    asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+    return rank;
+}
+// Among all threads of the cluster that have not ended.
+__device__ __forceinline__ void cluster_barrier() {
+    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+// After all have read each other's shared memory.
+__device__ __forceinline__ void cluster_read() {
+    asm volatile("barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
+}
+// Of another block's shared memory, at the same place.
+__device__ __forceinline__ float4 cluster_float4(u32 at, u32 rank) {
+    float4 v;
+    asm volatile("{\n.reg .u32 there;\nmapa.shared::cluster.u32 there, %4, %5;\n"
+                 "ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [there];\n}"
+                 : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "r"(at), "r"(rank) : "memory");
+    return v;
+}
 
 // ---- Copies that barriers wait for ----------------------------------------------------------------------------------
 

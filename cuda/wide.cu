@@ -19,6 +19,14 @@ namespace tenpak {
 #ifndef PARTS
 #define PARTS 1
 #endif
+#ifndef SPLITS
+#define SPLITS 1
+#endif
+#if SPLITS > 1
+#define CLUSTER __cluster_dims__(SPLITS, 1, 1)
+#else
+#define CLUSTER
+#endif
 #ifndef LEAD
 #define LEAD 0
 #endif
@@ -69,6 +77,10 @@ struct Schedule {
     u32 whole;         // the next tile that is this block's alone
 
     __device__ __forceinline__ Schedule(u32 tiles, int steps) : steps(steps), tiles(tiles) {
+        if constexpr (SPLITS > 1) {
+            share = blockIdx.x;
+            return;
+        }
         const u32 rest = tiles % gridDim.x;
         shared_tiles = rest == 0 ? 0 : tiles < gridDim.x ? rest : rest + gridDim.x;
         share = gridDim.x - 1 - blockIdx.x;
@@ -88,6 +100,15 @@ struct Schedule {
         return last;
     }
     __device__ __forceinline__ bool next(Segment& segment) {
+        if constexpr (SPLITS > 1) {
+            if (share >= tiles * SPLITS) return false;
+            const int part = share % SPLITS;
+            segment.tile = share / SPLITS;
+            segment.first = steps * part / SPLITS;
+            segment.count = steps * (part + 1) / SPLITS - segment.first;
+            share += tiles * SPLITS;
+            return true;
+        }
         if (unit < end) {
             segment.tile = unit / steps;
             segment.first = (int)(unit - segment.tile * steps);
@@ -223,12 +244,56 @@ __device__ __forceinline__ void store(const float (&sums)[SUMS], u8* staged, u16
     }
 }
 
+// Parts of the same tile's sums, of this block's groups and its cluster's blocks: each leaves its own in shared memory, and
+// each block adds those of some tokens. `sums` are scaled.
+constexpr int EXCHANGE_ROW = ROWS + 4;  // floats of a token: eight rows of four tokens then meet all banks
+constexpr int EXCHANGED = TOKENS * EXCHANGE_ROW * 4;  // bytes of a part
+__device__ __forceinline__ void leave_sums(const float (&sums)[SUMS], u8* exchange, int first_row, float low, float high) {
+    const int warp = threadIdx.x % 128 / LANES, lane = threadIdx.x % LANES;
+    float* to = reinterpret_cast<float*>(exchange) + lane % 4 * 2 * EXCHANGE_ROW + first_row + warp * TILE_ROWS + lane / 4;
+#pragma unroll
+    for (int i = 0; i < SUMS; ++i) to[(i / 4 * 8 + i % 2) * EXCHANGE_ROW + i / 2 % 2 * 8] = sums[i] * (i / 2 % 2 ? high : low);
+}
+__device__ __forceinline__ void store_exchanged(u32 exchange, int rank, u16* y, const u16* bias, int first_row, int tokens, int n) {
+    constexpr int EACH = (TOKENS + SPLITS - 1) / SPLITS, FOURS = ROWS / 4;
+    const bool vectors = n % 4 == 0 && (u64)y % 8 == 0;
+#pragma unroll 2
+    for (int i = threadIdx.x; i < EACH * FOURS; i += 128 * GROUPS) {
+        const int token = rank * EACH + i / FOURS, row = i % FOURS * 4, r = first_row + row;
+        if (token >= min(tokens, TOKENS) || r >= n) continue;
+        const u32 from = exchange + (token * EXCHANGE_ROW + row) * 4;
+        float4 parts[SPLITS * PARTS];
+#pragma unroll
+        for (int j = 0; j < SPLITS * PARTS; ++j) parts[j] = cluster_float4(from + j % PARTS * EXCHANGED, j / PARTS);
+        float4 v = parts[0];
+#pragma unroll
+        for (int j = 1; j < SPLITS * PARTS; ++j) {
+            v.x += parts[j].x;
+            v.y += parts[j].y;
+            v.z += parts[j].z;
+            v.w += parts[j].w;
+        }
+        const float all[4] = {v.x, v.y, v.z, v.w};
+        u16 narrowed[4];
+#pragma unroll
+        for (int j = 0; j < 4; ++j) narrowed[j] = narrow(all[j] + (bias && r + j < n ? widen(bias[r + j]) : 0.0f));
+        u16* to = y + (size_t)token * n + r;
+        if (vectors) {
+            *reinterpret_cast<uint2*>(to) = make_uint2(narrowed[0] | (u32)narrowed[1] << 16, narrowed[2] | (u32)narrowed[3] << 16);
+        } else {
+#pragma unroll
+            for (int j = 0; j < 4; ++j)
+                if (r + j < n) to[j] = narrowed[j];
+        }
+    }
+}
+
 }  // namespace tenpak
 
 // x: a map of [batch, m, k] with boxes of 64 columns and TOKENS rows, swizzled by 128 bytes; y [batch, m, n]; bias [batch, n] or
 // null. partial: [gridDim.x][GROUPS][BLOCKS][SUMS / 4][128] float4; arrived: a counter for each tile and group, zero before
 // and after. At most one block a multiprocessor, and no more than there are units.
-extern "C" __global__ void __launch_bounds__(128 * GROUPS + 128, 1)
+extern "C" __global__ void CLUSTER __launch_bounds__(128 * GROUPS + 128, 1)
 wide(const __grid_constant__ tenpak::TensorMap x, const unsigned char* codes, const unsigned char* params,
      const unsigned char* row_params, unsigned short* y, const unsigned short* bias, float4* partial, unsigned int* arrived,
      long long codes_step, long long params_step, long long row_params_step, int batch, int m, int n, int tiles, int supers,
@@ -361,6 +426,22 @@ wide(const __grid_constant__ tenpak::TensorMap x, const unsigned char* codes, co
 #pragma unroll
             for (int block = 0; block < BLOCKS; ++block) pin(sums[block]);
 
+            u16* const to = y + ((size_t)at.matrix * m + at.token) * n;
+            const u16* const plus = bias ? bias + (size_t)at.matrix * n : nullptr;
+            if constexpr (SPLITS > 1) {
+                static_assert(SPLITS == 1 || PARTS * EXCHANGED <= STAGES * BYTES_OF_STAGE, "sums are left where stages were");
+                // Everybody's products have read their stages.
+                consumers_barrier(128 * GROUPS);
+#pragma unroll
+                for (int block = 0; block < BLOCKS; ++block)
+                    leave_sums(sums[block], stages + part_of_step * EXCHANGED, (row_group * BLOCKS + block) * 64,
+                               scale * Layout::row_scale(rows[block], false), scale * Layout::row_scale(rows[block], true));
+                cluster_barrier();
+                store_exchanged(stages_address, cluster_rank(), to, plus, at.strip * TILE_ROWS, m - at.token, n);
+                cluster_read();
+                continue;
+            }
+
             // Parts of K of the same rows, that of the first group's.
             if constexpr (PARTS > 1) {
                 float4* const others = reinterpret_cast<float4*>(stages + STAGES * BYTES_OF_STAGE + GROUPS * CHUNKS * CHUNK_BYTES) +
@@ -402,9 +483,8 @@ wide(const __grid_constant__ tenpak::TensorMap x, const unsigned char* codes, co
                     for (int i = 0; i < SUMS; i += 4)
                         __stcg(to + (block * SUMS + i) / 4 * 128,
                                make_float4(sums[block][i], sums[block][i + 1], sums[block][i + 2], sums[block][i + 3]));
-                __threadfence();
                 group_barrier(group);
-                if (thread == 0) atomicAdd(counter, 1u);
+                if (thread == 0) add_release(counter, 1);
                 continue;
             }
             if (segment.count < schedule.steps) {
@@ -414,7 +494,6 @@ wide(const __grid_constant__ tenpak::TensorMap x, const unsigned char* codes, co
                     *counter = 0;
                 }
                 group_barrier(group);
-                __threadfence();
                 for (u32 other = schedule.share + 1; other <= last; ++other) {
                     const float4* from = part(other);
 #pragma unroll
@@ -429,10 +508,9 @@ wide(const __grid_constant__ tenpak::TensorMap x, const unsigned char* codes, co
                         }
                 }
             }
-            u16* to = y + ((size_t)at.matrix * m + at.token) * n;
 #pragma unroll
             for (int block = 0; block < BLOCKS; ++block)
-                store(sums[block], staged, to, bias ? bias + (size_t)at.matrix * n : nullptr, first_strip + 4 * block, m - at.token, n,
+                store(sums[block], staged, to, plus, first_strip + 4 * block, m - at.token, n,
                       scale * Layout::row_scale(rows[block], false), scale * Layout::row_scale(rows[block], true), group);
         }
     }

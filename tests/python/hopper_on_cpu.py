@@ -205,9 +205,16 @@ inline void barrier_wait(u32 barrier, u32 parity) {
     }
 }
 inline u32 load_acquire(const u32* at) { return *at; }
+inline void add_release(u32* at, u32 value) { *at += value; }
 static Barrier of_groups[8];
 inline void group_barrier(int group) { arrive(of_groups[group], 128); }
 static Barrier of_pairs[4];
+inline uint2 make_uint2(u32 x, u32 y) { return {x, y}; }
+inline void consumers_barrier(int) {}
+inline void cluster_barrier() {}
+inline void cluster_read() {}
+inline u32 cluster_rank() { return 0; }
+inline float4 cluster_float4(u32 at, u32) { return {}; }
 inline void lead_wait() {}
 inline void lead_arrive() {}
 inline void pair_barrier(int pair) { arrive(of_pairs[pair], 256); }
