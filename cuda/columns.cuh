@@ -15,8 +15,9 @@
 
 namespace tenpak {
 
-// Lane c of this lane's quad.
-__device__ __forceinline__ int in_quad(int lane, int c) { return lane / 4 * 4 + c; }
+// Of each 512 bytes, sixteen of each lane, what a lane copies lies here: chunk by chunk (lane % 4), so that those of eight
+// rows, which are read together, meet all banks.
+__device__ __forceinline__ int place_of(int lane) { return lane % 4 * 8 + lane / 4; }
 
 struct NoSupers {
     static constexpr int SUPER_BYTES = 0;
@@ -28,7 +29,7 @@ struct QuadCodes {
 
     __device__ __forceinline__ void load(u32 codes, int lane) {
 #pragma unroll
-        for (int c = 0; c < 4; ++c) lanes[c] = shared_uint4(codes + 16 * in_quad(lane, c));
+        for (int c = 0; c < 4; ++c) lanes[c] = shared_uint4(codes + 16 * (8 * c + lane / 4));
     }
     template <int WORD>
     __device__ __forceinline__ u32 word(int c) const {
@@ -43,8 +44,6 @@ struct AffineColumns : NoSupers {
         uint4 pairs;  // t of all four lanes' words, as layouts.cuh has them
         typename Params::Held params;
     };
-    // A tile's sixteen bytes of all lanes lie chunk by chunk, so that eight that are read together meet all banks.
-    static __device__ __forceinline__ int place(int lane) { return lane % 4 * 8 + lane / 4; }
     static constexpr int PARAM_BYTES(int tiles) { return Params::BYTES * Params::units(tiles); }
     static __device__ __forceinline__ const u8* params(const Weight& w, int strip, int k) {
         return w.params + (size_t)(u32)(strip * Params::units(w.tiles) + Params::unit(k)) * Params::BYTES;
@@ -126,7 +125,6 @@ struct BytesOfTile {
 
 // Codes in order, so that byte t is pair t, and two chunks of a row make one look-up: they are in one group.
 struct Lut16Columns {
-    static __device__ __forceinline__ int place(int lane) { return lane; }
     static constexpr int SUPER_BYTES = Lut16::SUPER_BYTES;
     struct Tile {
         QuadCodes codes;
@@ -176,38 +174,24 @@ struct Lut16Columns {
 };
 
 struct EightBitColumns : NoSupers {
-    static __device__ __forceinline__ int place(int lane) { return lane; }
     struct Tile {
-        u32 bytes[2][4][2];  // of half, lane of the quad, row: four codes, of which this lane's are two
+        uint4 pairs[2];  // of each half: t of all four lanes' words
     };
     static constexpr int PARAM_BYTES(int) { return 0; }
     static __device__ __forceinline__ const u8* params(const Weight&, int, int) { return nullptr; }
     template <int J>
     static __device__ __forceinline__ Tile load(u32 codes, u32, u32, int lane) {
-        Tile tile;
-#pragma unroll
-        for (int half = 0; half < 2; ++half)
-#pragma unroll
-            for (int c = 0; c < 4; ++c)
-#pragma unroll
-                for (int row = 0; row < 2; ++row)
-                    tile.bytes[half][c][row] = shared_u32(codes + J * EightBit::CODE_BYTES +
-                                                         (half * LANES + in_quad(lane, c)) * 16 + row * 8 + lane % 4 / 2 * 4);
-        return tile;
-    }
-    static __device__ __forceinline__ u32 pair(u32 bytes, u32 selector) {
-        if constexpr (BF16) {
-            const u32 spread = permute(bytes, 0, selector);
-            return bfloat_fma(and_or(spread, 0x007f007f, 0x43004300), 0x3f803f80, and_xor(spread, 0x00800080, 0xc380c380));
-        } else {
-            return half_sub(permute(bytes, 0x64646464, selector), 0x64806480);
-        }
+        const u32 at = codes + J * EightBit::CODE_BYTES + 16 * lane;
+        return {{load_matrices(at), load_matrices(at + 16 * LANES)}};
     }
     template <int QUARTER>
-    static __device__ __forceinline__ void operand(const Tile& tile, const EightBit::Rows&, int lane, u32 (&a)[4]) {
-        const u32 selector = lane % 2 ? 0x4342 : 0x4140;
-#pragma unroll
-        for (int i = 0; i < 4; ++i) a[i] = pair(tile.bytes[QUARTER / 2][QUARTER % 2 * 2 + i / 2][i % 2], selector);
+    static __device__ __forceinline__ void operand(const Tile& tile, const EightBit::Rows&, int, u32 (&a)[4]) {
+        constexpr int FIRST = QUARTER % 2 * 2;
+        const u32 first = FourBit::word(tile.pairs[QUARTER / 2], FIRST), second = FourBit::word(tile.pairs[QUARTER / 2], FIRST + 1);
+        a[0] = EightBit::byte_pair<0>(first);
+        a[1] = EightBit::byte_pair<1>(first);
+        a[2] = EightBit::byte_pair<0>(second);
+        a[3] = EightBit::byte_pair<1>(second);
     }
 };
 

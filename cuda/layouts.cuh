@@ -417,7 +417,7 @@ struct Lut16 : FourBit {
 };
 
 // Eight bits and one FP32 scale a row, which multiplies the accumulators. Two planes of sixteen bytes a lane: words 0
-// and 1, then 2 and 3, biased by 128.
+// and 1, then 2 and 3, biased by 128. Word P of a plane is pair P of both.
 struct EightBit {
     static constexpr int CODE_BYTES = 2 * 16 * LANES;
     static constexpr int PARAM_BYTES = 0;
@@ -452,11 +452,10 @@ struct EightBit {
     template <int WORD>
     static __device__ __forceinline__ void fragment(const Tile& tile, const Rows&, u32 (&out)[4]) {
         const uint4& plane = WORD < 2 ? tile.low : tile.high;
-        const u32 first = WORD % 2 ? plane.z : plane.x, second = WORD % 2 ? plane.w : plane.y;
-        out[0] = byte_pair<0>(first);
-        out[1] = byte_pair<1>(first);
-        out[2] = byte_pair<0>(second);
-        out[3] = byte_pair<1>(second);
+        out[0] = byte_pair<WORD % 2>(plane.x);
+        out[1] = byte_pair<WORD % 2>(plane.y);
+        out[2] = byte_pair<WORD % 2>(plane.z);
+        out[3] = byte_pair<WORD % 2>(plane.w);
     }
     static __device__ __forceinline__ float row_scale(const Rows& rows, bool high) { return rows.scale[high]; }
 };

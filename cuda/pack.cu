@@ -28,8 +28,7 @@ pack(const unsigned char* first, const unsigned char* second, const unsigned cha
         }
     } else {
         const u64 biased = given ^ 0x8080808080808080ull;
-        word[0] = (u32)biased;
-        word[1] = (u32)(biased >> 32);
+        for (int i = 0; i < RUN / 2; ++i) pair_of_bytes(codes, at, shape, i) = (u16)(biased >> (16 * i));
     }
     if constexpr (HAS_PARAMS) {
         constexpr int GROUP = Layout::GROUP;

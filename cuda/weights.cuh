@@ -212,12 +212,16 @@ __device__ __forceinline__ int code_of(u64 codes, int i) {
     else return (signed char)(codes >> (8 * i));
 }
 
-// The first of the run's packed words. Those of eight-bit codes are two; where codes are not natural, pairs of four runs
-// share four.
+// The first of the run's packed words. Where codes are not natural, pairs of four runs share four, and those of eight bits
+// pairs of two runs.
 __device__ __forceinline__ u64 packed_word(const Place& at, Shape s) {
     const int lane = at.lane(s), word = at.word(s);
     if constexpr (Layout::CODE_BITS == 4) return at.tile(s) * 128 + lane * 4 + (Layout::NATURAL ? word : 0);
-    else return at.tile(s) * 256 + word / 2 * 128 + lane * 4 + word % 2 * 2;
+    else return at.tile(s) * 256 + word / 2 * 128 + lane * 4;
+}
+// Pair i of a run of eight-bit codes.
+__device__ __forceinline__ u16& pair_of_bytes(void* codes, const Place& at, Shape s, int i) {
+    return static_cast<u16*>(codes)[2 * (packed_word(at, s) + i) + at.word(s) % 2];
 }
 
 // What rebuilds a run of a packed weight: its codes, in order, and their parameters.
@@ -231,7 +235,8 @@ struct PackedRun {
         if constexpr (Layout::CODE_BITS == 4) {
             for (int i = 0; i < RUN; ++i) codes |= (u64)exchanged(word[word_of(i)] >> (4 * nibble_of(at, s, i)) & 15) << (4 * i);
         } else {
-            codes = ((u64)word[1] << 32 | word[0]) ^ 0x8080808080808080ull;
+            for (int i = 0; i < RUN / 2; ++i) codes |= (u64)pair_of_bytes((void*)all_codes, at, s, i) << (16 * i);
+            codes ^= 0x8080808080808080ull;
         }
         if constexpr (HAS_PARAMS) param = element<Layout::Param>(params, packed_group<Layout::GROUP>(at, s));
         if constexpr (HAS_ROW_PARAMS) row_param = element<Layout::RowParam>(row_params, packed_row<Layout>(at, s));

@@ -171,7 +171,7 @@ __device__ __forceinline__ void copy_step(const TensorMap& x, const Weight& w, c
         const int strip_of_stage = producer + i * PRODUCER_WARPS, strip = min(at.strip + strip_of_stage, strips - 1);
         const u32 to = stage + WEIGHTS_AT + strip_of_stage * STRIP_BYTES;
         copy_run<STEP * Layout::CODE_BYTES>(to, w.codes + (size_t)(u32)(strip * w.tiles + k) * Layout::CODE_BYTES,
-                                            count * Layout::CODE_BYTES, lane, Columns::place(lane));
+                                            count * Layout::CODE_BYTES, lane, place_of(lane));
         copy_run<Columns::PARAM_BYTES(STEP)>(to + PARAMS_AT, Columns::params(w, strip, k), Columns::PARAM_BYTES(count), lane, lane);
         copy_run<Columns::SUPER_BYTES>(to + SUPERS_AT, Columns::supers(w, strip, k), Columns::SUPER_BYTES, lane, lane);
     }

@@ -163,8 +163,8 @@ def test_lanes_and_words_of_the_reference_are_those_that_layouts_cuh_draws(name)
             strip, tile, g, t = row // 16, column // 64, row % 8, column % 32 // 8
             word, lane, i = row % 16 // 8 + 2 * (column % 64 // 32), g * 4 + t, column % 8
             if eight:
-                plane = packed[strip, tile].reshape(2, 32, 2, 2)[word // 2, lane, word % 2].copy()
-                assert plane.view(np.uint8)[i] == codes[row, column] ^ 128
+                plane = packed[strip, tile].reshape(2, 32, 4)[word // 2, lane].copy()
+                assert plane.view(np.uint8).reshape(4, 2, 2)[i // 2, word % 2, i % 2] == codes[row, column] ^ 128
             else:
                 at, place = (word, i) if name == "int4_lut16" else (i // 2, word + i % 2 * 4)
                 code = int(codes[row, column // 2]) >> (4 * (column % 2)) & 15

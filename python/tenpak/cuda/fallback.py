@@ -52,9 +52,9 @@ def _strips(
     rows, columns = strips * TILE_ROWS, tiles * TILE_COLS
     if layout.code_bits == 8:
         assert row_params is not None
-        # [strip, tile, column half, g, t, row half, byte]
-        biased = codes.view(torch.uint8).view(strips, tiles, 2, 8, 4, 2, 8)
-        weights = biased.permute(0, 5, 3, 1, 2, 4, 6).reshape(rows, columns).float()
+        # [strip, tile, column half, g, t, pair, row half, which of two]
+        biased = codes.view(torch.uint8).view(strips, tiles, 2, 8, 4, 4, 2, 2)
+        weights = biased.permute(0, 6, 3, 1, 2, 4, 5, 7).reshape(rows, columns).float()
         return weights.sub_(128).mul_(row_params.view(torch.float32).reshape(rows, 1))
 
     # [strip, tile, g, t, word, nibble], the last two as `layouts.pack` has them, to rows of codes in order.

@@ -186,8 +186,9 @@ def pack(
             packed |= nibbles[..., nibble].astype(np.uint32) << np.uint32(4 * nibble)
     else:
         tile = padded(codes.view(np.uint8) ^ 128, tiles * TILE_COLS, fill=128)
-        tile = tile.reshape(matrix_count, strips, 2, 8, tiles, 2, 4, 8)
-        packed = np.ascontiguousarray(tile.transpose(0, 1, 4, 5, 3, 6, 2, 7)).view("<u4")
+        tile = tile.reshape(matrix_count, strips, 2, 8, tiles, 2, 4, 4, 2)
+        packed = np.ascontiguousarray(tile.transpose(0, 1, 4, 5, 3, 6, 7, 2, 8)).view(np.uint8)
+        packed = packed.reshape(-1, 16).view("<u4")
     packed_codes = np.ascontiguousarray(packed).reshape(sizes[0])
 
     params = None
