@@ -15,9 +15,11 @@
 
 namespace tenpak {
 
-// Of each 512 bytes, sixteen of each lane, what a lane copies lies here: chunk by chunk (lane % 4), so that those of eight
-// rows, which are read together, meet all banks.
-__device__ __forceinline__ int place_of(int lane) { return lane % 4 * 8 + lane / 4; }
+// Of each 512 bytes, sixteen of each lane, where a lane's lie: within 128 bytes, so that copies stay whole, and so that those
+// of one chunk and eight rows, which are read together, meet all banks.
+__device__ __forceinline__ int place_of(int lane) { return lane ^ lane / 8; }
+// Where what this lane reads of four chunks begins: row lane % 8 of chunk lane / 8.
+__device__ __forceinline__ u32 row_of_chunk(u32 codes, int lane) { return codes + 16 * place_of(lane % 8 * 4 + lane / 8); }
 
 struct NoSupers {
     static constexpr int SUPER_BYTES = 0;
@@ -29,7 +31,7 @@ struct QuadCodes {
 
     __device__ __forceinline__ void load(u32 codes, int lane) {
 #pragma unroll
-        for (int c = 0; c < 4; ++c) lanes[c] = shared_uint4(codes + 16 * (8 * c + lane / 4));
+        for (int c = 0; c < 4; ++c) lanes[c] = shared_uint4(codes + 16 * place_of(lane / 4 * 4 + c));
     }
     template <int WORD>
     __device__ __forceinline__ u32 word(int c) const {
@@ -51,7 +53,7 @@ struct AffineColumns : NoSupers {
     template <int J>
     static __device__ __forceinline__ Tile load(u32 codes, u32 params, u32, int lane) {
         Tile tile;
-        tile.pairs = load_matrices(codes + J * FourBit::CODE_BYTES + 16 * lane);
+        tile.pairs = load_matrices(row_of_chunk(codes + J * FourBit::CODE_BYTES, lane));
         Params::load(tile.params, params + Params::unit(J) * Params::BYTES, lane);
         return tile;
     }
@@ -181,7 +183,7 @@ struct EightBitColumns : NoSupers {
     static __device__ __forceinline__ const u8* params(const Weight&, int, int) { return nullptr; }
     template <int J>
     static __device__ __forceinline__ Tile load(u32 codes, u32, u32, int lane) {
-        const u32 at = codes + J * EightBit::CODE_BYTES + 16 * lane;
+        const u32 at = row_of_chunk(codes + J * EightBit::CODE_BYTES, lane);
         return {{load_matrices(at), load_matrices(at + 16 * LANES)}};
     }
     template <int QUARTER>

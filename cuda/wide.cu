@@ -422,7 +422,7 @@ wide(const __grid_constant__ tenpak::TensorMap x, const unsigned char* codes, co
             first_segment = false;
 #endif
             wgmma_wait<0>();
-            if (lane == 0) barrier_arrive(to_release);
+            if (to_release && lane == 0) barrier_arrive(to_release);
 #pragma unroll
             for (int block = 0; block < BLOCKS; ++block) pin(sums[block]);
 
