@@ -380,8 +380,9 @@ wide(const __grid_constant__ tenpak::TensorMap x, const unsigned char* codes, co
                 if (first_segment && group == 0 && step == min(segment.first + LEAD, segment.first + segment.count - 1))
                     lead_arrive();
 #endif
+                // Exchanged so that the compiler knows it to be the same for all lanes, as descriptors must be.
+                const u32 stage = __shfl_sync(~0u, stages_address + turn.stage * BYTES_OF_STAGE, 0);
                 barrier_wait(full + 8 * turn.stage, turn.phase);
-                const u32 stage = stages_address + turn.stage * BYTES_OF_STAGE;
 #pragma unroll
                 for (int j = 0; j < STEP; ++j) {
                     if (PARTS > 1 && j % PARTS != part_of_step) continue;
@@ -426,8 +427,8 @@ wide(const __grid_constant__ tenpak::TensorMap x, const unsigned char* codes, co
 #pragma unroll
             for (int block = 0; block < BLOCKS; ++block) pin(sums[block]);
 
-            u16* const to = y + ((size_t)at.matrix * m + at.token) * n;
-            const u16* const plus = bias ? bias + (size_t)at.matrix * n : nullptr;
+            auto to = [&] { return y + ((size_t)at.matrix * m + at.token) * n; };
+            auto plus = [&] { return bias ? bias + (size_t)at.matrix * n : nullptr; };
             if constexpr (SPLITS > 1) {
                 static_assert(SPLITS == 1 || PARTS * EXCHANGED <= STAGES * BYTES_OF_STAGE, "sums are left where stages were");
                 // Everybody's products have read their stages.
@@ -437,7 +438,7 @@ wide(const __grid_constant__ tenpak::TensorMap x, const unsigned char* codes, co
                     leave_sums(sums[block], stages + part_of_step * EXCHANGED, (row_group * BLOCKS + block) * 64,
                                scale * Layout::row_scale(rows[block], false), scale * Layout::row_scale(rows[block], true));
                 cluster_barrier();
-                store_exchanged(stages_address, cluster_rank(), to, plus, at.strip * TILE_ROWS, m - at.token, n);
+                store_exchanged(stages_address, cluster_rank(), to(), plus(), at.strip * TILE_ROWS, m - at.token, n);
                 cluster_read();
                 continue;
             }
@@ -510,7 +511,7 @@ wide(const __grid_constant__ tenpak::TensorMap x, const unsigned char* codes, co
             }
 #pragma unroll
             for (int block = 0; block < BLOCKS; ++block)
-                store(sums[block], staged, to, plus, first_strip + 4 * block, m - at.token, n,
+                store(sums[block], staged, to(), plus(), first_strip + 4 * block, m - at.token, n,
                       scale * Layout::row_scale(rows[block], false), scale * Layout::row_scale(rows[block], true), group);
         }
     }
