@@ -2,9 +2,9 @@
 //
 // layouts.cuh lets a lane keep the eight columns of its own words and has the tokens' columns put in that order, which
 // needs a thread's hands. The copy engine can swizzle chunks of sixteen bytes but not look into them. So here the weights
-// yield: of each chunk of eight columns a lane takes pair t = lane % 4, which is in the word of lane 4g + chunk, and reads
-// the words of all four lanes of its quad. It costs a shift for each pair, by a count that differs between lanes, and
-// three more reads of shared memory a tile; the copy engine then brings tokens with no thread's help.
+// yield: of each chunk of eight columns a lane takes pair t = lane % 4. Word t of what lane 4g + chunk has in memory is
+// that pair of all its rows, so that one ldmatrix gives a lane what it wants of four chunks; the copy engine then brings
+// tokens with no thread's help. (int4_lut16, whose words are in order, reads all of its quad's.)
 //
 // Each layout has: PARAM_BYTES(tiles) of so many tiles of a strip (of two, the first being even), and params(weight, strip,
 // k), where those of tile k begin; SUPER_BYTES and supers(weight, strip, k) alike; Tile, a lane's registers for one tile, read by
@@ -26,6 +26,7 @@ struct NoSupers {
     static __device__ __forceinline__ const u8* supers(const Weight&, int, int) { return nullptr; }
 };
 
+// What the four lanes of this one's quad have.
 struct QuadCodes {
     uint4 lanes[4];
 

@@ -1,9 +1,9 @@
 // y = x Wᵀ for many tokens on Hopper: the copy engine brings tokens, warps of their own weights.
 //
-// A block owns tiles of ROWS = 64 * BLOCKS * GROUPS rows by TOKENS tokens. Four warps ask for copies, STAGES stages of STEP
+// A block owns tiles of ROWS = 64 * GROUPS rows by TOKENS tokens. Four warps ask for copies, STAGES stages of STEP
 // times 64 columns ahead: the copy engine's boxes of x, swizzled as wgmma reads them, and packed weights. GROUPS
-// warpgroups turn weights into A operands (columns.cuh) and multiply; operands of sixteen columns are made while the last
-// three are multiplied. Those groups own nearly all registers, so that a block may have 256 tokens and each operand that is
+// warpgroups turn weights into A operands (columns.cuh) and multiply; operands of 32 columns are made while the last
+// 32 are multiplied. Those groups own nearly all registers, so that a block may have 256 tokens and each operand that is
 // made serves as many as that: weights are unpacked for less than the time of multiplying.
 //
 // Tiles go round the blocks one each. What does not come out even is cut along K, in units of STEP times 64 columns, in one of
@@ -17,11 +17,8 @@
 //
 // A block waits only for blocks that were started before it, or with it.
 //
-// sm_90a. -DGROUPS, -DBLOCKS (of 64 rows a warpgroup), -DTOKENS, -DSTEP (1 or 2), -DSTAGES, -DCLUSTER (1 or 2).
+// sm_90a. -DGROUPS, -DTOKENS, -DSTEP (1 or 2), -DSTAGES, -DCLUSTER (1 or 2).
 #include "columns.cuh"
-
-namespace tenpak {
-
 #ifndef CLUSTER
 #define CLUSTER 1
 #endif
@@ -30,8 +27,11 @@ namespace tenpak {
 #else
 #define IN_CLUSTERS
 #endif
+
+namespace tenpak {
+
 constexpr int CONSUMER_WARPS = 4 * GROUPS, PRODUCER_WARPS = 4;
-constexpr int GROUP_STRIPS = 4 * BLOCKS, STRIPS = GROUPS * GROUP_STRIPS, ROWS = STRIPS * TILE_ROWS;
+constexpr int GROUP_STRIPS = 4, STRIPS = GROUPS * GROUP_STRIPS, ROWS = STRIPS * TILE_ROWS;
 
 // A stage: STEP boxes of x, then each strip's codes, parameters and super-scales.
 constexpr int X_BYTES = TOKENS * TILE_COLS * 2;
@@ -294,8 +294,8 @@ __device__ __forceinline__ void store_exchanged(u32 exchange, int rank, u16* y, 
 }  // namespace tenpak
 
 // x: a map of [batch, m, k] with boxes of 64 columns and TOKENS rows, swizzled by 128 bytes; y [batch, m, n]; bias [batch, n] or
-// null. partial: [gridDim.x][GROUPS][BLOCKS][SUMS / 4][128] float4; arrived: a counter for each tile and group, zero before
-// and after. At most one block a multiprocessor, and no more than there are units.
+// null. partial: [gridDim.x, or tiles where `head` > 0][GROUPS][SUMS / 4][128] float4; arrived: a counter for each tile and
+// group, zero before and after. At most one block a multiprocessor, and no more than there are units.
 extern "C" __global__ void IN_CLUSTERS __launch_bounds__(128 * GROUPS + 128, 1)
 wide(const __grid_constant__ tenpak::TensorMap x, const unsigned char* codes, const unsigned char* params,
      const unsigned char* row_params, unsigned short* y, const unsigned short* bias, float4* partial, unsigned int* arrived,
@@ -353,21 +353,17 @@ wide(const __grid_constant__ tenpak::TensorMap x, const unsigned char* codes, co
         Segment segment;
         const int group = warp / 4, thread = threadIdx.x % 128;
         u8* const staged = stages + STAGES * BYTES_OF_STAGE + group * CHUNKS * CHUNK_BYTES;
-        // This warp's first strip in a stage; others follow four on.
+        // This warp's strip in a stage.
         const u32 own = WEIGHTS_AT + (group * GROUP_STRIPS + warp % 4) * STRIP_BYTES;
         Turn turn(0);
         while (schedule.next(segment)) {
             const Place at(segment.tile, row_tiles, token_tiles);
             const Weight w = weight(at.matrix);
             const int first_strip = at.strip + group * GROUP_STRIPS;
-            Layout::Rows rows[BLOCKS];
-            float sums[BLOCKS][SUMS];
+            const Layout::Rows rows = Layout::rows(w, min(first_strip + warp % 4, strips - 1), lane);
+            float sums[SUMS];
 #pragma unroll
-            for (int block = 0; block < BLOCKS; ++block) {
-                rows[block] = Layout::rows(w, min(first_strip + warp % 4 + 4 * block, strips - 1), lane);
-#pragma unroll
-                for (int i = 0; i < SUMS; ++i) sums[block][i] = 0.0f;
-            }
+            for (int i = 0; i < SUMS; ++i) sums[i] = 0.0f;
 
             u32 to_release = 0;  // the barrier of the stage whose products may still be under way
 #pragma unroll 1
@@ -379,54 +375,42 @@ wide(const __grid_constant__ tenpak::TensorMap x, const unsigned char* codes, co
                 for (int j = 0; j < STEP; ++j) {
                     if (j > 0 && STEP * step + j >= tiles) break;
                     const u32 box = descriptor(stage + j * X_BYTES);
-#pragma unroll
-                    for (int block = 0; block < BLOCKS; ++block) {
-                        const u32 here = stage + own + 4 * block * STRIP_BYTES;
-                        const Columns::Tile tile =
-                            j ? Columns::template load<1>(here, here + PARAMS_AT, here + SUPERS_AT, lane)
-                              : Columns::template load<0>(here, here + PARAMS_AT, here + SUPERS_AT, lane);
-                        multiply<0>(sums[block], tile, rows[block], box, lane);
-                        // Only this step's are under way.
-                        if (j == 0 && block == 0 && to_release && lane == 0) barrier_arrive(to_release);
-                        multiply<1>(sums[block], tile, rows[block], box, lane);
-                    }
+                    const u32 here = stage + own;
+                    const Columns::Tile tile = j ? Columns::template load<1>(here, here + PARAMS_AT, here + SUPERS_AT, lane)
+                                                 : Columns::template load<0>(here, here + PARAMS_AT, here + SUPERS_AT, lane);
+                    multiply<0>(sums, tile, rows, box, lane);
+                    // Only this step's are under way.
+                    if (j == 0 && to_release && lane == 0) barrier_arrive(to_release);
+                    multiply<1>(sums, tile, rows, box, lane);
                 }
                 to_release = empty + 8 * turn.stage;
                 turn.next();
             }
             wgmma_wait<0>();
             if (to_release && lane == 0) barrier_arrive(to_release);
-#pragma unroll
-            for (int block = 0; block < BLOCKS; ++block) pin(sums[block]);
+            pin(sums);
 
             auto to = [&] { return y + ((size_t)at.matrix * m + at.token) * n; };
             auto plus = [&] { return bias ? bias + (size_t)at.matrix * n : nullptr; };
             if constexpr (CLUSTER > 1) {
                 // Everybody's products have read their stages.
                 consumers_barrier(128 * GROUPS);
-#pragma unroll
-                for (int block = 0; block < BLOCKS; ++block)
-                    leave_sums(sums[block], stages, (group * BLOCKS + block) * 64, scale * Layout::row_scale(rows[block], false),
-                               scale * Layout::row_scale(rows[block], true));
+                leave_sums(sums, stages, group * 64, scale * Layout::row_scale(rows, false), scale * Layout::row_scale(rows, true));
                 cluster_sync();
                 store_exchanged(stages_address, cluster_rank(), to(), plus(), at.strip * TILE_ROWS, m - at.token, n);
                 cluster_leave();
                 continue;
             }
 
-            constexpr int PART = BLOCKS * SUMS / 4 * 128;  // float4 of one group
+            constexpr int PART = SUMS / 4 * 128;  // float4 of one group
             // Others' sums that registers have room for.
-            constexpr int AT_ONCE = GROUPS == 2 && BLOCKS * SUMS <= 32 ? 4 : GROUPS <= 3 && BLOCKS * SUMS <= 32 ? 2 : 1;
+            constexpr int ROOM = (MANY - 40) / SUMS - 1, AT_ONCE = ROOM < 1 ? 1 : ROOM > 4 ? 4 : ROOM;
             unsigned int* const counter = arrived + (size_t)segment.tile * GROUPS + group;
             auto part = [&](u32 place) { return partial + ((size_t)place * GROUPS + group) * PART + thread; };
             if (segment.first > 0) {
                 float4* left = part(schedule.left_at(segment.tile));
 #pragma unroll
-                for (int block = 0; block < BLOCKS; ++block)
-#pragma unroll
-                    for (int i = 0; i < SUMS; i += 4)
-                        __stcg(left + (block * SUMS + i) / 4 * 128,
-                               make_float4(sums[block][i], sums[block][i + 1], sums[block][i + 2], sums[block][i + 3]));
+                for (int i = 0; i < SUMS; i += 4) __stcg(left + i / 4 * 128, make_float4(sums[i], sums[i + 1], sums[i + 2], sums[i + 3]));
                 group_barrier(group);
                 if (thread == 0) add_release(counter, 1);
                 continue;
@@ -450,7 +434,7 @@ wide(const __grid_constant__ tenpak::TensorMap x, const unsigned char* codes, co
                     for (int i = 0; i < AT_ONCE; ++i)
 #pragma unroll
                         for (int j = 0; j < PART / 128; ++j) {
-                            float* to = sums[j / (SUMS / 4)] + j % (SUMS / 4) * 4;
+                            float* to = sums + 4 * j;
                             to[0] += v[i][j].x;
                             to[1] += v[i][j].y;
                             to[2] += v[i][j].z;
@@ -458,10 +442,8 @@ wide(const __grid_constant__ tenpak::TensorMap x, const unsigned char* codes, co
                         }
                 }
             }
-#pragma unroll
-            for (int block = 0; block < BLOCKS; ++block)
-                store(sums[block], staged, to(), plus(), first_strip + 4 * block, m - at.token, n,
-                      scale * Layout::row_scale(rows[block], false), scale * Layout::row_scale(rows[block], true), group);
+            store(sums, staged, to(), plus(), first_strip, m - at.token, n, scale * Layout::row_scale(rows, false),
+                  scale * Layout::row_scale(rows, true), group);
         }
     }
 }

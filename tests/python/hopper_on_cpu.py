@@ -385,13 +385,13 @@ def wide(
     x = aligned(x)
     arrays = [aligned(part) for part in packed]
     y = aligned(np.full((batch, m, n), 0x7FFF, np.uint16))
-    groups, blocks, tokens = (int(str(defines[name])) for name in ("GROUPS", "BLOCKS", "TOKENS"))
+    groups, tokens = (int(str(defines[name])) for name in ("GROUPS", "TOKENS"))
     step, stages = int(str(defines["STEP"])), int(str(defines["STAGES"]))
     layout = str(defines["LAYOUT"])
     strip = plans.strip_bytes(layout, STAGE_BYTES[layout], step)
-    fixed, stage = plans.shared_bytes(groups, blocks, tokens, step, strip)
+    fixed, stage = plans.shared_bytes(groups, tokens, step, strip)
     tiles = -(-k // 64)
-    rows = 64 * groups * blocks
+    rows = 64 * groups
     output_tiles = batch * -(-n // rows) * -(-m // tokens)
     partial = aligned(np.full((output_tiles if head else grid) * rows * tokens, np.nan, np.float32))
     arrived = aligned(np.zeros(output_tiles * groups, np.uint32))

@@ -12,14 +12,14 @@ from dataclasses import dataclass
 
 from tenpak.cuda.layouts import TILE_COLS
 
-#: (GROUPS, BLOCKS, TOKENS) by the most tokens of a product that would take them: all fit in registers.
+#: (GROUPS, TOKENS) by the most tokens of a product that would take them: all fit in registers.
 SHAPES = (
-    (16, ((4, 1, 16), (3, 1, 16), (2, 1, 16))),
-    (32, ((4, 1, 32), (3, 1, 32), (2, 1, 32))),
-    (64, ((4, 1, 64), (3, 1, 64), (2, 1, 64))),
-    (128, ((4, 1, 128), (3, 1, 128), (2, 1, 128))),
-    (192, ((2, 1, 192), (4, 1, 128), (3, 1, 128), (2, 1, 128))),
-    (1 << 31, ((2, 1, 256), (4, 1, 128), (3, 1, 128), (2, 1, 128))),
+    (16, ((4, 16), (3, 16), (2, 16))),
+    (32, ((4, 32), (3, 32), (2, 32))),
+    (64, ((4, 64), (3, 64), (2, 64))),
+    (128, ((3, 128), (2, 128))),
+    (192, ((2, 192), (3, 128), (2, 128))),
+    (1 << 31, ((2, 256), (3, 128), (2, 128))),
 )
 #: Parameters that two tiles share, or that go beyond tiles: bytes of one tile where they are not half of two.
 ONE_TILE = {"int4_g128_fp16": 576, "int4_lut16": 608}
@@ -41,7 +41,6 @@ class Choice:
     """A configuration of `wide.cu`; `grid` blocks that own `tiles` tiles, and estimated `cycles`."""
 
     groups: int
-    blocks: int
     tokens: int
     step: int
     stages: int
@@ -58,7 +57,6 @@ class Choice:
         """Macros of wide.cu."""
         values: dict[str, object] = {
             "GROUPS": self.groups,
-            "BLOCKS": self.blocks,
             "TOKENS": self.tokens,
             "STEP": self.step,
             "STAGES": self.stages,
@@ -67,7 +65,7 @@ class Choice:
 
     @property
     def rows(self) -> int:
-        return 64 * self.groups * self.blocks
+        return 64 * self.groups
 
     @property
     def partial_bytes(self) -> int:
@@ -89,9 +87,9 @@ def strip_bytes(layout: str, stage: int, step: int) -> int:
     return stage if step == 2 else ONE_TILE.get(layout, stage // 2)
 
 
-def shared_bytes(groups: int, blocks: int, tokens: int, step: int, strip: int) -> tuple[int, int]:
+def shared_bytes(groups: int, tokens: int, step: int, strip: int) -> tuple[int, int]:
     """Shared memory of a block: what it has anyway, and what each stage adds; `strip` is `strip_bytes`."""
-    stage = _up(step * tokens * TILE_COLS * 2 + 4 * groups * blocks * strip, 1024) * 1024
+    stage = _up(step * tokens * TILE_COLS * 2 + 4 * groups * strip, 1024) * 1024
     # To begin at a multiple of 1024, and what y's rows pass through (CHUNKS * CHUNK_BYTES of wide.cu).
     return 1024 + groups * min(tokens, 64) * (64 * 2 + 16), stage
 
@@ -119,7 +117,7 @@ def choices(
 
 
 def _of_shape(
-    shape: tuple[int, int, int],
+    shape: tuple[int, int],
     layout: str,
     stage: int,
     multiprocessors: int,
@@ -129,12 +127,12 @@ def _of_shape(
     m: int,
     batch: int,
 ) -> list[Choice]:
-    groups, blocks, tokens = shape
+    groups, tokens = shape
     step = 2 if tokens <= 64 else 1
-    rows, strips = 64 * groups * blocks, 4 * groups * blocks
+    rows, strips = 64 * groups, 4 * groups
     strip = strip_bytes(layout, stage, step)
     weights = strips * strip
-    fixed, stage_bytes = shared_bytes(groups, blocks, tokens, step, strip)
+    fixed, stage_bytes = shared_bytes(groups, tokens, step, strip)
     stages = min(MOST_STAGES, (shared - fixed) // stage_bytes)
     if stages < 2:
         return []
@@ -150,7 +148,7 @@ def _of_shape(
 
     def choice(grid: int, cycles: float, head: int = 0, cluster: int = 1) -> Choice:
         shared_now = fixed + stages * stage_bytes
-        return Choice(groups, blocks, tokens, step, stages, shared_now, grid, tiles, cycles, head, cluster)
+        return Choice(groups, tokens, step, stages, shared_now, grid, tiles, cycles, head, cluster)
 
     # Whole tiles go round in as many rounds as they need of all multiprocessors, or of fewer where those divide them;
     # cut ones take all multiprocessors, if there is a unit for each.
