@@ -95,7 +95,7 @@ def test_helpers(grid, head):
 
 @pytest.mark.parametrize("layout", ["int4_g32_fp16", "int8_sym"])
 def test_clusters(layout):
-    """Two blocks share the columns of a tile; of the last tile's rows some are beyond the weight, and N is odd or even."""
+    """Two blocks share the columns of a tile; of the last tile's rows some are beyond the weight; N is odd or even."""
     for n in (292, 299):
         check(layout, (20, n, 456), 12, CLUSTER=2, **SMALL)
 
@@ -137,5 +137,13 @@ def test_choices_fit(layout, m, n, k):
         assert 1 <= choice.grid <= min(132, choice.tiles * steps)
         assert choice.stages >= 2
         assert choice.shared <= 230400
+        if choice.head:
+            assert choice.tiles < choice.grid <= 2 * choice.tiles
+            assert 0 < choice.head < steps
+            assert choice.partial_bytes == choice.tiles * choice.rows * choice.tokens * 4
+        if choice.cluster > 1:
+            assert choice.grid == choice.cluster * choice.tiles
+            assert choice.cluster <= steps
+            assert (choice.rows + 4) * choice.tokens * 4 <= choice.shared - 1024
         sums = choice.tokens // 2
         assert sums + 70 <= {2: 232, 3: 152, 4: 112}[choice.groups]

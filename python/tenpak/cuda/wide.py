@@ -162,7 +162,7 @@ def _of_shape(
         found.append(choice(every, tiles * steps / every * step_cycles + store_cycles * max(1, rounds - 1) + sums))
     helpers = min(multiprocessors - tiles, tiles)
     if helpers > 0:
-        # A helper does what is left of `each` tiles while their own blocks do their heads; storing sums takes it time, too.
+        # A helper does what is left of `each` tiles while their own blocks do their heads; storing sums takes it time.
         each = _up(tiles, helpers)
         helpers = _up(tiles, each)
         stored = (SHARE_CYCLES / 2 + sum_cycles) / step_cycles
@@ -170,7 +170,9 @@ def _of_shape(
         if 0 < head < steps:
             cycles = head * step_cycles + SHARE_CYCLES + sum_cycles + store_cycles
             found.append(choice(tiles + helpers, cycles, head=head))
-    if CLUSTER * tiles <= multiprocessors and steps >= CLUSTER and rows * tokens * 4 + tokens * 16 <= stages * stage_bytes:
+    # In shared memory a token's sums are longer by four (EXCHANGE_ROW of wide.cu).
+    fits = (rows + 4) * tokens * 4 <= stages * stage_bytes
+    if CLUSTER * tiles <= multiprocessors and steps >= CLUSTER and fits:
         cycles = _up(steps, CLUSTER) * step_cycles + CLUSTER_CYCLES + store_cycles
         found.append(choice(CLUSTER * tiles, cycles, cluster=CLUSTER))
     return found
