@@ -25,9 +25,12 @@ __device__ __forceinline__ void multiply(float (&d)[4], const u32 (&a)[4], u32 b
 }
 
 struct Products {
-    using Tile = Layout::Tile;
+    // A lane's registers for two tiles.
+    struct Pair {
+        Layout::Tile tiles[STAGE_TILES];
+    };
 
-    const u8* x[COLUMNS];  // this lane's tokens, from its first columns on
+    u32 x[COLUMNS];  // this lane's tokens, from its first columns on
     float sums[CHAINS][COLUMNS][4];
 
     // A row of x in shared memory is longer by 64 bytes: eight lanes that read two rows then meet all 32 banks.
@@ -80,10 +83,15 @@ struct Products {
         if ((u32)column < (u32)columns) *reinterpret_cast<uint2*>(row + 2 * column) = v;
     }
 
-    __device__ __forceinline__ Products(const u8* staged, int row_bytes, int tokens, int, int lane) {
+    __device__ __forceinline__ Products(u32 staged, int row_bytes, int tokens, int, int lane) {
 #pragma unroll
         for (int column = 0; column < COLUMNS; ++column)
             x[column] = staged + min(column * 8 + lane / 4, tokens - 1) * row_bytes + lane % 4 * 16;
+    }
+    static __device__ __forceinline__ void prepare(int thread) {
+#ifdef LUT16_TABLES
+        Lut16::prepare(thread, Lut16::BIASED_XOR);
+#endif
     }
 
     __device__ __forceinline__ void clear() {
@@ -95,34 +103,35 @@ struct Products {
                 for (int i = 0; i < 4; ++i) sums[chain][column][i] = 0.0f;
     }
 
-    template <int J>
-    static __device__ __forceinline__ Tile read_tile(const u8* stage, int lane) {
-        return read_stage<J>(stage, lane);
+    __device__ __forceinline__ void load(Pair& pair, const PairAt& at, int lane) const {
+        pair.tiles[0] = Layout::template tile<0>(at.codes, at.params, at.supers, lane);
+        pair.tiles[1] = Layout::template tile<1>(at.codes + Layout::CODE_BYTES, at.params, at.supers, lane);
     }
 
     // Half a tile times its columns of x, for all tokens.
     template <int HALF>
-    __device__ __forceinline__ void multiply_half(const Tile& tile, const Layout::Rows& rows, int offset) {
+    __device__ __forceinline__ void multiply_half(const Layout::Tile& tile, const Layout::Rows& rows, int offset) {
         u32 a[2][4];
         fragments<HALF>(tile, rows, a);
 #pragma unroll
         for (int column = 0; column < COLUMNS; ++column) {
-            const uint4 b = *reinterpret_cast<const uint4*>(x[column] + offset + 64 * HALF);
+            const uint4 b = read<uint4>(x[column] + offset + 64 * HALF);
             tenpak::multiply(sums[HALF % CHAINS][column], a[0], b.x, b.y);
             tenpak::multiply(sums[HALF % CHAINS][column], a[1], b.z, b.w);
         }
     }
 
-    // Tiles `tile` and tile + 1 of the slice's `count`.
-    __device__ __forceinline__ void multiply(const Tile& first, const Tile& second, const Layout::Rows& rows, int tile, int count) {
+    // Tiles `tile` (even) and tile + 1 of the slice's `count`.
+    __device__ __forceinline__ void multiply(const Pair& pair, const Layout::Rows& rows, int tile, int count) {
         const int offset = tile * (TILE_COLS * 2);
-        if (tile < count) {
-            multiply_half<0>(first, rows, offset);
-            multiply_half<1>(first, rows, offset);
-        }
         if (tile + 1 < count) {
-            multiply_half<0>(second, rows, offset + TILE_COLS * 2);
-            multiply_half<1>(second, rows, offset + TILE_COLS * 2);
+            multiply_half<0>(pair.tiles[0], rows, offset);
+            multiply_half<1>(pair.tiles[0], rows, offset);
+            multiply_half<0>(pair.tiles[1], rows, offset + TILE_COLS * 2);
+            multiply_half<1>(pair.tiles[1], rows, offset + TILE_COLS * 2);
+        } else if (tile < count) {
+            multiply_half<0>(pair.tiles[0], rows, offset);
+            multiply_half<1>(pair.tiles[0], rows, offset);
         }
     }
 

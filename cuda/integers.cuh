@@ -1,50 +1,67 @@
-// Products of int4_lut16 with one or two tokens in the tensor cores' eight-bit instruction, mma.m16n8k32.
+// Products of one, two or four tokens in the tensor cores' eight-bit instruction, mma.m16n8k32.
 //
-// What a table holds are eight-bit integers, and what a lane looks up are four at a time: as they are, they are operands.
-// Making FP16 of them and scaling each would take twice the instructions, and those, not memory, would take the time.
+// Codes are integers, and so are the entries of int4_lut16's tables: as they are, they are operands, four to a register.
+// Making FP16 of each and scaling it would take two to three times the instructions, and those, not memory, would take the time.
 //
 // Activations become sixteen bits, x = (256 h + l) s with h and l of eight signed bits and one scale s for 128 columns
-// of a token: their error is at most 2^-16 of the largest of those, less than what FP16 itself leaves. h and l of a token are
-// two columns of the instruction's eight, and they are there once for each of four groups of 16 weights (two tokens:
-// two groups), zero elsewhere, so that different lanes get the sums of different groups. A weight being d L T[t][q], those are
-// multiplied by the integer L of their group, and every 128 columns added up in FP32. Nothing is rounded but x and
-// those sums. (With four tokens a column has no room for groups, and FP16 is faster.) -DINTEGER: tokens, 1 or 2.
+// of a token: their error is at most 2^-16 of the largest of those, less than what FP16 leaves of a weight. h and l of a token
+// are two columns of the instruction's eight. Where there are more columns than tokens ask for and groups are smaller than a
+// tile, they are there for each of SPLITS parts of the columns of K, zero elsewhere, so that different lanes get the sums of
+// different groups. What is summed is exact: only x is rounded, and FP32 sums of groups.
+//
+// An affine weight is q s + o: the sums of q are multiplied by s, and those of x, which staging has added up, by o. A weight
+// d L T[t][q] of int4_lut16: sums of entries are multiplied by the integer L of their group, and every 128 columns by d.
+//
+// -DINTEGER: tokens, 1, 2 or 4.
 #pragma once
 #include "tokens.cuh"
 
 namespace tenpak {
 
 constexpr int TOKENS = INTEGER;
-static_assert(COLUMNS == 1 && (TOKENS == 1 || TOKENS == 2), "eight columns are h and l of four groups or two");
+static_assert(COLUMNS == 1 && (TOKENS == 1 || TOKENS == 2 || TOKENS == 4), "eight columns are h and l of up to four tokens");
 
+constexpr int GROUP = Layout::SIZE;                  // 0: rows
+constexpr bool WHOLE = GROUP == 0 || GROUP == 128;   // two tiles are one group
+constexpr int SPLITS = GROUP == 0 || GROUP >= 64 ? 1 : GROUP == 32 && TOKENS == 1 ? 2 : 4 / TOKENS;
+// Sums of a tile: both halves in one, or one each.
+constexpr int SETS = GROUP != 0 && GROUP < 64 && 64 / SPLITS > GROUP ? 2 : 1;
+constexpr int UNITS = SPLITS * SETS;  // of a tile: runs of columns whose sums stay apart
+constexpr int UNIT = WHOLE ? 2 * TILE_COLS : TILE_COLS / UNITS;
+static_assert(GROUP == 0 || UNIT <= GROUP, "too many tokens for groups as small as these");
+
+// What an eight-bit operand is: codes are not signed, entries of tables are.
+#ifdef LUT16_TABLES
+#define OPERAND "s8"
+#else
+#define OPERAND "u8"
+#endif
 __device__ __forceinline__ void multiply(int (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
-    asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+    asm("mma.sync.aligned.m16n8k32.row.col.s32." OPERAND ".s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
         : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-struct Products {
+// ---- Activations ----------------------------------------------------------------------------------------------------
+
+// A row of x: for each tile 64 bytes of h and 64 of l, of lane t its eight columns of the first half, then of the second;
+// scales of 128 columns; and sums of units, times those.
+struct Digits {
     static constexpr int BLOCK_COLS = STAGE_TILES * TILE_COLS;  // columns of x that share a scale
     static constexpr float LARGEST = 32639.0f;                  // 256 * 127 + 127
     static constexpr int AT_ONCE = 4;                           // loads of x in flight
+#ifdef LUT16_TABLES
+    static constexpr bool PAIRED = false;
+#else
+    static constexpr bool PAIRED = GROUP != 0;  // codes lie as a mask finds them: columns 0, 4, 1, 5, and 2, 6, 3, 7
+#endif
 
-    struct Tile {
-        uint4 codes;
-        u32 tables;     // parameters of this lane's words
-        u32 scales;     // of the groups whose sums this lane gets
-        u16 supers[2];  // of rows g and g + 8
-    };
-
-    const u8* x;           // this lane's columns of the instruction
-    const float* x_scales;
-    u32 keep[2];           // 1 where they are not zero, for both halves of a tile: a factor, since the pipe of logic is busy
-    int block[4];          // sums of up to two tiles: rows g and g + 8, of h and l
-    float sums[2];         // rows g and g + 8
-
-    // A row of x: for each tile 64 bytes of h and 64 of l, then the scales; rows begin 8 banks apart.
+    static __device__ __forceinline__ int blocks(int columns) { return (columns + BLOCK_COLS - 1) / BLOCK_COLS; }
+    static __device__ __forceinline__ int scales_at(int columns) { return blocks(columns) * (2 * BLOCK_COLS); }
+    static __device__ __forceinline__ int units_at(int columns) { return scales_at(columns) + blocks(columns) * 4; }
     static __device__ __forceinline__ int row_bytes(int tiles) {
-        const int scales = (tiles + STAGE_TILES - 1) / STAGE_TILES * 4;
-        return tiles * TILE_COLS * 2 + (scales + 95) / 128 * 128 + 32;
+        const int b = blocks(tiles * TILE_COLS);
+        return (b * (2 * BLOCK_COLS + 4 + BLOCK_COLS / UNIT * 4) + 127) / 128 * 128 + 32;
     }
 
     // Four neighbouring values; zeros beyond k.
@@ -65,8 +82,8 @@ struct Products {
         return v;
     }
 
-    // One block's four columns of this lane as h and l.
-    static __device__ __forceinline__ void split(u8* row, int scales_at, int block, const uint2& v, int columns, int lane) {
+    // One block's four columns of this lane as h and l; zeros beyond the slice.
+    static __device__ __forceinline__ void split(u8* row, int columns, int block, const uint2& v, int lane) {
         const float values[4] = {widen((u16)v.x), widen((u16)(v.x >> 16)), widen((u16)v.y), widen((u16)(v.y >> 16))};
         // Compared as bits, NaN is the largest: it becomes the scale and so what is summed.
         u32 largest = 0;
@@ -75,31 +92,41 @@ struct Products {
         largest = __reduce_max_sync(~0u, largest);
         const float most = __uint_as_float(largest), inverse = most > 1e-30f ? LARGEST / most : 0.0f;
         u32 high = 0, low = 0;
+        int sum = 0;
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
             const int q = __float2int_rn(values[i] * inverse);
+            sum += q;
             low |= (q & 255) << (8 * i);
             high |= ((q + 128) >> 8 & 255) << (8 * i);
         }
-        const int column = block * BLOCK_COLS + lane * 4;
-        if (column < columns) {
-            u8* to = row + column / TILE_COLS * (2 * TILE_COLS) + column % TILE_COLS;
-            *reinterpret_cast<u32*>(to) = high;
-            *reinterpret_cast<u32*>(to + TILE_COLS) = low;
+        if (PAIRED) {
+            const u32 other_high = __shfl_xor_sync(~0u, high, 1), other_low = __shfl_xor_sync(~0u, low, 1);
+            high = lane % 2 ? permute(other_high, high, 0x7362) : permute(high, other_high, 0x5140);
+            low = lane % 2 ? permute(other_low, low, 0x7362) : permute(low, other_low, 0x5140);
         }
-        if (lane == 0) *reinterpret_cast<float*>(row + scales_at + 4 * block) = most * (1.0f / LARGEST);
+        const int column = lane * 4 % TILE_COLS;
+        u8* to = row + block * (2 * BLOCK_COLS) + lane / 16 * (2 * TILE_COLS) + column % 32 / 8 * 16 + column / 32 * 8 + column % 8;
+        *reinterpret_cast<u32*>(to) = high;
+        *reinterpret_cast<u32*>(to + TILE_COLS) = low;
+        if (lane == 0) *reinterpret_cast<float*>(row + scales_at(columns) + 4 * block) = most * (1.0f / LARGEST);
+#ifndef LUT16_TABLES
+#pragma unroll
+        for (int lanes = 1; lanes < UNIT / 4; lanes *= 2) sum += __shfl_xor_sync(~0u, sum, lanes);
+        if (lane % (UNIT / 4) == 0)
+            *reinterpret_cast<float*>(row + units_at(columns) + (block * (BLOCK_COLS / UNIT) + lane / (UNIT / 4)) * 4) = (float)sum;
+#endif
     }
 
     // x to shared memory. The first loads go out before the copies of weights and are made use of after those.
     struct Staging {
         XSlice from;
         bool vectors;
-        int warp, lane, blocks;
+        int warp, lane;
         uint2 values[AT_ONCE];
 
         __device__ __forceinline__ explicit Staging(const XSlice& from)
-            : from(from), vectors(from.aligned(8)), warp(threadIdx.x / LANES), lane(threadIdx.x % LANES),
-              blocks((from.columns + BLOCK_COLS - 1) / BLOCK_COLS) {}
+            : from(from), vectors(from.aligned(8)), warp(threadIdx.x / LANES), lane(threadIdx.x % LANES) {}
         __device__ __forceinline__ void load_from(int token, int first) {
 #pragma unroll
             for (int i = 0; i < AT_ONCE; ++i)
@@ -107,14 +134,15 @@ struct Products {
         }
         __device__ __forceinline__ void begin(u8*, int) { load_from(0, warp); }
         __device__ __forceinline__ void end(u8* to, int row_bytes) {
+            const int count = blocks(from.columns);
             int token = 0, first = warp;
+#pragma unroll 1
             while (true) {
 #pragma unroll
                 for (int i = 0; i < AT_ONCE; ++i)
-                    if (first + i * WARPS < blocks)
-                        split(to + token * row_bytes, from.columns * 2, first + i * WARPS, values[i], from.columns, lane);
+                    if (first + i * WARPS < count) split(to + token * row_bytes, from.columns, first + i * WARPS, values[i], lane);
                 first += AT_ONCE * WARPS;
-                if (first >= blocks) {
+                if (first >= count) {
                     first = warp;
                     if (++token == from.tokens) break;
                 }
@@ -127,104 +155,320 @@ struct Products {
     static __device__ __forceinline__ void put(u8* row, int columns, int column, const uint2& v, int lane) {
         const int block = column >> 7;
         static_assert(BLOCK_COLS == 128, "of 2^7");
-        if (block >= 0 && block * BLOCK_COLS < columns) split(row, columns * 2, block, v, columns, lane);
+        if (block >= 0 && block * BLOCK_COLS < columns) split(row, columns, block, column < columns ? v : make_uint2(0, 0), lane);
     }
+};
 
-    __device__ __forceinline__ Products(const u8* staged, int row_bytes, int tokens, int tiles, int lane) {
+// ---- Weights --------------------------------------------------------------------------------------------------------
+
+// A layout as integers has: Held, a lane's parameters of one tile (or of two, if WHOLE), read by hold<J>(held, params) from
+// offset(lane) on; operands<WORD>(codes, out), eight weights of a word; and add<ROW>(part, held, set, rows, sum, unit): what the sum of
+// products with codes and the sum of x itself make together, of row g or g + 8. (int4_lut16 has its own way of both.)
+template <class L>
+struct Integers;
+
+struct FourBitIntegers {
+    template <int WORD>
+    static __device__ __forceinline__ void operands(const uint4 (&codes)[1], u32 (&out)[2]) {
+        const u32 word = FourBit::word(codes[0], WORD);
+        out[0] = word & 0x0f0f0f0f;
+        out[1] = word >> 4 & 0x0f0f0f0f;
+    }
+    // `pair`: scale and offset.
+    static __device__ __forceinline__ void add_pair(float& part, u32 pair, float sum, float unit) {
+        part = fmaf(from_half((u16)pair), sum, part);
+        part = fmaf(from_half((u16)(pair >> 16)), unit, part);
+    }
+};
+
+// Where among a tile's groups that are in order [g][subgroup][half] lies the one whose sums a lane gets, in groups of two rows.
+template <int SUBGROUPS>
+__device__ __forceinline__ u32 group_of_sums(int lane) {
+    const int first = lane % 4 / TOKENS % SPLITS * UNIT;
+    const int half = SETS == 1 ? first / 32 : 0, subgroup = first % 32 / (32 / SUBGROUPS);
+    return (lane / 4 * SUBGROUPS + subgroup) * 2 + half;
+}
+
+template <int G>
+struct Integers<AffinePairs<G>> : FourBitIntegers {
+    struct Held {
+        uint2 sets[SETS];
+    };
+    static __device__ __forceinline__ u32 offset(int lane) { return group_of_sums<AffinePairs<G>::SUBGROUPS>(lane) * 8; }
+    template <int J>
+    static __device__ __forceinline__ void hold(Held& held, u32 params) {
+#pragma unroll
+        for (int i = 0; i < SETS; ++i) held.sets[i] = read<uint2>(params + J * AffinePairs<G>::BYTES + 8 * i);
+    }
+    template <int ROW>
+    static __device__ __forceinline__ void add(float& part, const Held& held, int set, const NoRows&, float sum, float unit) {
+        add_pair(part, ROW ? held.sets[set].y : held.sets[set].x, sum, unit);
+    }
+};
+
+template <int G>
+struct Integers<AffineWide<G>> : FourBitIntegers {
+    struct Held {
+        uint2 pairs;
+    };
+    static __device__ __forceinline__ u32 offset(int lane) { return lane / 4 * 8; }
+    template <int J>
+    static __device__ __forceinline__ void hold(Held& held, u32 params) {
+        held.pairs = read<uint2>(params + J / AffineWide<G>::TILES * AffineWide<G>::BYTES);
+    }
+    template <int ROW>
+    static __device__ __forceinline__ void add(float& part, const Held& held, int, const NoRows&, float sum, float unit) {
+        add_pair(part, ROW ? held.pairs.y : held.pairs.x, sum, unit);
+    }
+};
+
+template <int G>
+struct Integers<AffineBytes<G>> : FourBitIntegers {
+    using L = AffineBytes<G>;
+    struct Held {
+        u32 sets[SETS];
+    };
+    static __device__ __forceinline__ u32 offset(int lane) { return group_of_sums<L::SUBGROUPS>(lane) * 4; }
+    template <int J>
+    static __device__ __forceinline__ void hold(Held& held, u32 params) {
+#pragma unroll
+        for (int i = 0; i < SETS; ++i) held.sets[i] = read<u32>(params + J * L::BYTES + 4 * i);
+    }
+    template <int ROW>
+    static __device__ __forceinline__ void add(float& part, const Held& held, int set, const typename L::Rows& rows, float sum,
+                                               float unit) {
+        const u32 bytes = permute(held.sets[set], 0x64646464, ROW ? 0x4342 : 0x4140);
+        add_pair(part, half_fma(half_sub(bytes, 0x64006400), rows.step[ROW], rows.base[ROW]), sum, unit);
+    }
+};
+
+template <>
+struct Integers<EightBit> {
+    struct Held {};
+    static __device__ __forceinline__ u32 offset(int) { return 0; }
+    template <int J>
+    static __device__ __forceinline__ void hold(Held&, u32) {}
+    template <int WORD>
+    static __device__ __forceinline__ void operands(const uint4 (&codes)[2], u32 (&out)[2]) {
+        const uint4& plane = codes[WORD / 2];
+        out[0] = WORD % 2 ? plane.z : plane.x;
+        out[1] = WORD % 2 ? plane.w : plane.y;
+    }
+    template <int ROW>
+    static __device__ __forceinline__ void add(float& part, const Held&, int, const EightBit::Rows&, float sum, float unit) {
+        part = fmaf(unit, -128.0f, part + sum);
+    }
+};
+
+#ifdef LUT16_TABLES
+template <>
+struct Integers<Lut16> {
+    struct Held {
+        u32 tables;       // parameters of this lane's words
+        u32 scales[SETS];  // of the groups whose sums this lane gets
+    };
+    static __device__ __forceinline__ u32 offset(int lane) { return group_of_sums<2>(lane) * 2; }
+    template <int J>
+    static __device__ __forceinline__ void hold(Held& held, u32 params) {
+#pragma unroll
+        for (int i = 0; i < SETS; ++i) held.scales[i] = read<u16>(params + J * Lut16::SCALE_BYTES + 2 * i);
+    }
+};
+#endif
+
+// ---- Products -------------------------------------------------------------------------------------------------------
+
+struct Products : Digits {
+    using Group = Integers<Layout>;
+
+    // A lane's registers for two tiles.
+    struct Pair {
+        uint4 codes[STAGE_TILES][Layout::CODE_BYTES / 512];
+        typename Group::Held held[STAGE_TILES];
+        u32 supers[2];
+    };
+
+    u32 x, x_scales, x_units;  // of this lane's columns of the instruction, and of the sums it gets
+    u32 codes_at, params_at;   // what is this lane's of a stage
+    u32 keep[2];               // whether x is zero for this lane, for both halves of a tile
+    u32 b[STAGE_TILES][4];     // x; zeros stay
+    float sums[2];             // rows g and g + 8
+
+    __device__ __forceinline__ Products(u32 staged, int row_bytes, int tokens, int tiles, int lane) {
         // As an operand this lane holds columns of x for column n of the instruction; as a result it gets columns 2t and
-        // 2t + 1. Column n is h (even) or l (odd) of a token, in the groups that `keep` lets through.
+        // 2t + 1. Column n is h (even) or l (odd) of a token, in the part of K that `keep` lets through.
         const int n = lane / 4, t = lane % 4;
-        const int token = TOKENS == 1 ? 0 : n / 2 % 2, sum_token = t % TOKENS;
-        x = staged + min(token, tokens - 1) * row_bytes + n % 2 * TILE_COLS + t * 8 + (TOKENS == 1 ? n / 4 * 32 : 0);
-        x_scales = reinterpret_cast<const float*>(staged + min(sum_token, tokens - 1) * row_bytes + tiles * (2 * TILE_COLS));
-        if (TOKENS == 1) {
-            const bool same = t / 2 == n / 2 % 2;
-            keep[0] = same && n < 4;
-            keep[1] = same && n >= 4;
-        } else {
-            keep[0] = keep[1] = t / 2 == n / 4;
+        const int token = n / 2 % TOKENS, part = n / 2 / TOKENS % SPLITS, columns = tiles * TILE_COLS;
+        x = staged + min(token, tokens - 1) * row_bytes + n % 2 * TILE_COLS + t * 16;
+        const u32 row = staged + min(t % TOKENS, tokens - 1) * row_bytes;
+        x_scales = row + scales_at(columns);
+        x_units = row + units_at(columns) + t / TOKENS % SPLITS * 4;
+        codes_at = 16 * lane;
+        params_at = Group::offset(lane);
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const int column = SETS == 1 ? half * 32 + t * 8 : t * 8;
+            keep[half] = SPLITS == 1 || column / (TILE_COLS / UNITS) == part;
         }
-        // Unseen, they stay factors.
-        asm("" : "+r"(keep[0]), "+r"(keep[1]));
+#pragma unroll
+        for (int j = 0; j < STAGE_TILES; ++j)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) b[j][i] = 0;
     }
 
     __device__ __forceinline__ void clear() { sums[0] = sums[1] = 0.0f; }
 
     template <int J>
-    static __device__ __forceinline__ Tile read_tile(const u8* stage, int lane) {
-        const u8* params = stage + STAGE_TILES * Layout::CODE_BYTES;
-        const u8* mine = params + J * Lut16::SCALE_BYTES + lane / 4 * 8;
-        const int t = lane % 4;
-        Tile tile;
-        tile.codes = read<uint4>(stage + J * Layout::CODE_BYTES + 16 * lane);
-        tile.tables = read<u32>(mine + t / 2 * 4);
-        // One token: group t of the tile's four. Two: the same groups as the words'.
-        tile.scales = TOKENS == 1 ? read<u16>(mine + t % 2 * 4 + t / 2 * 2) : tile.tables;
+    __device__ __forceinline__ void load_tile(Pair& pair, const PairAt& at, int lane) const {
+#pragma unroll
+        for (int i = 0; i < Layout::CODE_BYTES / 512; ++i)
+            pair.codes[J][i] = read<uint4>(at.codes + codes_at + J * Layout::CODE_BYTES + 512 * i);
+        if (J == 0 || !WHOLE) Group::template hold<J>(pair.held[J], at.params + params_at);
+#ifdef LUT16_TABLES
+        pair.held[J].tables = read<u32>(at.params + lane / 4 * 8 + lane % 4 / 2 * 4 + J * Lut16::SCALE_BYTES);
         if (J == 0) {
-            const u8* supers = params + 2 * Lut16::SCALE_BYTES + lane / 4 * 2;
-            tile.supers[0] = read<u16>(supers);
-            tile.supers[1] = read<u16>(supers + 16);
+            pair.supers[0] = read<u16>(at.supers + lane / 4 * 2);
+            pair.supers[1] = read<u16>(at.supers + lane / 4 * 2 + 16);
         }
-        return tile;
+#endif
+    }
+    __device__ __forceinline__ void load(Pair& pair, const PairAt& at, int lane) const {
+        load_tile<0>(pair, at, lane);
+        load_tile<1>(pair, at, lane);
     }
 
+    __device__ __forceinline__ void load_x(int j, u32 from) {
+        if constexpr (SPLITS == 1) {
+            const uint4 v = read<uint4>(from);
+            b[j][0] = v.x, b[j][1] = v.y, b[j][2] = v.z, b[j][3] = v.w;
+        } else {
+#pragma unroll
+            for (int half = 0; half < 2; ++half)
+                asm volatile("{\n.reg .pred kept;\nsetp.ne.u32 kept, %3, 0;\n@kept ld.shared.v2.u32 {%0, %1}, [%2];\n}"
+                             : "+r"(b[j][2 * half]), "+r"(b[j][2 * half + 1]) : "r"(from + 8 * half), "r"(keep[half]) : "memory");
+        }
+    }
+
+#ifdef LUT16_TABLES
     // L of one byte of parameters.
     template <int BYTE>
     static __device__ __forceinline__ int scale(u32 params) {
         return (int)(params << (26 - 8 * BYTE)) >> 26;
     }
-    __device__ __forceinline__ void add_groups(const int (&d)[4], int upper, int lower) {
-        block[0] += d[0] * upper;
-        block[1] += d[1] * upper;
-        block[2] += d[2] * lower;
-        block[3] += d[3] * lower;
+    // Half tables in shared memory, filled once by each block: those of table t lie at 64 t.
+    static __device__ __forceinline__ u32* half_tables() {
+        __shared__ uint4 words[16];
+        return reinterpret_cast<u32*>(words);
     }
+    static __device__ __forceinline__ void prepare(int thread) {
+        if (thread < 16) half_tables()[thread / 4 * 16 + thread % 4] = Lut16::half_table(thread, Lut16::SUM);
+    }
+    u32 tables_at = keep_address(shared_address(half_tables()));
 
+    template <int WORD>
+    __device__ __forceinline__ void look_up(const uint4& words, u32 places, u32 (&one)[2], u32 (&other)[2]) const {
+        const uint4 table = read<uint4>(tables_at + (WORD == 3 ? places >> 24 : permute(places, 0, 0x4440 + WORD)));
+        const u32 codes = FourBit::word(words, WORD), turned = codes ^ 0x88888888;
+        one[0] = permute(table.x, table.y, codes);
+        one[1] = permute(table.x, table.y, codes >> 16);
+        other[0] = permute(table.z, table.w, turned);
+        other[1] = permute(table.z, table.w, turned >> 16);
+    }
     // The sum of what both half tables give is the entry: both go through the tensor cores.
-    template <int HALF>
-    static __device__ __forceinline__ void multiply_half(int (&d)[4], const u32 (&one)[4][2], const u32 (&other)[4][2], const uint2& b,
-                                                         u32 keep) {
-        constexpr int UPPER = 2 * HALF, LOWER = 2 * HALF + 1;
-        const u32 x = b.x * keep, y = b.y * keep;
-        tenpak::multiply(d, {one[UPPER][0], one[LOWER][0], one[UPPER][1], one[LOWER][1]}, x, y);
-        tenpak::multiply(d, {other[UPPER][0], other[LOWER][0], other[UPPER][1], other[LOWER][1]}, x, y);
-    }
-
-    __device__ __forceinline__ void multiply_tile(const Tile& tile, int offset) {
+    template <int J>
+    __device__ __forceinline__ void multiply_tile(const Pair& pair, int (&block)[4]) {
+        const u32 places = pair.held[J].tables & 0xc0c0c0c0;
         u32 one[4][2], other[4][2];
-        Lut16::look_up<0>(tile.codes, tile.tables, one[0], other[0]);
-        Lut16::look_up<1>(tile.codes, tile.tables, one[1], other[1]);
-        Lut16::look_up<2>(tile.codes, tile.tables, one[2], other[2]);
-        Lut16::look_up<3>(tile.codes, tile.tables, one[3], other[3]);
-        int d[4] = {};
-        multiply_half<0>(d, one, other, read<uint2>(x + offset), keep[0]);
-        if constexpr (TOKENS == 1) {
-            multiply_half<1>(d, one, other, read<uint2>(x + offset), keep[1]);
-            add_groups(d, scale<0>(tile.scales), scale<1>(tile.scales));
-        } else {
-            add_groups(d, scale<0>(tile.scales), scale<1>(tile.scales));
-            int e[4] = {};
-            multiply_half<1>(e, one, other, read<uint2>(x + offset + TILE_COLS / 2), keep[1]);
-            add_groups(e, scale<2>(tile.scales), scale<3>(tile.scales));
+        look_up<0>(pair.codes[J][0], places, one[0], other[0]);
+        look_up<1>(pair.codes[J][0], places, one[1], other[1]);
+        look_up<2>(pair.codes[J][0], places, one[2], other[2]);
+        look_up<3>(pair.codes[J][0], places, one[3], other[3]);
+        int d[SETS][4] = {};
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            int(&s)[4] = d[half * (SETS - 1)];
+            const int u = 2 * half, l = u + 1;
+            tenpak::multiply(s, {one[u][0], one[l][0], one[u][1], one[l][1]}, b[J][u], b[J][l]);
+            tenpak::multiply(s, {other[u][0], other[l][0], other[u][1], other[l][1]}, b[J][u], b[J][l]);
+        }
+#pragma unroll
+        for (int set = 0; set < SETS; ++set) {
+            const int upper = scale<0>(pair.held[J].scales[set]), lower = scale<1>(pair.held[J].scales[set]);
+            block[0] += d[set][0] * upper;
+            block[1] += d[set][1] * upper;
+            block[2] += d[set][2] * lower;
+            block[3] += d[set][3] * lower;
         }
     }
+    template <bool BOTH>
+    __device__ __forceinline__ void multiply_pair(const Pair& pair, const Layout::Rows&, int tile) {
+        const u32 from = x + tile * (2 * TILE_COLS);
+        load_x(0, from);
+        if (BOTH) load_x(1, from + 2 * TILE_COLS);
+        int block[4] = {};
+        multiply_tile<0>(pair, block);
+        if (BOTH) multiply_tile<1>(pair, block);
+        const float s = read<float>(x_scales + tile * 2);
+        sums[0] += from_half((u16)pair.supers[0]) * s * fmaf((float)block[0], 256.0f, (float)block[1]);
+        sums[1] += from_half((u16)pair.supers[1]) * s * fmaf((float)block[2], 256.0f, (float)block[3]);
+    }
+#else
+    static __device__ __forceinline__ void prepare(int) {}
 
-    __device__ __forceinline__ void multiply(const Tile& first, const Tile& second, const Layout::Rows&, int tile, int count) {
-        if (tile >= count) return;
+    template <int J>
+    __device__ __forceinline__ void multiply_tile(const Pair& pair, int (&d)[SETS][4]) const {
+        u32 words[4][2];
+        Group::template operands<0>(pair.codes[J], words[0]);
+        Group::template operands<1>(pair.codes[J], words[1]);
+        Group::template operands<2>(pair.codes[J], words[2]);
+        Group::template operands<3>(pair.codes[J], words[3]);
 #pragma unroll
-        for (int i = 0; i < 4; ++i) block[i] = 0;
-        multiply_tile(first, tile * (2 * TILE_COLS));
-        if (tile + 1 < count) multiply_tile(second, (tile + 1) * (2 * TILE_COLS));
-        const float s = x_scales[tile / STAGE_TILES];
-        sums[0] += from_half(first.supers[0]) * s * fmaf((float)block[0], 256.0f, (float)block[1]);
-        sums[1] += from_half(first.supers[1]) * s * fmaf((float)block[2], 256.0f, (float)block[3]);
+        for (int half = 0; half < 2; ++half) {
+            const int u = 2 * half, l = u + 1;
+            tenpak::multiply(d[half * (SETS - 1)], {words[u][0], words[l][0], words[u][1], words[l][1]}, b[J][u], b[J][l]);
+        }
+    }
+    template <int J>
+    __device__ __forceinline__ void add_tile(float (&part)[2], const int (&d)[SETS][4], const Pair& pair, const Layout::Rows& rows,
+                                             int tile) const {
+#pragma unroll
+        for (int set = 0; set < SETS; ++set) {
+            const float unit = read<float>(x_units + (WHOLE ? tile * 2 : (tile * UNITS + J * UNITS + set * SPLITS) * 4));
+            Group::template add<0>(part[0], pair.held[J], set, rows, (float)(d[set][0] * 256 + d[set][1]), unit);
+            Group::template add<1>(part[1], pair.held[J], set, rows, (float)(d[set][2] * 256 + d[set][3]), unit);
+        }
+    }
+    template <bool BOTH>
+    __device__ __forceinline__ void multiply_pair(const Pair& pair, const Layout::Rows& rows, int tile) {
+        const u32 from = x + tile * (2 * TILE_COLS);
+        load_x(0, from);
+        if (BOTH) load_x(1, from + 2 * TILE_COLS);
+        int d[SETS][4] = {}, e[SETS][4] = {};
+        multiply_tile<0>(pair, d);
+        if (BOTH) {
+            if (WHOLE) multiply_tile<1>(pair, d);
+            else multiply_tile<1>(pair, e);
+        }
+        float part[2] = {0.0f, 0.0f};
+        add_tile<0>(part, d, pair, rows, tile);
+        if (BOTH && !WHOLE) add_tile<1>(part, e, pair, rows, tile);
+        const float s = read<float>(x_scales + tile * 2);
+        sums[0] = fmaf(s, part[0], sums[0]);
+        sums[1] = fmaf(s, part[1], sums[1]);
+    }
+#endif
+
+    // Tiles `tile` (even) and tile + 1 of the slice's `count`.
+    __device__ __forceinline__ void multiply(const Pair& pair, const Layout::Rows& rows, int tile, int count) {
+        if (tile + 1 < count) multiply_pair<true>(pair, rows, tile);
+        else if (tile < count) multiply_pair<false>(pair, rows, tile);
     }
 
     // As of halves.cuh: rows g and g + 8 times tokens 2t and 2t + 1.
     __device__ __forceinline__ float4 sum(int, int lane) const {
         float upper = sums[0], lower = sums[1];
 #pragma unroll
-        for (int lanes = TOKENS; lanes < 4; lanes *= 2) {
+        for (int lanes = TOKENS; lanes < TOKENS * SPLITS; lanes *= 2) {
             upper += __shfl_xor_sync(~0u, upper, lanes);
             lower += __shfl_xor_sync(~0u, lower, lanes);
         }

@@ -17,6 +17,7 @@
 // previous kernel has ended (overlap.cuh).
 #include "activation.cuh"
 #include "layouts.cuh"
+#include "engine.cuh"
 #include "overlap.cuh"
 #ifndef OUTPUT
 #define OUTPUT 0
@@ -29,6 +30,12 @@
 #endif
 #ifndef INTEGER
 #define INTEGER 0
+#endif
+#ifndef ENGINE
+#define ENGINE 0
+#endif
+#ifndef CLUSTER
+#define CLUSTER 1
 #endif
 #ifndef NORM
 #define NORM 0
@@ -46,10 +53,15 @@ namespace tenpak {
 
 // Strips whose sums are in shared memory at a time, each with a warp that adds them.
 constexpr int BUFFERS = COLUMNS <= 2 ? 2 : 1;
+// Warps: those that multiply, those that add, one that finishes what the cluster has added, one that copies.
+constexpr int FINISHER = WARPS + BUFFERS, COPIER = FINISHER + (CLUSTER > 1), ALL_WARPS = COPIER + (ENGINE > 0);
 // Steps at a time. Long steps are not unrolled: a launch is so short that fetching instructions is part of its time.
-constexpr int UNROLL = INTEGER ? 1 : DEPTH;
-// Barriers: a buffer has been written, or read.
-constexpr int FULL = 1, EMPTY = FULL + BUFFERS;
+constexpr int UNROLL = INTEGER || ENGINE ? 1 : DEPTH;
+// Barriers: a buffer has been written, or read; x is staged.
+constexpr int FULL = 1, EMPTY = FULL + BUFFERS, STAGED = EMPTY + BUFFERS;
+// Strips of one owner whose sums other blocks of the cluster may have sent.
+constexpr int MAILS = 4;
+constexpr int MAIL_BYTES = CLUSTER * COLUMNS * LANES * 16;
 
 __device__ __forceinline__ void wait_at(int barrier) {
     asm volatile("bar.sync %0, %1;" :: "r"(barrier), "n"(THREADS + LANES) : "memory");
@@ -57,6 +69,133 @@ __device__ __forceinline__ void wait_at(int barrier) {
 __device__ __forceinline__ void arrive_at(int barrier) {
     asm volatile("bar.arrive %0, %1;" :: "r"(barrier), "n"(THREADS + LANES) : "memory");
 }
+// Of those that multiply.
+__device__ __forceinline__ void wait_for_staged() { asm volatile("bar.sync %0, %1;" :: "n"(STAGED), "n"(THREADS) : "memory"); }
+
+// ---- Copies of weights ------------------------------------------------------------------------------------------------
+
+// What a block multiplies, in order: strips `first`, first + every, ..., and of each the tiles from first_tile on.
+struct Walk {
+    Weight weight;
+    int first, every, turns;
+    int first_tile, count;  // of this block's slice
+    int steps;              // of a warp and strip, each two tiles
+
+    __device__ __forceinline__ int strip(int turn) const { return first + turn * every; }
+};
+
+#if ENGINE
+// The copy engine brings what all warps take in a step, DEPTH steps ahead, asked by one thread.
+constexpr int PARAMS_AT = WARPS * STAGE_TILES * Layout::CODE_BYTES;
+constexpr int SUPERS_AT = PARAMS_AT + WARPS * Layout::PAIR_BYTES;
+constexpr int BLOCK_STAGE_BYTES = WARPS * STAGE_BYTES;
+constexpr int STEP_TILES = WARPS * STAGE_TILES;
+
+struct Ring {
+    u32 stages, full, empty;
+    PairAt mine;
+    int slot = 0;
+    u32 phase = 0;
+
+    __device__ __forceinline__ Ring(u32 stages, u32 barriers, int warp)
+        : stages(stages), full(barriers), empty(barriers + 8 * DEPTH),
+          mine{stages + warp * STAGE_TILES * Layout::CODE_BYTES, stages + PARAMS_AT + warp * Layout::PAIR_BYTES,
+               stages + SUPERS_AT + warp / 2 * 32} {}
+    static __device__ __forceinline__ void init(u32 barriers) {
+        for (int i = 0; i < DEPTH; ++i) {
+            barrier_init(barriers + 8 * i, 1);
+            barrier_init(barriers + 8 * (DEPTH + i), WARPS);
+        }
+    }
+    __device__ __forceinline__ void next() {
+        if (++slot == DEPTH) {
+            slot = 0;
+            phase ^= 1;
+        }
+    }
+    __device__ __forceinline__ PairAt wait() const {
+        barrier_wait(full + 8 * slot, phase);
+        const u32 at = slot * BLOCK_STAGE_BYTES;
+        return {mine.codes + at, mine.params + at, mine.supers + at};
+    }
+    // What wait() said is in registers.
+    __device__ __forceinline__ void release(int lane) {
+        __syncwarp();
+        if (lane == 0) barrier_arrive(empty + 8 * slot);
+        next();
+    }
+    // All copies of a walk, by one thread.
+    __device__ __forceinline__ void copy(const Walk& walk) {
+        for (int turn = 0; turn < walk.turns; ++turn) {
+            const int strip = walk.strip(turn);
+#pragma unroll 1
+            for (int step = 0; step < walk.steps; ++step) {
+                barrier_wait(empty + 8 * slot, phase ^ 1);
+                const int tile = walk.first_tile + step * STEP_TILES, here = min(STEP_TILES, walk.first_tile + walk.count - tile);
+                const u32 to = stages + slot * BLOCK_STAGE_BYTES, barrier = full + 8 * slot;
+                const ParamRun params = Layout::param_run(walk.weight, strip, tile, here);
+                const ParamRun supers = Layout::super_run(walk.weight, strip, tile, here);
+                barrier_expect(barrier, here * Layout::CODE_BYTES + params.bytes + supers.bytes);
+                copy_bulk(to, walk.weight.codes + (size_t)(u32)(strip * walk.weight.tiles + tile) * Layout::CODE_BYTES,
+                          here * Layout::CODE_BYTES, barrier);
+                if (Layout::PAIR_BYTES) copy_bulk(to + PARAMS_AT, params.from, params.bytes, barrier);
+                if (Layout::PARAM_BYTES > Layout::PAIR_BYTES) copy_bulk(to + SUPERS_AT, supers.from, supers.bytes, barrier);
+                next();
+            }
+        }
+    }
+};
+#else
+// Each warp copies its own tiles, DEPTH steps ahead, also across the end of a strip.
+struct Ring {
+    u32 stages;
+    Walk walk;
+    Source source;
+    int warp, lane, turn_ahead, left, steps_left;
+    int slot = 0;
+
+    __device__ __forceinline__ Ring(u32 all_stages, const Walk& walk, int warp, int lane)
+        : stages(all_stages + warp * (DEPTH * STAGE_BYTES)), walk(walk), source(walk.weight, walk.first, walk.first_tile + 2 * warp, lane),
+          warp(warp), lane(lane), turn_ahead(0), left(walk.count - 2 * warp), steps_left(walk.steps) {}
+    // Where the next copies come from, and how many tiles there are from there to the end of the slice.
+    __device__ __forceinline__ void copy_ahead(int to) {
+        if (left > 0) source.copy(left > 1 ? 2 : 1, stages + to * STAGE_BYTES, lane);
+        commit_copies();
+        source.advance(WARPS, lane);
+        left -= 2 * WARPS;
+    }
+    // After each UNROLL of those.
+    __device__ __forceinline__ void turn() {
+        if ((steps_left -= UNROLL) > 0) return;
+        ++turn_ahead;
+        steps_left = walk.steps;
+        source = Source(walk.weight, walk.strip(turn_ahead), walk.first_tile + 2 * warp, lane);
+        left = turn_ahead < walk.turns ? walk.count - 2 * warp : 0;
+    }
+    __device__ __forceinline__ void begin() {
+#pragma unroll 1
+        for (int first = 0; first < DEPTH; first += UNROLL) {
+#pragma unroll
+            for (int i = 0; i < UNROLL; ++i) copy_ahead(first + i);
+            turn();
+        }
+    }
+    __device__ __forceinline__ PairAt wait(int i) const {
+        wait_for_copies<DEPTH - 1>();
+        __syncwarp();
+        const u32 at = stages + (slot + i) * STAGE_BYTES, params = at + STAGE_TILES * Layout::CODE_BYTES;
+        return {at, params, params + Layout::PAIR_BYTES};
+    }
+    __device__ __forceinline__ void release(int i) {
+        __syncwarp();
+        copy_ahead(slot + i);
+    }
+    __device__ __forceinline__ void next() {
+        turn();
+        slot = slot + UNROLL == DEPTH ? 0 : slot + UNROLL;
+    }
+};
+#endif
 
 #if OUTPUT == 0
 using Out = u16;
@@ -112,7 +251,11 @@ struct Output {
 // after another, sorted by expert. y alike with rows of n, or n / 2 if gated. bias [batch, n] or null. slice: tiles of K for each block; partial
 // [slots, slices, strips, COLUMNS, lanes] float4 and arrived [slots, strips] serve slices > 1. norm_weight, norm_bias (or
 // null): FP32 [k], with -DNORM.
-extern "C" __global__ void __launch_bounds__((WARPS + (COLUMNS <= 2 ? 2 : 1)) * 32, BLOCKS)
+extern "C" __global__ void
+#if CLUSTER > 1
+__cluster_dims__(CLUSTER, 1, 1)
+#endif
+__launch_bounds__(tenpak::ALL_WARPS * 32, BLOCKS)
 skinny(const unsigned char* codes, const unsigned char* params, const unsigned char* row_params, const unsigned short* x,
        tenpak::Out* y, const unsigned short* bias, const int* offsets, float4* partial, unsigned int* arrived,
        long long codes_step, long long params_step, long long row_params_step, long long x_stride, int m, int n, int k,
@@ -126,154 +269,218 @@ skinny(const unsigned char* codes, const unsigned char* params, const unsigned c
     const int warp = __shfl_sync(~0u, threadIdx.x / LANES, 0), lane = threadIdx.x % LANES;
     const int matrix = blockIdx.z, slices = gridDim.y;
     const int strips = (n + TILE_ROWS - 1) / TILE_ROWS;
-    const int first_tile = blockIdx.y * slice, count = min(slice, tiles - first_tile);
-    // Steps of a warp, each two tiles.
-    const int steps = ((count + 2 * WARPS - 1) / (2 * WARPS) + UNROLL - 1) / UNROLL * UNROLL;
+    // K is cut over the blocks of a cluster, or over the grid's y.
+    const int rank = CLUSTER > 1 ? blockIdx.x % CLUSTER : blockIdx.y;
+    const int first_tile = rank * slice, count = max(0, min(slice, tiles - first_tile));
     const Weight weight{codes + matrix * codes_step, params + matrix * params_step, row_params + matrix * row_params_step,
                         tiles, supers};
+    const int first = blockIdx.x / CLUSTER, every = gridDim.x / CLUSTER;
+    const Walk walk{weight, first, every, (strips - first + every - 1) / every, first_tile, count,
+                    ((count + 2 * WARPS - 1) / (2 * WARPS) + UNROLL - 1) / UNROLL * UNROLL};
     const long long begin = offsets ? offsets[matrix] : (long long)matrix * m;
     const int total = offsets ? offsets[matrix + 1] - (int)begin : m;
     if (OVERLAP) let_next_begin();
     if (total <= 0) return;
 
-    const int row_bytes = Products::row_bytes(count);
+    const int row_bytes = Products::row_bytes(slice);
     float4* sums_of_warps = reinterpret_cast<float4*>(dynamic);
-    u8* stages = reinterpret_cast<u8*>(sums_of_warps + BUFFERS * WARPS * COLUMNS * LANES);
+    u8* mail = reinterpret_cast<u8*>(sums_of_warps + BUFFERS * WARPS * COLUMNS * LANES);
+    u8* stages = mail + (CLUSTER > 1 ? MAILS * MAIL_BYTES : 0);
     u8* staged_x = stages + WARPS * DEPTH * STAGE_BYTES;
-    const u32 my_stages = shared_address(stages) + warp * (DEPTH * STAGE_BYTES);
-
-#ifdef LUT16_TABLES
-    Lut16::prepare(threadIdx.x, INTEGER ? Lut16::SUM : Lut16::BIASED_XOR);
+    Products::prepare(threadIdx.x);
+#if ENGINE || CLUSTER > 1
+    // Of the ring: full, empty; of mail: full, and, for each owner, read.
+    __shared__ u64 barriers[2 * DEPTH + MAILS + CLUSTER * MAILS];
+    const u32 ring_barriers = keep_address(shared_address(barriers));
+    if (threadIdx.x == 0) {
+#if ENGINE
+        Ring::init(ring_barriers);
+#endif
+        for (int i = 0; i < MAILS + CLUSTER * MAILS; ++i) barrier_init(ring_barriers + 8 * (2 * DEPTH + i), 1);
+        barriers_ready();
+    }
+    const u32 mail_full = ring_barriers + 8 * 2 * DEPTH, mail_read = mail_full + 8 * MAILS;
+    __syncthreads();
+#endif
+#if CLUSTER > 1
+    cluster_arrive();
 #endif
 
-    // Strips of this block.
-    const int turns = (strips - (int)blockIdx.x + (int)gridDim.x - 1) / (int)gridDim.x;
-    for (int chunk = 0; chunk * TOKENS < total; ++chunk) {
-        const int token = chunk * TOKENS, tokens = min(TOKENS, total - token);
-        if (chunk) __syncthreads();
+    const int chunks = (total + TOKENS - 1) / TOKENS, all_turns = chunks * walk.turns;
+    auto output = [&](int token) {
+        return Output{y + (begin + token) * (GATED ? n / 2 : n), bias ? bias + (size_t)matrix * n : nullptr, n, scale};
+    };
+    if (warp < WARPS) {
+#if ENGINE
+        Ring ring(keep_address(shared_address(stages)), ring_barriers, warp);
+#endif
+        const u32 staged_address = keep_address(shared_address(staged_x));
+        const u32 my_sums = keep_address(shared_address(sums_of_warps + warp * COLUMNS * LANES + lane));
+        int done = 0;
+        for (int chunk = 0; chunk < chunks; ++chunk) {
+            const int token = chunk * TOKENS, tokens = min(TOKENS, total - token);
+            if (chunk) wait_for_staged();
+            const XSlice slice_of_x{x + (begin + token) * x_stride, x_stride, tokens, k, first_tile * TILE_COLS, count * TILE_COLS};
+#if NORM
+            NormedStaging<Products> staging(slice_of_x, norm_weight, norm_bias, eps);
+#else
+            Products::Staging staging(slice_of_x);
+            // x goes first, so that it is there first; or, where it is not written yet, the weights do.
+            if (!OVERLAP) {
+                staging.begin(staged_x, row_bytes);
+                commit_copies();
+            }
+#endif
+#if !ENGINE
+            Ring ring(keep_address(shared_address(stages)), walk, warp, lane);
+            ring.begin();
+#endif
+            Layout::Rows rows = Layout::rows(weight, walk.first, lane);
+            if (OVERLAP) wait_for_previous();
+#if NORM
+            staging.stage(staged_x, row_bytes);
+#else
+            if (OVERLAP) staging.begin(staged_x, row_bytes);
+            staging.end(staged_x, row_bytes);
+            if (!OVERLAP) wait_for_copies<ENGINE ? 0 : DEPTH>();
+#endif
+            wait_for_staged();
 
-        if (warp >= WARPS) {
-            const Output out{y + (begin + token) * (GATED ? n / 2 : n), bias ? bias + (size_t)matrix * n : nullptr, n, scale};
-            const size_t slot = begin / TOKENS + matrix + chunk;
-            __syncthreads();
-            const int buffer = warp - WARPS;
-            for (int turn = buffer; turn < turns; turn += BUFFERS) {
-                const int strip = blockIdx.x + turn * gridDim.x;
-                const Layout::Rows rows = Layout::rows(weight, strip, lane);
-                wait_at(FULL + buffer);
-                float4 sums[COLUMNS];
+            Products products(staged_address, row_bytes, tokens, count, lane);
+            for (int turn = 0; turn < walk.turns; ++turn, ++done) {
+                const Layout::Rows rows_after = Layout::rows(weight, min(walk.strip(turn + 1), strips - 1), lane);
+                products.clear();
+                int tile = 2 * warp;
+#pragma unroll 1
+                for (int step = 0; step < walk.steps; step += UNROLL) {
+#if ENGINE
+                    Products::Pair pair;
+                    products.load(pair, ring.wait(), lane);
+                    ring.release(lane);
+                    products.multiply(pair, rows, tile, count);
+                    tile += 2 * WARPS;
+#else
+#pragma unroll
+                    for (int i = 0; i < UNROLL; ++i, tile += 2 * WARPS) {
+                        Products::Pair pair;
+                        products.load(pair, ring.wait(i), lane);
+                        ring.release(i);
+                        products.multiply(pair, rows, tile, count);
+                    }
+                    ring.next();
+#endif
+                }
+
+                const int buffer = done % BUFFERS;
+                if (done >= BUFFERS) wait_at(EMPTY + buffer);
 #pragma unroll
                 for (int column = 0; column < COLUMNS; ++column) {
-                    const float4* from = sums_of_warps + (buffer * WARPS * COLUMNS + column) * LANES + lane;
-                    sums[column] = from[0];
-#pragma unroll
-                    for (int other = 1; other < WARPS; ++other) add(sums[column], from[other * COLUMNS * LANES]);
+                    const float4 sum = products.sum(column, lane);
+                    asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};"
+                                 :: "r"(my_sums + (buffer * WARPS * COLUMNS + column) * (LANES * 16)),
+                                 "f"(sum.x), "f"(sum.y), "f"(sum.z), "f"(sum.w) : "memory");
                 }
-                if (turn + BUFFERS < turns) arrive_at(EMPTY + buffer);
-                if (slices > 1) {
-                    const size_t step = (size_t)strips * COLUMNS * LANES;
-                    float4* all = partial + (slot * slices * strips + strip) * COLUMNS * LANES + lane;
-#pragma unroll
-                    for (int column = 0; column < COLUMNS; ++column) __stcg(all + blockIdx.y * step + column * LANES, sums[column]);
-                    __threadfence();
-                    __syncwarp();
-                    unsigned int* counter = arrived + slot * strips + strip;
-                    u32 before = 0;
-                    if (lane == 0) before = atomicAdd(counter, 1);
-                    if (__shfl_sync(~0u, before, 0) + 1 != (u32)slices) continue;
-                    __threadfence();
-#pragma unroll
-                    for (int column = 0; column < COLUMNS; ++column) sums[column] = __ldcg(all + column * LANES);
-                    for (int other = 1; other < slices; ++other)
-#pragma unroll
-                        for (int column = 0; column < COLUMNS; ++column) add(sums[column], __ldcg(all + other * step + column * LANES));
-                    if (lane == 0) *counter = 0;
-                }
-#pragma unroll
-                for (int column = 0; column < COLUMNS; ++column)
-                    if (column * 8 < tokens)
-                        out.store(sums[column], strip, column * 8, tokens, Layout::row_scale(rows, false),
-                                  Layout::row_scale(rows, true), lane);
+                arrive_at(FULL + buffer);
+                rows = rows_after;
             }
-            continue;
         }
-
-        const XSlice slice_of_x{x + (begin + token) * x_stride, x_stride, tokens, k, first_tile * TILE_COLS, count * TILE_COLS};
-#if NORM
-        NormedStaging<Products> staging(slice_of_x, norm_weight, norm_bias, eps);
-#else
-        Products::Staging staging(slice_of_x);
-        // x goes first, so that it is there first; or, where it is not written yet, the weights do.
-        if (!OVERLAP) {
-            staging.begin(staged_x, row_bytes);
-            commit_copies();
-        }
+#if CLUSTER > 1
+        cluster_wait();
 #endif
-        // Where this warp's next copies come from, and how many tiles there are from there to the end of the slice.
-        Source source(weight, blockIdx.x, first_tile + 2 * warp, lane);
-        int strip_ahead = blockIdx.x, left = count - 2 * warp, steps_left = steps;
-        auto copy_ahead = [&](int slot) {
-            if (left > 0) source.copy(left > 1 ? 2 : 1, my_stages + slot * STAGE_BYTES, lane);
-            commit_copies();
-            source.advance(WARPS, lane);
-            left -= 2 * WARPS;
-        };
-        // After each UNROLL of those.
-        auto turn_ahead = [&] {
-            if ((steps_left -= UNROLL) > 0) return;
-            strip_ahead += gridDim.x;
-            steps_left = steps;
-            source = Source(weight, strip_ahead, first_tile + 2 * warp, lane);
-            left = strip_ahead < strips ? count - 2 * warp : 0;
-        };
-#pragma unroll 1
-        for (int slot = 0; slot < DEPTH; slot += UNROLL) {
-#pragma unroll
-            for (int i = 0; i < UNROLL; ++i) copy_ahead(slot + i);
-            turn_ahead();
+        return;
+    }
+#if ENGINE
+    if (warp == COPIER) {
+        if (lane == 0) {
+            Ring ring(shared_address(stages), ring_barriers, 0);
+            for (int chunk = 0; chunk < chunks; ++chunk) ring.copy(walk);
         }
-        Layout::Rows rows = Layout::rows(weight, blockIdx.x, lane);
-        if (OVERLAP) wait_for_previous();
-#if NORM
-        staging.stage(staged_x, row_bytes);
-#else
-        if (OVERLAP) staging.begin(staged_x, row_bytes);
-        staging.end(staged_x, row_bytes);
-        if (!OVERLAP) wait_for_copies<DEPTH>();
+        __syncwarp();
+#if CLUSTER > 1
+        cluster_wait();
 #endif
-        __syncthreads();
-
-        Products products(staged_x, row_bytes, tokens, count, lane);
-        int slot = 0;
-        for (int turn = 0; turn < turns; ++turn) {
-            const int after = blockIdx.x + (turn + 1) * gridDim.x;
-            const Layout::Rows rows_after = Layout::rows(weight, min(after, strips - 1), lane);
-            products.clear();
-            int tile = 2 * warp;
-#pragma unroll 1
-            for (int step = 0; step < steps; step += UNROLL) {
+        return;
+    }
+#endif
+#if CLUSTER > 1
+    cluster_wait();
+    if (warp == FINISHER) {
+        // Strips go round the cluster's blocks; this one finishes its own.
+        for (int done = rank; done < all_turns; done += CLUSTER) {
+            const int turn = done % walk.turns, token = done / walk.turns * TOKENS, tokens = min(TOKENS, total - token);
+            const int strip = walk.strip(turn), number = done / CLUSTER, box = number % MAILS;
+            const Layout::Rows rows = Layout::rows(weight, strip, lane);
+            if (lane == 0) barrier_expect(mail_full + 8 * box, MAIL_BYTES);
+            __syncwarp();
+            barrier_wait_cluster(mail_full + 8 * box, number / MAILS % 2);
+            const float4* from = reinterpret_cast<const float4*>(mail + box * MAIL_BYTES) + lane;
+            float4 sums[COLUMNS];
 #pragma unroll
-                for (int i = 0; i < UNROLL; ++i, tile += 2 * WARPS) {
-                    wait_for_copies<DEPTH - 1>();
-                    __syncwarp();
-                    const u8* my_stage = stages + (warp * DEPTH + slot + i) * STAGE_BYTES;
-                    const Products::Tile first = Products::read_tile<0>(my_stage, lane);
-                    const Products::Tile second = Products::read_tile<1>(my_stage, lane);
-                    __syncwarp();
-                    copy_ahead(slot + i);
-                    products.multiply(first, second, rows, tile, count);
-                }
-                turn_ahead();
-                slot = slot + UNROLL == DEPTH ? 0 : slot + UNROLL;
+            for (int column = 0; column < COLUMNS; ++column) {
+                sums[column] = from[column * LANES];
+#pragma unroll
+                for (int other = 1; other < CLUSTER; ++other) add(sums[column], from[(other * COLUMNS + column) * LANES]);
             }
-
-            const int buffer = turn % BUFFERS;
-            if (turn >= BUFFERS) wait_at(EMPTY + buffer);
+            __syncwarp();
+            // Blocks that will send no more may have ended.
+            if (done + CLUSTER * MAILS < all_turns && lane < CLUSTER) arrive_there(address_in(mail_read + 8 * (rank * MAILS + box), lane));
+            const Output out = output(token);
 #pragma unroll
             for (int column = 0; column < COLUMNS; ++column)
-                sums_of_warps[((buffer * WARPS + warp) * COLUMNS + column) * LANES + lane] = products.sum(column, lane);
-            arrive_at(FULL + buffer);
-            rows = rows_after;
+                if (column * 8 < tokens)
+                    out.store(sums[column], strip, column * 8, tokens, Layout::row_scale(rows, false), Layout::row_scale(rows, true), lane);
         }
+        return;
+    }
+#endif
+    const int buffer = warp - WARPS;
+    for (int done = buffer; done < all_turns; done += BUFFERS) {
+        const int turn = done % walk.turns, chunk = done / walk.turns, token = chunk * TOKENS, tokens = min(TOKENS, total - token);
+        const int strip = walk.strip(turn);
+        const Layout::Rows rows = Layout::rows(weight, strip, lane);
+        wait_at(FULL + buffer);
+        float4 sums[COLUMNS];
+#pragma unroll
+        for (int column = 0; column < COLUMNS; ++column) {
+            const float4* from = sums_of_warps + (buffer * WARPS * COLUMNS + column) * LANES + lane;
+            sums[column] = from[0];
+#pragma unroll
+            for (int other = 1; other < WARPS; ++other) add(sums[column], from[other * COLUMNS * LANES]);
+        }
+        if (done + BUFFERS < all_turns) arrive_at(EMPTY + buffer);
+#if CLUSTER > 1
+        const int owner = done % CLUSTER, number = done / CLUSTER, box = number % MAILS;
+        if (number >= MAILS) barrier_wait_cluster(mail_read + 8 * (owner * MAILS + box), (number / MAILS - 1) % 2);
+        const u32 to = address_in(shared_address(mail) + box * MAIL_BYTES + (rank * COLUMNS * LANES + lane) * 16, owner);
+        const u32 barrier = address_in(mail_full + 8 * box, owner);
+#pragma unroll
+        for (int column = 0; column < COLUMNS; ++column) store_there(to + column * LANES * 16, sums[column], barrier);
+#else
+        if (slices > 1) {
+            const size_t slot = begin / TOKENS + matrix + chunk;
+            const size_t step = (size_t)strips * COLUMNS * LANES;
+            float4* all = partial + (slot * slices * strips + strip) * COLUMNS * LANES + lane;
+#pragma unroll
+            for (int column = 0; column < COLUMNS; ++column) __stcg(all + blockIdx.y * step + column * LANES, sums[column]);
+            __threadfence();
+            __syncwarp();
+            unsigned int* counter = arrived + slot * strips + strip;
+            u32 before = 0;
+            if (lane == 0) before = atomicAdd(counter, 1);
+            if (__shfl_sync(~0u, before, 0) + 1 != (u32)slices) continue;
+            __threadfence();
+#pragma unroll
+            for (int column = 0; column < COLUMNS; ++column) sums[column] = __ldcg(all + column * LANES);
+            for (int other = 1; other < slices; ++other)
+#pragma unroll
+                for (int column = 0; column < COLUMNS; ++column) add(sums[column], __ldcg(all + other * step + column * LANES));
+            if (lane == 0) *counter = 0;
+        }
+        const Output out = output(token);
+#pragma unroll
+        for (int column = 0; column < COLUMNS; ++column)
+            if (column * 8 < tokens)
+                out.store(sums[column], strip, column * 8, tokens, Layout::row_scale(rows, false), Layout::row_scale(rows, true), lane);
+#endif
     }
 }

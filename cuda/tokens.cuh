@@ -18,6 +18,11 @@ struct XSlice {
     }
 };
 
+// Where two tiles of a warp lie in shared memory: codes, parameters, super-scales.
+struct PairAt {
+    u32 codes, params, supers;
+};
+
 __device__ __forceinline__ void add(float4& a, const float4& b) {
     a.x += b.x;
     a.y += b.y;
