@@ -30,6 +30,7 @@ struct Products {
         Layout::Tile tiles[STAGE_TILES];
     };
 
+    PairAt at;
     u32 x[COLUMNS];  // this lane's tokens, from its first columns on
     float sums[CHAINS][COLUMNS][4];
 
@@ -83,7 +84,7 @@ struct Products {
         if ((u32)column < (u32)columns) *reinterpret_cast<uint2*>(row + 2 * column) = v;
     }
 
-    __device__ __forceinline__ Products(u32 staged, int row_bytes, int tokens, int, int lane) {
+    __device__ __forceinline__ Products(const PairAt& at, u32 staged, int row_bytes, int tokens, int, int lane) : at(at) {
 #pragma unroll
         for (int column = 0; column < COLUMNS; ++column)
             x[column] = staged + min(column * 8 + lane / 4, tokens - 1) * row_bytes + lane % 4 * 16;
@@ -103,9 +104,10 @@ struct Products {
                 for (int i = 0; i < 4; ++i) sums[chain][column][i] = 0.0f;
     }
 
-    __device__ __forceinline__ void load(Pair& pair, const PairAt& at, int lane) const {
-        pair.tiles[0] = Layout::template tile<0>(at.codes, at.params, at.supers, lane);
-        pair.tiles[1] = Layout::template tile<1>(at.codes + Layout::CODE_BYTES, at.params, at.supers, lane);
+    // The tiles that lie so far on.
+    __device__ __forceinline__ void load(Pair& pair, u32 on, int lane) const {
+        pair.tiles[0] = Layout::template tile<0>(at.codes + on, at.params + on, at.supers + on, lane);
+        pair.tiles[1] = Layout::template tile<1>(at.codes + Layout::CODE_BYTES + on, at.params + on, at.supers + on, lane);
     }
 
     // Half a tile times its columns of x, for all tokens.

@@ -289,12 +289,16 @@ struct Products : Digits {
     };
 
     u32 x, x_scales, x_units;  // of this lane's columns of the instruction, and of the sums it gets
-    u32 codes_at, params_at;   // what is this lane's of a stage
+    PairAt at;                 // what is this lane's of a stage
+    u32 tables_of;             // int4_lut16: the parameters of its words
     u32 keep[2];               // whether x is zero for this lane, for both halves of a tile
     u32 b[STAGE_TILES][4];     // x; zeros stay
     float sums[2];             // rows g and g + 8
 
-    __device__ __forceinline__ Products(u32 staged, int row_bytes, int tokens, int tiles, int lane) {
+    __device__ __forceinline__ Products(const PairAt& stage, u32 staged, int row_bytes, int tokens, int tiles, int lane)
+        : at{keep_address(stage.codes + 16 * lane), keep_address(stage.params + Group::offset(lane)),
+             keep_address(stage.supers + lane / 4 * 2)},
+          tables_of(keep_address(stage.params + lane / 4 * 8 + lane % 4 / 2 * 4)) {
         // As an operand this lane holds columns of x for column n of the instruction; as a result it gets columns 2t and
         // 2t + 1. Column n is h (even) or l (odd) of a token, in the part of K that `keep` lets through.
         const int n = lane / 4, t = lane % 4;
@@ -303,8 +307,6 @@ struct Products : Digits {
         const u32 row = staged + min(t % TOKENS, tokens - 1) * row_bytes;
         x_scales = row + scales_at(columns);
         x_units = row + units_at(columns) + t / TOKENS % SPLITS * 4;
-        codes_at = 16 * lane;
-        params_at = Group::offset(lane);
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             const int column = SETS == 1 ? half * 32 + t * 8 : t * 8;
@@ -319,22 +321,23 @@ struct Products : Digits {
     __device__ __forceinline__ void clear() { sums[0] = sums[1] = 0.0f; }
 
     template <int J>
-    __device__ __forceinline__ void load_tile(Pair& pair, const PairAt& at, int lane) const {
+    __device__ __forceinline__ void load_tile(Pair& pair, u32 on) const {
 #pragma unroll
         for (int i = 0; i < Layout::CODE_BYTES / 512; ++i)
-            pair.codes[J][i] = read<uint4>(at.codes + codes_at + J * Layout::CODE_BYTES + 512 * i);
-        if (J == 0 || !WHOLE) Group::template hold<J>(pair.held[J], at.params + params_at);
+            pair.codes[J][i] = read<uint4>(at.codes + on + J * Layout::CODE_BYTES + 512 * i);
+        if (J == 0 || !WHOLE) Group::template hold<J>(pair.held[J], at.params + on);
 #ifdef LUT16_TABLES
-        pair.held[J].tables = read<u32>(at.params + lane / 4 * 8 + lane % 4 / 2 * 4 + J * Lut16::SCALE_BYTES);
+        pair.held[J].tables = read<u32>(tables_of + on + J * Lut16::SCALE_BYTES);
         if (J == 0) {
-            pair.supers[0] = read<u16>(at.supers + lane / 4 * 2);
-            pair.supers[1] = read<u16>(at.supers + lane / 4 * 2 + 16);
+            pair.supers[0] = read<u16>(at.supers + on);
+            pair.supers[1] = read<u16>(at.supers + on + 16);
         }
 #endif
     }
-    __device__ __forceinline__ void load(Pair& pair, const PairAt& at, int lane) const {
-        load_tile<0>(pair, at, lane);
-        load_tile<1>(pair, at, lane);
+    // The tiles that lie so far on.
+    __device__ __forceinline__ void load(Pair& pair, u32 on, int) const {
+        load_tile<0>(pair, on);
+        load_tile<1>(pair, on);
     }
 
     __device__ __forceinline__ void load_x(int j, u32 from) {
@@ -364,15 +367,21 @@ struct Products : Digits {
         if (thread < 16) half_tables()[thread / 4 * 16 + thread % 4] = Lut16::half_table(thread, Lut16::SUM);
     }
     u32 tables_at = keep_address(shared_address(half_tables()));
+#ifdef UPPER_BY
+    u32 to_high = keep_address(0x10000);
+    __device__ __forceinline__ u32 upper(u32 codes) const { return UPPER_BY == 1 ? __umulhi(codes, to_high) : (u32)(((u64)codes * to_high) >> 32); }
+#else
+    __device__ __forceinline__ u32 upper(u32 codes) const { return codes >> 16; }
+#endif
 
     template <int WORD>
     __device__ __forceinline__ void look_up(const uint4& words, u32 places, u32 (&one)[2], u32 (&other)[2]) const {
         const uint4 table = read<uint4>(tables_at + (WORD == 3 ? places >> 24 : permute(places, 0, 0x4440 + WORD)));
         const u32 codes = FourBit::word(words, WORD), turned = codes ^ 0x88888888;
         one[0] = permute(table.x, table.y, codes);
-        one[1] = permute(table.x, table.y, codes >> 16);
+        one[1] = permute(table.x, table.y, upper(codes));
         other[0] = permute(table.z, table.w, turned);
-        other[1] = permute(table.z, table.w, turned >> 16);
+        other[1] = permute(table.z, table.w, upper(turned));
     }
     // The sum of what both half tables give is the entry: both go through the tensor cores.
     template <int J>

@@ -93,14 +93,15 @@ constexpr int STEP_TILES = WARPS * STAGE_TILES;
 
 struct Ring {
     u32 stages, full, empty;
-    PairAt mine;
     int slot = 0;
     u32 phase = 0;
 
-    __device__ __forceinline__ Ring(u32 stages, u32 barriers, int warp)
-        : stages(stages), full(barriers), empty(barriers + 8 * DEPTH),
-          mine{stages + warp * STAGE_TILES * Layout::CODE_BYTES, stages + PARAMS_AT + warp * Layout::PAIR_BYTES,
-               stages + SUPERS_AT + warp / 2 * 32} {}
+    __device__ __forceinline__ Ring(u32 stages, u32 barriers) : stages(stages), full(barriers), empty(barriers + 8 * DEPTH) {}
+    // Where a warp's tiles are in the first stage.
+    static __device__ __forceinline__ PairAt place(u32 stages, int warp) {
+        return {stages + warp * STAGE_TILES * Layout::CODE_BYTES, stages + PARAMS_AT + warp * Layout::PAIR_BYTES,
+                stages + SUPERS_AT + warp / 2 * 32};
+    }
     static __device__ __forceinline__ void init(u32 barriers) {
         for (int i = 0; i < DEPTH; ++i) {
             barrier_init(barriers + 8 * i, 1);
@@ -113,10 +114,10 @@ struct Ring {
             phase ^= 1;
         }
     }
-    __device__ __forceinline__ PairAt wait() const {
+    // How far on the tiles are that come next, once they are there.
+    __device__ __forceinline__ u32 wait() const {
         barrier_wait(full + 8 * slot, phase);
-        const u32 at = slot * BLOCK_STAGE_BYTES;
-        return {mine.codes + at, mine.params + at, mine.supers + at};
+        return slot * BLOCK_STAGE_BYTES;
     }
     // What wait() said is in registers.
     __device__ __forceinline__ void release(int lane) {
@@ -157,6 +158,10 @@ struct Ring {
     __device__ __forceinline__ Ring(u32 all_stages, const Walk& walk, int warp, int lane)
         : stages(all_stages + warp * (DEPTH * STAGE_BYTES)), walk(walk), source(walk.weight, walk.first, walk.first_tile + 2 * warp, lane),
           warp(warp), lane(lane), turn_ahead(0), left(walk.count - 2 * warp), steps_left(walk.steps) {}
+    static __device__ __forceinline__ PairAt place(u32 all_stages, int warp) {
+        const u32 codes = all_stages + warp * (DEPTH * STAGE_BYTES), params = codes + STAGE_TILES * Layout::CODE_BYTES;
+        return {codes, params, params + Layout::PAIR_BYTES};
+    }
     // Where the next copies come from, and how many tiles there are from there to the end of the slice.
     __device__ __forceinline__ void copy_ahead(int to) {
         if (left > 0) source.copy(left > 1 ? 2 : 1, stages + to * STAGE_BYTES, lane);
@@ -180,11 +185,10 @@ struct Ring {
             turn();
         }
     }
-    __device__ __forceinline__ PairAt wait(int i) const {
+    __device__ __forceinline__ u32 wait(int i) const {
         wait_for_copies<DEPTH - 1>();
         __syncwarp();
-        const u32 at = stages + (slot + i) * STAGE_BYTES, params = at + STAGE_TILES * Layout::CODE_BYTES;
-        return {at, params, params + Layout::PAIR_BYTES};
+        return (slot + i) * STAGE_BYTES;
     }
     __device__ __forceinline__ void release(int i) {
         __syncwarp();
@@ -312,7 +316,7 @@ skinny(const unsigned char* codes, const unsigned char* params, const unsigned c
     };
     if (warp < WARPS) {
 #if ENGINE
-        Ring ring(keep_address(shared_address(stages)), ring_barriers, warp);
+        Ring ring(keep_address(shared_address(stages)), ring_barriers);
 #endif
         const u32 staged_address = keep_address(shared_address(staged_x));
         const u32 my_sums = keep_address(shared_address(sums_of_warps + warp * COLUMNS * LANES + lane));
@@ -346,7 +350,7 @@ skinny(const unsigned char* codes, const unsigned char* params, const unsigned c
 #endif
             wait_for_staged();
 
-            Products products(staged_address, row_bytes, tokens, count, lane);
+            Products products(Ring::place(shared_address(stages), warp), staged_address, row_bytes, tokens, count, lane);
             for (int turn = 0; turn < walk.turns; ++turn, ++done) {
                 const Layout::Rows rows_after = Layout::rows(weight, min(walk.strip(turn + 1), strips - 1), lane);
                 products.clear();
@@ -392,7 +396,7 @@ skinny(const unsigned char* codes, const unsigned char* params, const unsigned c
 #if ENGINE
     if (warp == COPIER) {
         if (lane == 0) {
-            Ring ring(shared_address(stages), ring_barriers, 0);
+            Ring ring(shared_address(stages), ring_barriers);
             for (int chunk = 0; chunk < chunks; ++chunk) ring.copy(walk);
         }
         __syncwarp();

@@ -19,7 +19,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from tenpak.cuda import wide
-from tenpak.cuda.layouts import TILE_COLS, TILE_ROWS
+from tenpak.cuda.layouts import LAYOUTS, TILE_COLS, TILE_ROWS
 from tenpak.decoder.kv import RECENT, TILE
 
 #: Bytes that two tiles take in shared memory: codes and parameters (STAGE_BYTES of cuda/layouts.cuh).
@@ -35,8 +35,10 @@ STAGE_BYTES = {
     "int8_sym": 2048,
 }
 
-#: Layouts with products in integers, and for how many tokens (cuda/integers.cuh).
-INTEGER = {"int4_lut16": 2}
+#: Weights that share parameters; 0: a row's (SIZE of cuda/layouts.cuh).
+GROUP_SIZE = {name: layout.group for name, layout in LAYOUTS.items()}
+#: The most tokens that are multiplied in integers (cuda/integers.cuh).
+MOST_INTEGER = {name: {8: 1, 16: 2}.get(group, 4) for name, group in GROUP_SIZE.items()}
 #: Tokens from which `wide` is faster than what is for fewer.
 WIDE_FROM = 17
 #: Weights from which more tiles in flight pay for the shared memory they take.
@@ -135,79 +137,127 @@ def dense_from(hopper: bool, in_boxes: bool) -> int:
     return (8192 if in_boxes else 512) if hopper else 64
 
 
-def _skinny(
-    device: Device, layout: str, n: int, k: int, m: int, batch: int, bf16: bool, grouped: bool, fused: Fused
-) -> Plan:
-    """`m` is the number of tokens a matrix, or, grouped, of all experts together."""
+@dataclass(frozen=True)
+class Form:
+    """Macros of cuda/skinny.cu: warps of a block that multiply, their steps in flight, and a multiprocessor's blocks.
+
+    `cluster`: the blocks over which K goes.
+    """
+
+    warps: int
+    depth: int
+    blocks: int
+    cluster: int = 1
+
+
+def _forms(device: Device, layout: str, n: int, k: int, m: int, integer: int, slices: int) -> list[Form]:
+    """What `skinny_plans` tries, the best first, as measured."""
+    stage = STAGE_BYTES[layout]
+    depth = 3 if n * k >= LARGE and stage <= 1280 else 2
+    return [Form(8, depth, 2), Form(16, 2, 1), Form(8, depth, 1)]
+
+
+#: Strips of a cluster's block whose sums wait for it (MAILS of cuda/skinny.cu).
+MAILS = 4
+#: Tiles that a slice of K is a multiple of: a super-scale's of `int4_lut16`.
+SLICE_TILES = 4
+
+
+def x_row_bytes(layout: str, tokens: int, tiles: int) -> int:
+    """Shared memory of a token's `tiles` of 64 columns (row_bytes of cuda/halves.cuh and cuda/integers.cuh).
+
+    `tokens` multiplied in integers at a time, or 0.
+    """
+    if not tokens:
+        return 2 * TILE_COLS * tiles + 64
+    group = GROUP_SIZE[layout]
+    whole = group in (0, 128)
+    splits = 1 if whole or group == 64 else 2 if group == 32 and tokens == 1 else 4 // tokens
+    sets = 2 if not whole and TILE_COLS // splits > group else 1
+    unit = 2 * TILE_COLS if whole else TILE_COLS // (splits * sets)
+    blocks = divide_up(tiles, 2)
+    return divide_up(blocks * (4 * TILE_COLS + 4 + 2 * TILE_COLS // unit * 4), 128) * 128 + 32
+
+
+def skinny_plans(
+    device: Device,
+    layout: str,
+    n: int,
+    k: int,
+    m: int,
+    batch: int = 1,
+    bf16: bool = False,
+    grouped: bool = False,
+    fused: Fused = PLAIN,
+) -> list[Plan]:
+    """Configurations of `skinny` for a product, the one to take first.
+
+    `m` is the number of tokens a matrix, or, grouped, of all experts together.
+    """
     strips, tiles, stage = divide_up(n, TILE_ROWS), divide_up(k, TILE_COLS), STAGE_BYTES[layout]
     average = divide_up(m, batch) if grouped else m
     columns = next((c for c in (1, 2, 4) if average <= 8 * c), 8)
     # Tokens that are multiplied in integers; not experts', of which one may have many.
-    integer = m if m <= INTEGER.get(layout, 0) and not grouped else 0
+    integer = next(t for t in (1, 2, 4) if m <= t) if m <= MOST_INTEGER[layout] and not grouped else 0
     chunk = integer or 8 * columns
     at_once = min(chunk, m)
-    depth = 3 if n * k >= LARGE and stage <= 1280 and not integer else 2
-
     # Strips whose sums a block adds at a time, each by a warp (BUFFERS of cuda/skinny.cu).
     buffers = 2 if columns <= 2 else 1
-
-    def shared(warps: int, depth: int, slice_tiles: int) -> int:
-        # A row of x, padded (row_bytes of cuda/halves.cuh and, with its scales, of cuda/integers.cuh).
-        row = slice_tiles * TILE_COLS * 2 + (2 * slice_tiles + 160 if integer else 64)
-        x = at_once * row
-        return buffers * warps * columns * 512 + warps * depth * stage + x
 
     # K goes over several blocks where there are too few rows for all multiprocessors, or x is too large for one.
     slices = 1
     if strips * batch <= device.multiprocessors:
         slices = max(1, min(2 * device.multiprocessors // (strips * batch), tiles // 16))
-    # (warps of a block, steps in flight, a multiprocessor's blocks), the best first, as measured.
-    choices = [(8, depth, 2), (16, 2, 1), (8, depth, 1)]
-    if integer * tiles > 128:
-        choices.insert(0, (16, 2, 1))
-    elif m > 2 and slices == 1 and n * k < LARGE and layout not in INTEGER:
-        choices[:0] = [(12, 3, 1), (12, 2, 1)]
+
+    def plan(form: Form, slices: int) -> Plan | None:
+        parts = form.cluster if form.cluster > 1 else slices
+        slice_tiles = divide_up(divide_up(tiles, parts), SLICE_TILES) * SLICE_TILES
+        shared = buffers * form.warps * columns * 512 + form.warps * form.depth * stage
+        shared += at_once * x_row_bytes(layout, integer, slice_tiles)
+        if form.cluster > 1:
+            shared += MAILS * form.cluster * columns * 512
+        if shared > device.shared or form.blocks * (shared + RESERVED) > device.shared_all:
+            return None
+        slices = 1 if form.cluster > 1 else divide_up(tiles, slice_tiles)
+        per_matrix = max(1, device.multiprocessors * form.blocks // (slices * batch * form.cluster))
+        defines = {
+            "LAYOUT": layout,
+            "BF16": int(bf16),
+            "WARPS": form.warps,
+            "DEPTH": form.depth,
+            "COLUMNS": columns,
+            "BLOCKS": form.blocks,
+            "INTEGER": integer,
+            "ENGINE": int(device.hopper),
+            "CLUSTER": form.cluster,
+            **fused.defines,
+        }
+        if fused.norm != "none":
+            # Each thread's part of a row, in fours (cuda/normed.cuh).
+            defines["EACH"] = divide_up(tiles * TILE_COLS, 4 * 32 * form.warps)
+        # Slots of partial sums: one for each chunk of tokens of each matrix.
+        slots = (m // chunk + batch if grouped else batch * divide_up(m, chunk) + batch) if slices > 1 else 0
+        # Those that multiply, that add, that finish what a cluster has added, and that ask for copies.
+        warps = form.warps + buffers + (form.cluster > 1) + device.hopper
+        int32 = np.int32
+        return Plan(
+            "skinny.cu",
+            "skinny",
+            defines,
+            (min(strips, per_matrix) * form.cluster, slices, batch),
+            (32 * warps,),
+            shared,
+            (int32(m), int32(n), int32(k), int32(tiles), int32(divide_up(k, 256)), int32(slice_tiles)),
+            slots * slices * strips * columns * 512,
+            slots * strips,
+        )
+
+    forms = _forms(device, layout, n, k, m, integer, slices)
     while True:
-        slice_tiles = divide_up(divide_up(tiles, slices), 2) * 2
-        bytes_ = [shared(warps, depth, slice_tiles) for warps, depth, _ in choices]
-        fits = [
-            i
-            for i, (_, _, blocks) in enumerate(choices)
-            if bytes_[i] <= device.shared and blocks * (bytes_[i] + RESERVED) <= device.shared_all
-        ]
-        if fits:
-            break
+        found = [made for form in forms if (made := plan(form, slices)) is not None]
+        if found:
+            return found
         slices += 1
-    warps, depth, blocks = choices[fits[0]]
-    slices = divide_up(tiles, slice_tiles)
-    per_matrix = max(1, device.multiprocessors * blocks // (slices * batch))
-    defines = {
-        "LAYOUT": layout,
-        "BF16": int(bf16),
-        "WARPS": warps,
-        "DEPTH": depth,
-        "COLUMNS": columns,
-        "BLOCKS": blocks,
-        "INTEGER": integer,
-        **fused.defines,
-    }
-    if fused.norm != "none":
-        # Each thread's part of a row, in fours (cuda/normed.cuh).
-        defines["EACH"] = divide_up(tiles * TILE_COLS, 4 * 32 * warps)
-    # Slots of partial sums: one for each chunk of tokens of each matrix.
-    slots = (m // chunk + batch if grouped else batch * divide_up(m, chunk) + batch) if slices > 1 else 0
-    int32 = np.int32
-    return Plan(
-        "skinny.cu",
-        "skinny",
-        defines,
-        (min(strips, per_matrix), slices, batch),
-        (32 * (warps + buffers),),
-        bytes_[fits[0]],
-        (int32(m), int32(n), int32(k), int32(tiles), int32(divide_up(k, 256)), int32(slice_tiles)),
-        slots * slices * strips * columns * 512,
-        slots * strips,
-    )
 
 
 def _prefill(device: Device, layout: str, n: int, k: int, m: int, batch: int, bf16: bool) -> Plan:
@@ -297,7 +347,7 @@ def choose(
         fits = m <= FEW or (m <= 16 and 32 * k <= 160 << 10 and n * k < LARGE)
         if not fits:
             return _prefill(device, layout, n, k, m, batch, bf16)
-    return _skinny(device, layout, n, k, m, batch, bf16, grouped, fused)
+    return skinny_plans(device, layout, n, k, m, batch, bf16, grouped, fused)[0]
 
 
 #: Head sizes that the kernels are tested with.
