@@ -27,12 +27,12 @@ __device__ __forceinline__ void multiply(float (&d)[4], const u32 (&a)[4], u32 b
 struct Products {
     // A lane's registers for two tiles.
     struct Pair {
-        Layout::Tile tiles[STAGE_TILES];
+        Layout::Tile tiles[STRIPS][STAGE_TILES];
     };
 
     PairAt at;
     u32 x[COLUMNS];  // this lane's tokens, from its first columns on
-    float sums[CHAINS][COLUMNS][4];
+    float sums[STRIPS][CHAINS][COLUMNS][4];
 
     // A row of x in shared memory is longer by 64 bytes: eight lanes that read two rows then meet all 32 banks.
     static __device__ __forceinline__ int row_bytes(int tiles) { return tiles * TILE_COLS * 2 + 64; }
@@ -97,52 +97,62 @@ struct Products {
 
     __device__ __forceinline__ void clear() {
 #pragma unroll
-        for (int chain = 0; chain < CHAINS; ++chain)
+        for (int s = 0; s < STRIPS; ++s)
 #pragma unroll
-            for (int column = 0; column < COLUMNS; ++column)
+            for (int chain = 0; chain < CHAINS; ++chain)
 #pragma unroll
-                for (int i = 0; i < 4; ++i) sums[chain][column][i] = 0.0f;
+                for (int column = 0; column < COLUMNS; ++column)
+#pragma unroll
+                    for (int i = 0; i < 4; ++i) sums[s][chain][column][i] = 0.0f;
     }
 
     // The tiles that lie so far on.
     __device__ __forceinline__ void load(Pair& pair, u32 on, int lane) const {
-        pair.tiles[0] = Layout::template tile<0>(at.codes + on, at.params + on, at.supers + on, lane);
-        pair.tiles[1] = Layout::template tile<1>(at.codes + Layout::CODE_BYTES + on, at.params + on, at.supers + on, lane);
+#pragma unroll
+        for (int s = 0; s < STRIPS; ++s, on += BLOCK_STAGE_BYTES) {
+            pair.tiles[s][0] = Layout::template tile<0>(at.codes + on, at.params + on, at.supers + on, lane);
+            pair.tiles[s][1] = Layout::template tile<1>(at.codes + Layout::CODE_BYTES + on, at.params + on, at.supers + on, lane);
+        }
     }
 
     // Half a tile times its columns of x, for all tokens.
-    template <int HALF>
-    __device__ __forceinline__ void multiply_half(const Layout::Tile& tile, const Layout::Rows& rows, int offset) {
-        u32 a[2][4];
-        fragments<HALF>(tile, rows, a);
+    template <int J, int HALF>
+    __device__ __forceinline__ void multiply_half(const Pair& pair, const Layout::Rows (&rows)[STRIPS], int offset) {
+        uint4 b[COLUMNS];
 #pragma unroll
-        for (int column = 0; column < COLUMNS; ++column) {
-            const uint4 b = read<uint4>(x[column] + offset + 64 * HALF);
-            tenpak::multiply(sums[HALF % CHAINS][column], a[0], b.x, b.y);
-            tenpak::multiply(sums[HALF % CHAINS][column], a[1], b.z, b.w);
+        for (int column = 0; column < COLUMNS; ++column) b[column] = read<uint4>(x[column] + offset + J * (TILE_COLS * 2) + 64 * HALF);
+#pragma unroll
+        for (int s = 0; s < STRIPS; ++s) {
+            u32 a[2][4];
+            fragments<HALF>(pair.tiles[s][J], rows[s], a);
+#pragma unroll
+            for (int column = 0; column < COLUMNS; ++column) {
+                tenpak::multiply(sums[s][HALF % CHAINS][column], a[0], b[column].x, b[column].y);
+                tenpak::multiply(sums[s][HALF % CHAINS][column], a[1], b[column].z, b[column].w);
+            }
         }
     }
 
     // Tiles `tile` (even) and tile + 1 of the slice's `count`.
-    __device__ __forceinline__ void multiply(const Pair& pair, const Layout::Rows& rows, int tile, int count) {
+    __device__ __forceinline__ void multiply(const Pair& pair, const Layout::Rows (&rows)[STRIPS], int tile, int count) {
         const int offset = tile * (TILE_COLS * 2);
         if (tile + 1 < count) {
-            multiply_half<0>(pair.tiles[0], rows, offset);
-            multiply_half<1>(pair.tiles[0], rows, offset);
-            multiply_half<0>(pair.tiles[1], rows, offset + TILE_COLS * 2);
-            multiply_half<1>(pair.tiles[1], rows, offset + TILE_COLS * 2);
+            multiply_half<0, 0>(pair, rows, offset);
+            multiply_half<0, 1>(pair, rows, offset);
+            multiply_half<1, 0>(pair, rows, offset);
+            multiply_half<1, 1>(pair, rows, offset);
         } else if (tile < count) {
-            multiply_half<0>(pair.tiles[0], rows, offset);
-            multiply_half<1>(pair.tiles[0], rows, offset);
+            multiply_half<0, 0>(pair, rows, offset);
+            multiply_half<0, 1>(pair, rows, offset);
         }
     }
 
-    // Rows g and g + 8 times tokens 2t and 2t + 1 of a column.
-    __device__ __forceinline__ float4 sum(int column, int) const {
-        const float(&s)[4] = sums[0][column];
+    // Rows g and g + 8 of a strip times tokens 2t and 2t + 1 of a column.
+    __device__ __forceinline__ float4 sum(int part, int) const {
+        const float(&s)[4] = sums[part / COLUMNS][0][part % COLUMNS];
         float4 total = make_float4(s[0], s[1], s[2], s[3]);
         if (CHAINS == 2) {
-            const float(&other)[4] = sums[CHAINS - 1][column];
+            const float(&other)[4] = sums[part / COLUMNS][CHAINS - 1][part % COLUMNS];
             add(total, make_float4(other[0], other[1], other[2], other[3]));
         }
         return total;

@@ -468,9 +468,9 @@ struct Products : Digits {
 #endif
 
     // Tiles `tile` (even) and tile + 1 of the slice's `count`.
-    __device__ __forceinline__ void multiply(const Pair& pair, const Layout::Rows& rows, int tile, int count) {
-        if (tile + 1 < count) multiply_pair<true>(pair, rows, tile);
-        else if (tile < count) multiply_pair<false>(pair, rows, tile);
+    __device__ __forceinline__ void multiply(const Pair& pair, const Layout::Rows (&rows)[1], int tile, int count) {
+        if (tile + 1 < count) multiply_pair<true>(pair, rows[0], tile);
+        else if (tile < count) multiply_pair<false>(pair, rows[0], tile);
     }
 
     // As of halves.cuh: rows g and g + 8 times tokens 2t and 2t + 1.

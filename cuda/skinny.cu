@@ -40,6 +40,9 @@
 #ifndef NORM
 #define NORM 0
 #endif
+#ifndef STRIPS
+#define STRIPS 1
+#endif
 #if INTEGER
 #include "integers.cuh"
 #else
@@ -61,7 +64,8 @@ constexpr int UNROLL = INTEGER || ENGINE ? 1 : DEPTH;
 constexpr int FULL = 1, EMPTY = FULL + BUFFERS, STAGED = EMPTY + BUFFERS;
 // Strips of one owner whose sums other blocks of the cluster may have sent.
 constexpr int MAILS = 4;
-constexpr int MAIL_BYTES = CLUSTER * COLUMNS * LANES * 16;
+constexpr int PARTS = STRIPS * COLUMNS;
+constexpr int MAIL_BYTES = CLUSTER * PARTS * LANES * 16;
 
 __device__ __forceinline__ void wait_at(int barrier) {
     asm volatile("bar.sync %0, %1;" :: "r"(barrier), "n"(THREADS + LANES) : "memory");
@@ -80,15 +84,15 @@ struct Walk {
     int first, every, turns;
     int first_tile, count;  // of this block's slice
     int steps;              // of a warp and strip, each two tiles
+    int strips;
 
-    __device__ __forceinline__ int strip(int turn) const { return first + turn * every; }
+    __device__ __forceinline__ int strip(int turn) const { return (first + turn * every) * STRIPS; }
 };
 
 #if ENGINE
 // The copy engine brings what all warps take in a step, DEPTH steps ahead, asked by one thread.
 constexpr int PARAMS_AT = WARPS * STAGE_TILES * Layout::CODE_BYTES;
 constexpr int SUPERS_AT = PARAMS_AT + WARPS * Layout::PAIR_BYTES;
-constexpr int BLOCK_STAGE_BYTES = WARPS * STAGE_BYTES;
 constexpr int STEP_TILES = WARPS * STAGE_TILES;
 
 struct Ring {
@@ -117,7 +121,7 @@ struct Ring {
     // How far on the tiles are that come next, once they are there.
     __device__ __forceinline__ u32 wait() const {
         barrier_wait(full + 8 * slot, phase);
-        return slot * BLOCK_STAGE_BYTES;
+        return slot * STRIPS * BLOCK_STAGE_BYTES;
     }
     // What wait() said is in registers.
     __device__ __forceinline__ void release(int lane) {
@@ -133,14 +137,19 @@ struct Ring {
             for (int step = 0; step < walk.steps; ++step) {
                 barrier_wait(empty + 8 * slot, phase ^ 1);
                 const int tile = walk.first_tile + step * STEP_TILES, here = min(STEP_TILES, walk.first_tile + walk.count - tile);
-                const u32 to = stages + slot * BLOCK_STAGE_BYTES, barrier = full + 8 * slot;
-                const ParamRun params = Layout::param_run(walk.weight, strip, tile, here);
-                const ParamRun supers = Layout::super_run(walk.weight, strip, tile, here);
-                barrier_expect(barrier, here * Layout::CODE_BYTES + params.bytes + supers.bytes);
-                copy_bulk(to, walk.weight.codes + (size_t)(u32)(strip * walk.weight.tiles + tile) * Layout::CODE_BYTES,
-                          here * Layout::CODE_BYTES, barrier);
-                if (Layout::PAIR_BYTES) copy_bulk(to + PARAMS_AT, params.from, params.bytes, barrier);
-                if (Layout::PARAM_BYTES > Layout::PAIR_BYTES) copy_bulk(to + SUPERS_AT, supers.from, supers.bytes, barrier);
+                const u32 barrier = full + 8 * slot;
+#pragma unroll
+                for (int s = 0; s < STRIPS; ++s) {
+                    const u32 to = stages + (slot * STRIPS + s) * BLOCK_STAGE_BYTES;
+                    const int from = STRIPS == 1 ? strip : min(strip + s, walk.strips - 1);
+                    const ParamRun params = Layout::param_run(walk.weight, from, tile, here);
+                    const ParamRun supers = Layout::super_run(walk.weight, from, tile, here);
+                    if (s == 0) barrier_expect(barrier, STRIPS * (here * Layout::CODE_BYTES + params.bytes + supers.bytes));
+                    copy_bulk(to, walk.weight.codes + (size_t)(u32)(from * walk.weight.tiles + tile) * Layout::CODE_BYTES,
+                              here * Layout::CODE_BYTES, barrier);
+                    if (Layout::PAIR_BYTES) copy_bulk(to + PARAMS_AT, params.from, params.bytes, barrier);
+                    if (Layout::PARAM_BYTES > Layout::PAIR_BYTES) copy_bulk(to + SUPERS_AT, supers.from, supers.bytes, barrier);
+                }
                 next();
             }
         }
@@ -279,8 +288,8 @@ skinny(const unsigned char* codes, const unsigned char* params, const unsigned c
     const Weight weight{codes + matrix * codes_step, params + matrix * params_step, row_params + matrix * row_params_step,
                         tiles, supers};
     const int first = blockIdx.x / CLUSTER, every = gridDim.x / CLUSTER;
-    const Walk walk{weight, first, every, (strips - first + every - 1) / every, first_tile, count,
-                    ((count + 2 * WARPS - 1) / (2 * WARPS) + UNROLL - 1) / UNROLL * UNROLL};
+    const Walk walk{weight, first, every, ((strips + STRIPS - 1) / STRIPS - first + every - 1) / every, first_tile, count,
+                    ((count + 2 * WARPS - 1) / (2 * WARPS) + UNROLL - 1) / UNROLL * UNROLL, strips};
     const long long begin = offsets ? offsets[matrix] : (long long)matrix * m;
     const int total = offsets ? offsets[matrix + 1] - (int)begin : m;
     if (OVERLAP) let_next_begin();
@@ -288,9 +297,9 @@ skinny(const unsigned char* codes, const unsigned char* params, const unsigned c
 
     const int row_bytes = Products::row_bytes(slice);
     float4* sums_of_warps = reinterpret_cast<float4*>(dynamic);
-    u8* mail = reinterpret_cast<u8*>(sums_of_warps + BUFFERS * WARPS * COLUMNS * LANES);
+    u8* mail = reinterpret_cast<u8*>(sums_of_warps + BUFFERS * WARPS * PARTS * LANES);
     u8* stages = mail + (CLUSTER > 1 ? MAILS * MAIL_BYTES : 0);
-    u8* staged_x = stages + WARPS * DEPTH * STAGE_BYTES;
+    u8* staged_x = stages + STRIPS * WARPS * DEPTH * STAGE_BYTES;
     Products::prepare(threadIdx.x);
 #if ENGINE || CLUSTER > 1
     // Of the ring: full, empty; of mail: full, and, for each owner, read.
@@ -311,15 +320,24 @@ skinny(const unsigned char* codes, const unsigned char* params, const unsigned c
 #endif
 
     const int chunks = (total + TOKENS - 1) / TOKENS, all_turns = chunks * walk.turns;
-    auto output = [&](int token) {
-        return Output{y + (begin + token) * (GATED ? n / 2 : n), bias ? bias + (size_t)matrix * n : nullptr, n, scale};
+    // The sums of a turn, counted over all chunks of tokens, become outputs.
+    auto finish = [&](int done, const float4 (&sums)[PARTS]) {
+        const int strip = walk.strip(done % walk.turns), token = done / walk.turns * TOKENS, tokens = min(TOKENS, total - token);
+        const Output out{y + (begin + token) * (GATED ? n / 2 : n), bias ? bias + (size_t)matrix * n : nullptr, n, scale};
+#pragma unroll
+        for (int part = 0; part < PARTS; ++part) {
+            const int here = strip + part / COLUMNS, column = part % COLUMNS * 8;
+            if (column >= tokens || here >= strips) continue;
+            const Layout::Rows rows = Layout::rows(weight, here, lane);
+            out.store(sums[part], here, column, tokens, Layout::row_scale(rows, false), Layout::row_scale(rows, true), lane);
+        }
     };
     if (warp < WARPS) {
 #if ENGINE
         Ring ring(keep_address(shared_address(stages)), ring_barriers);
 #endif
         const u32 staged_address = keep_address(shared_address(staged_x));
-        const u32 my_sums = keep_address(shared_address(sums_of_warps + warp * COLUMNS * LANES + lane));
+        const u32 my_sums = keep_address(shared_address(sums_of_warps + warp * PARTS * LANES + lane));
         int done = 0;
         for (int chunk = 0; chunk < chunks; ++chunk) {
             const int token = chunk * TOKENS, tokens = min(TOKENS, total - token);
@@ -339,7 +357,9 @@ skinny(const unsigned char* codes, const unsigned char* params, const unsigned c
             Ring ring(keep_address(shared_address(stages)), walk, warp, lane);
             ring.begin();
 #endif
-            Layout::Rows rows = Layout::rows(weight, walk.first, lane);
+            Layout::Rows rows[STRIPS];
+#pragma unroll
+            for (int s = 0; s < STRIPS; ++s) rows[s] = Layout::rows(weight, min(walk.strip(0) + s, strips - 1), lane);
             if (OVERLAP) wait_for_previous();
 #if NORM
             staging.stage(staged_x, row_bytes);
@@ -352,7 +372,9 @@ skinny(const unsigned char* codes, const unsigned char* params, const unsigned c
 
             Products products(Ring::place(shared_address(stages), warp), staged_address, row_bytes, tokens, count, lane);
             for (int turn = 0; turn < walk.turns; ++turn, ++done) {
-                const Layout::Rows rows_after = Layout::rows(weight, min(walk.strip(turn + 1), strips - 1), lane);
+                Layout::Rows rows_after[STRIPS];
+#pragma unroll
+                for (int s = 0; s < STRIPS; ++s) rows_after[s] = Layout::rows(weight, min(walk.strip(turn + 1) + s, strips - 1), lane);
                 products.clear();
                 int tile = 2 * warp;
 #pragma unroll 1
@@ -378,14 +400,15 @@ skinny(const unsigned char* codes, const unsigned char* params, const unsigned c
                 const int buffer = done % BUFFERS;
                 if (done >= BUFFERS) wait_at(EMPTY + buffer);
 #pragma unroll
-                for (int column = 0; column < COLUMNS; ++column) {
-                    const float4 sum = products.sum(column, lane);
+                for (int part = 0; part < PARTS; ++part) {
+                    const float4 sum = products.sum(part, lane);
                     asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};"
-                                 :: "r"(my_sums + (buffer * WARPS * COLUMNS + column) * (LANES * 16)),
+                                 :: "r"(my_sums + (buffer * WARPS * PARTS + part) * (LANES * 16)),
                                  "f"(sum.x), "f"(sum.y), "f"(sum.z), "f"(sum.w) : "memory");
                 }
                 arrive_at(FULL + buffer);
-                rows = rows_after;
+#pragma unroll
+                for (int s = 0; s < STRIPS; ++s) rows[s] = rows_after[s];
             }
         }
 #if CLUSTER > 1
@@ -411,61 +434,53 @@ skinny(const unsigned char* codes, const unsigned char* params, const unsigned c
     if (warp == FINISHER) {
         // Strips go round the cluster's blocks; this one finishes its own.
         for (int done = rank; done < all_turns; done += CLUSTER) {
-            const int turn = done % walk.turns, token = done / walk.turns * TOKENS, tokens = min(TOKENS, total - token);
-            const int strip = walk.strip(turn), number = done / CLUSTER, box = number % MAILS;
-            const Layout::Rows rows = Layout::rows(weight, strip, lane);
+            const int number = done / CLUSTER, box = number % MAILS;
             if (lane == 0) barrier_expect(mail_full + 8 * box, MAIL_BYTES);
             __syncwarp();
             barrier_wait_cluster(mail_full + 8 * box, number / MAILS % 2);
             const float4* from = reinterpret_cast<const float4*>(mail + box * MAIL_BYTES) + lane;
-            float4 sums[COLUMNS];
+            float4 sums[PARTS];
 #pragma unroll
-            for (int column = 0; column < COLUMNS; ++column) {
-                sums[column] = from[column * LANES];
+            for (int part = 0; part < PARTS; ++part) {
+                sums[part] = from[part * LANES];
 #pragma unroll
-                for (int other = 1; other < CLUSTER; ++other) add(sums[column], from[(other * COLUMNS + column) * LANES]);
+                for (int other = 1; other < CLUSTER; ++other) add(sums[part], from[(other * PARTS + part) * LANES]);
             }
             __syncwarp();
             // Blocks that will send no more may have ended.
             if (done + CLUSTER * MAILS < all_turns && lane < CLUSTER) arrive_there(address_in(mail_read + 8 * (rank * MAILS + box), lane));
-            const Output out = output(token);
-#pragma unroll
-            for (int column = 0; column < COLUMNS; ++column)
-                if (column * 8 < tokens)
-                    out.store(sums[column], strip, column * 8, tokens, Layout::row_scale(rows, false), Layout::row_scale(rows, true), lane);
+            finish(done, sums);
         }
         return;
     }
 #endif
     const int buffer = warp - WARPS;
     for (int done = buffer; done < all_turns; done += BUFFERS) {
-        const int turn = done % walk.turns, chunk = done / walk.turns, token = chunk * TOKENS, tokens = min(TOKENS, total - token);
-        const int strip = walk.strip(turn);
-        const Layout::Rows rows = Layout::rows(weight, strip, lane);
         wait_at(FULL + buffer);
-        float4 sums[COLUMNS];
+        float4 sums[PARTS];
 #pragma unroll
-        for (int column = 0; column < COLUMNS; ++column) {
-            const float4* from = sums_of_warps + (buffer * WARPS * COLUMNS + column) * LANES + lane;
-            sums[column] = from[0];
+        for (int part = 0; part < PARTS; ++part) {
+            const float4* from = sums_of_warps + (buffer * WARPS * PARTS + part) * LANES + lane;
+            sums[part] = from[0];
 #pragma unroll
-            for (int other = 1; other < WARPS; ++other) add(sums[column], from[other * COLUMNS * LANES]);
+            for (int other = 1; other < WARPS; ++other) add(sums[part], from[other * PARTS * LANES]);
         }
         if (done + BUFFERS < all_turns) arrive_at(EMPTY + buffer);
 #if CLUSTER > 1
         const int owner = done % CLUSTER, number = done / CLUSTER, box = number % MAILS;
         if (number >= MAILS) barrier_wait_cluster(mail_read + 8 * (owner * MAILS + box), (number / MAILS - 1) % 2);
-        const u32 to = address_in(shared_address(mail) + box * MAIL_BYTES + (rank * COLUMNS * LANES + lane) * 16, owner);
+        const u32 to = address_in(shared_address(mail) + box * MAIL_BYTES + (rank * PARTS * LANES + lane) * 16, owner);
         const u32 barrier = address_in(mail_full + 8 * box, owner);
 #pragma unroll
-        for (int column = 0; column < COLUMNS; ++column) store_there(to + column * LANES * 16, sums[column], barrier);
+        for (int part = 0; part < PARTS; ++part) store_there(to + part * LANES * 16, sums[part], barrier);
 #else
         if (slices > 1) {
-            const size_t slot = begin / TOKENS + matrix + chunk;
-            const size_t step = (size_t)strips * COLUMNS * LANES;
-            float4* all = partial + (slot * slices * strips + strip) * COLUMNS * LANES + lane;
+            const int strip = walk.strip(done % walk.turns);
+            const size_t slot = begin / TOKENS + matrix + done / walk.turns;
+            const size_t step = (size_t)strips * PARTS * LANES;
+            float4* all = partial + (slot * slices * strips + strip) * PARTS * LANES + lane;
 #pragma unroll
-            for (int column = 0; column < COLUMNS; ++column) __stcg(all + blockIdx.y * step + column * LANES, sums[column]);
+            for (int part = 0; part < PARTS; ++part) __stcg(all + blockIdx.y * step + part * LANES, sums[part]);
             __threadfence();
             __syncwarp();
             unsigned int* counter = arrived + slot * strips + strip;
@@ -474,17 +489,13 @@ skinny(const unsigned char* codes, const unsigned char* params, const unsigned c
             if (__shfl_sync(~0u, before, 0) + 1 != (u32)slices) continue;
             __threadfence();
 #pragma unroll
-            for (int column = 0; column < COLUMNS; ++column) sums[column] = __ldcg(all + column * LANES);
+            for (int part = 0; part < PARTS; ++part) sums[part] = __ldcg(all + part * LANES);
             for (int other = 1; other < slices; ++other)
 #pragma unroll
-                for (int column = 0; column < COLUMNS; ++column) add(sums[column], __ldcg(all + other * step + column * LANES));
+                for (int part = 0; part < PARTS; ++part) add(sums[part], __ldcg(all + other * step + part * LANES));
             if (lane == 0) *counter = 0;
         }
-        const Output out = output(token);
-#pragma unroll
-        for (int column = 0; column < COLUMNS; ++column)
-            if (column * 8 < tokens)
-                out.store(sums[column], strip, column * 8, tokens, Layout::row_scale(rows, false), Layout::row_scale(rows, true), lane);
+        finish(done, sums);
 #endif
     }
 }

@@ -6,6 +6,9 @@ namespace tenpak {
 
 constexpr int THREADS = WARPS * LANES;  // those that multiply
 
+// What a block's warps take of a strip in a step.
+constexpr int BLOCK_STAGE_BYTES = WARPS * STAGE_BYTES;
+
 // What a block takes of x: rows `stride` elements apart, columns first_column .. first_column + columns, zeros beyond k.
 struct XSlice {
     const u16* x;
