@@ -35,6 +35,11 @@ __device__ __forceinline__ void copy_bulk(u32 to, const u8* from, u32 bytes, u32
     asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;"
                  :: "r"(to), "l"(from), "r"(bytes), "r"(barrier), "l"(0x12f0000000000000ull) : "memory");
 }
+// What other blocks read, too.
+__device__ __forceinline__ void copy_bulk_kept(u32 to, const u8* from, u32 bytes, u32 barrier) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
+                 :: "r"(to), "l"(from), "r"(bytes), "r"(barrier) : "memory");
+}
 
 // ---- A cluster of blocks ----------------------------------------------------------------------------------------------
 

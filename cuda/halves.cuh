@@ -79,9 +79,12 @@ struct Products {
         __device__ __forceinline__ void end(u8*, int) {}
     };
 
-    // Four neighbouring values of a token, from `column` of the slice's on.
-    static __device__ __forceinline__ void put(u8* row, int columns, int column, const uint2& v, int) {
-        if ((u32)column < (u32)columns) *reinterpret_cast<uint2*>(row + 2 * column) = v;
+    // COUNT times four neighbouring values of a token, from column(j) of the slice's on.
+    template <int COUNT, class Column>
+    static __device__ __forceinline__ void put(u8* row, int columns, Column column, uint2 (&v)[COUNT], int) {
+#pragma unroll
+        for (int j = 0; j < COUNT; ++j)
+            if ((u32)column(j) < (u32)columns) *reinterpret_cast<uint2*>(row + 2 * column(j)) = v[j];
     }
 
     __device__ __forceinline__ Products(const PairAt& at, u32 staged, int row_bytes, int tokens, int, int lane) : at(at) {

@@ -82,80 +82,118 @@ struct Digits {
         return v;
     }
 
-    // One block's four columns of this lane as h and l; zeros beyond the slice.
-    static __device__ __forceinline__ void split(u8* row, int columns, int block, const uint2& v, int lane) {
-        const float values[4] = {widen((u16)v.x), widen((u16)(v.x >> 16)), widen((u16)v.y), widen((u16)(v.y >> 16))};
-        // Compared as bits, NaN is the largest: it becomes the scale and so what is summed.
-        u32 largest = 0;
+    static __device__ __forceinline__ float reciprocal(float x) {
+        float y;
+        asm("rcp.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
+        return y;
+    }
+    // Four columns of this lane, of COUNT blocks each, as h and l; zeros beyond the slice. `row(i)` is where block `block(i)`'s token
+    // is; null where there is none. Several at a time, since each alone would be all latency.
+    template <int COUNT, class Row, class Block>
+    static __device__ __forceinline__ void split(const uint2 (&v)[COUNT], int columns, Row row, Block block, int lane) {
+        float values[COUNT][4], scale[COUNT];
+        u32 largest[COUNT], high[COUNT], low[COUNT];
+        int sum[COUNT];
 #pragma unroll
-        for (int i = 0; i < 4; ++i) largest = max(largest, __float_as_uint(values[i]) & 0x7fffffff);
-        largest = __reduce_max_sync(~0u, largest);
-        const float most = __uint_as_float(largest), inverse = most > 1e-30f ? LARGEST / most : 0.0f;
-        u32 high = 0, low = 0;
-        int sum = 0;
+        for (int j = 0; j < COUNT; ++j) {
+            values[j][0] = widen((u16)v[j].x);
+            values[j][1] = widen((u16)(v[j].x >> 16));
+            values[j][2] = widen((u16)v[j].y);
+            values[j][3] = widen((u16)(v[j].y >> 16));
+            // Compared as bits, NaN is the largest: it becomes the scale and so what is summed.
+            largest[j] = 0;
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            const int q = __float2int_rn(values[i] * inverse);
-            sum += q;
-            low |= (q & 255) << (8 * i);
-            high |= ((q + 128) >> 8 & 255) << (8 * i);
+            for (int i = 0; i < 4; ++i) largest[j] = max(largest[j], __float_as_uint(values[j][i]) & 0x7fffffff);
+        }
+#pragma unroll
+        for (int j = 0; j < COUNT; ++j) largest[j] = __reduce_max_sync(~0u, largest[j]);
+#pragma unroll
+        for (int j = 0; j < COUNT; ++j) {
+            const float most = __uint_as_float(largest[j]), inverse = most > 1e-30f ? LARGEST * reciprocal(most) : 0.0f;
+            scale[j] = most * (1.0f / LARGEST);
+            high[j] = low[j] = 0;
+            sum[j] = 0;
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                const int q = __float2int_rn(values[j][i] * inverse);
+                sum[j] += q;
+                low[j] |= (q & 255) << (8 * i);
+                high[j] |= ((q + 128) >> 8 & 255) << (8 * i);
+            }
         }
         if (PAIRED) {
-            const u32 other_high = __shfl_xor_sync(~0u, high, 1), other_low = __shfl_xor_sync(~0u, low, 1);
-            high = lane % 2 ? permute(other_high, high, 0x7362) : permute(high, other_high, 0x5140);
-            low = lane % 2 ? permute(other_low, low, 0x7362) : permute(low, other_low, 0x5140);
+#pragma unroll
+            for (int j = 0; j < COUNT; ++j) {
+                const u32 other_high = __shfl_xor_sync(~0u, high[j], 1), other_low = __shfl_xor_sync(~0u, low[j], 1);
+                high[j] = lane % 2 ? permute(other_high, high[j], 0x7362) : permute(high[j], other_high, 0x5140);
+                low[j] = lane % 2 ? permute(other_low, low[j], 0x7362) : permute(low[j], other_low, 0x5140);
+            }
         }
-        const int column = lane * 4 % TILE_COLS;
-        u8* to = row + block * (2 * BLOCK_COLS) + lane / 16 * (2 * TILE_COLS) + column % 32 / 8 * 16 + column / 32 * 8 + column % 8;
-        *reinterpret_cast<u32*>(to) = high;
-        *reinterpret_cast<u32*>(to + TILE_COLS) = low;
-        if (lane == 0) *reinterpret_cast<float*>(row + scales_at(columns) + 4 * block) = most * (1.0f / LARGEST);
 #ifndef LUT16_TABLES
 #pragma unroll
-        for (int lanes = 1; lanes < UNIT / 4; lanes *= 2) sum += __shfl_xor_sync(~0u, sum, lanes);
-        if (lane % (UNIT / 4) == 0)
-            *reinterpret_cast<float*>(row + units_at(columns) + (block * (BLOCK_COLS / UNIT) + lane / (UNIT / 4)) * 4) = (float)sum;
+        for (int lanes = 1; lanes < UNIT / 4; lanes *= 2)
+#pragma unroll
+            for (int j = 0; j < COUNT; ++j) sum[j] += __shfl_xor_sync(~0u, sum[j], lanes);
 #endif
+        const int column = lane * 4 % TILE_COLS;
+        const int place = lane / 16 * (2 * TILE_COLS) + column % 32 / 8 * 16 + column / 32 * 8 + column % 8;
+#pragma unroll
+        for (int j = 0; j < COUNT; ++j) {
+            u8* const to = row(j);
+            if (!to) continue;
+            const int b = block(j);
+            *reinterpret_cast<u32*>(to + b * (2 * BLOCK_COLS) + place) = high[j];
+            *reinterpret_cast<u32*>(to + b * (2 * BLOCK_COLS) + place + TILE_COLS) = low[j];
+            if (lane == 0) *reinterpret_cast<float*>(to + scales_at(columns) + 4 * b) = scale[j];
+#ifndef LUT16_TABLES
+            if (lane % (UNIT / 4) == 0)
+                *reinterpret_cast<float*>(to + units_at(columns) + (b * (BLOCK_COLS / UNIT) + lane / (UNIT / 4)) * 4) = (float)sum[j];
+#endif
+        }
     }
 
     // x to shared memory. The first loads go out before the copies of weights and are made use of after those.
     struct Staging {
         XSlice from;
         bool vectors;
-        int warp, lane;
+        int warp, lane, count, items;  // blocks of a token, and of all
         uint2 values[AT_ONCE];
 
         __device__ __forceinline__ explicit Staging(const XSlice& from)
-            : from(from), vectors(from.aligned(8)), warp(threadIdx.x / LANES), lane(threadIdx.x % LANES) {}
-        __device__ __forceinline__ void load_from(int token, int first) {
+            : from(from), vectors(from.aligned(8)), warp(threadIdx.x / LANES), lane(threadIdx.x % LANES), count(blocks(from.columns)),
+              items(from.tokens * count) {}
+        __device__ __forceinline__ void load_from(uint2 (&to)[AT_ONCE], int first) const {
 #pragma unroll
-            for (int i = 0; i < AT_ONCE; ++i)
-                values[i] = load(from, from.x + token * from.stride, (first + i * WARPS) * BLOCK_COLS + lane * 4, vectors);
+            for (int i = 0; i < AT_ONCE; ++i) {
+                const int item = first + i * WARPS, token = TOKENS == 1 ? 0 : item / count;
+                to[i] = make_uint2(0, 0);
+                if (item < items) to[i] = load(from, from.x + token * from.stride, (item - token * count) * BLOCK_COLS + lane * 4, vectors);
+            }
         }
-        __device__ __forceinline__ void begin(u8*, int) { load_from(0, warp); }
+        __device__ __forceinline__ void begin(u8*, int) { load_from(values, warp); }
         __device__ __forceinline__ void end(u8* to, int row_bytes) {
-            const int count = blocks(from.columns);
-            int token = 0, first = warp;
 #pragma unroll 1
-            while (true) {
+            for (int first = warp; first < items; first += AT_ONCE * WARPS) {
+                uint2 next[AT_ONCE];
+                load_from(next, first + AT_ONCE * WARPS);
+                auto token = [&](int i) { return TOKENS == 1 ? 0 : (first + i * WARPS) / count; };
+                split(values, from.columns, [&](int i) { return first + i * WARPS < items ? to + token(i) * row_bytes : nullptr; },
+                      [&](int i) { return first + i * WARPS - token(i) * count; }, lane);
 #pragma unroll
-                for (int i = 0; i < AT_ONCE; ++i)
-                    if (first + i * WARPS < count) split(to + token * row_bytes, from.columns, first + i * WARPS, values[i], lane);
-                first += AT_ONCE * WARPS;
-                if (first >= count) {
-                    first = warp;
-                    if (++token == from.tokens) break;
-                }
-                load_from(token, first);
+                for (int i = 0; i < AT_ONCE; ++i) values[i] = next[i];
             }
         }
     };
 
     // As of halves.cuh; the lanes of a warp have a block's columns in order.
-    static __device__ __forceinline__ void put(u8* row, int columns, int column, const uint2& v, int lane) {
-        const int block = column >> 7;
+    template <int COUNT, class Column>
+    static __device__ __forceinline__ void put(u8* row, int columns, Column column, uint2 (&v)[COUNT], int lane) {
         static_assert(BLOCK_COLS == 128, "of 2^7");
-        if (block >= 0 && block * BLOCK_COLS < columns) split(row, columns, block, column < columns ? v : make_uint2(0, 0), lane);
+#pragma unroll
+        for (int j = 0; j < COUNT; ++j)
+            if (column(j) >= columns) v[j] = make_uint2(0, 0);
+        split(v, columns, [&](int j) { return column(j) >= 0 && (column(j) & ~127) < columns ? row : nullptr; },
+              [&](int j) { return column(j) >> 7; }, lane);
     }
 };
 
@@ -358,35 +396,22 @@ struct Products : Digits {
     static __device__ __forceinline__ int scale(u32 params) {
         return (int)(params << (26 - 8 * BYTE)) >> 26;
     }
-    // Half tables in shared memory, filled once by each block: those of table t lie at 64 t.
-    static __device__ __forceinline__ u32* half_tables() {
-        __shared__ uint4 words[16];
-        return reinterpret_cast<u32*>(words);
-    }
-    static __device__ __forceinline__ void prepare(int thread) {
-        if (thread < 16) half_tables()[thread / 4 * 16 + thread % 4] = Lut16::half_table(thread, Lut16::SUM);
-    }
-    u32 tables_at = keep_address(shared_address(half_tables()));
-#ifdef UPPER_BY
-    u32 to_high = keep_address(0x10000);
-    __device__ __forceinline__ u32 upper(u32 codes) const { return UPPER_BY == 1 ? __umulhi(codes, to_high) : (u32)(((u64)codes * to_high) >> 32); }
-#else
-    __device__ __forceinline__ u32 upper(u32 codes) const { return codes >> 16; }
-#endif
+    static __device__ __forceinline__ void prepare(int thread) { Lut16::prepare(thread, Lut16::SUM); }
+    u32 tables_at = keep_address(shared_address(Lut16::half_tables()));
 
     template <int WORD>
     __device__ __forceinline__ void look_up(const uint4& words, u32 places, u32 (&one)[2], u32 (&other)[2]) const {
         const uint4 table = read<uint4>(tables_at + (WORD == 3 ? places >> 24 : permute(places, 0, 0x4440 + WORD)));
         const u32 codes = FourBit::word(words, WORD), turned = codes ^ 0x88888888;
         one[0] = permute(table.x, table.y, codes);
-        one[1] = permute(table.x, table.y, upper(codes));
+        one[1] = permute(table.x, table.y, codes >> 16);
         other[0] = permute(table.z, table.w, turned);
-        other[1] = permute(table.z, table.w, upper(turned));
+        other[1] = permute(table.z, table.w, turned >> 16);
     }
     // The sum of what both half tables give is the entry: both go through the tensor cores.
     template <int J>
     __device__ __forceinline__ void multiply_tile(const Pair& pair, int (&block)[4]) {
-        const u32 places = pair.held[J].tables & 0xc0c0c0c0;
+        const u32 places = pair.held[J].tables >> 2 & 0x30303030;
         u32 one[4][2], other[4][2];
         look_up<0>(pair.codes[J][0], places, one[0], other[0]);
         look_up<1>(pair.codes[J][0], places, one[1], other[1]);

@@ -67,13 +67,19 @@ struct NormedStaging {
                 if (column(j) < from.k) sum += x[j].x * x[j].x + x[j].y * x[j].y + x[j].z * x[j].z + x[j].w * x[j].w;
             }
             const float factor = 1.0f / sqrtf(sum_of_threads(sum, parts) / from.k + eps);
+            constexpr int AT_ONCE = EACH < 4 ? EACH : 4;
 #pragma unroll
-            for (int j = 0; j < EACH; ++j) {
-                const float4 f = factors[j], t = terms[j];
-                const u32 low = narrow(x[j].x * factor * f.x + t.x) | (u32)narrow(x[j].y * factor * f.y + t.y) << 16;
-                const u32 high = narrow(x[j].z * factor * f.z + t.z) | (u32)narrow(x[j].w * factor * f.w + t.w) << 16;
-                Products::put(to + token * row_bytes, from.columns, column(j) - from.first_column, make_uint2(low, high),
-                              threadIdx.x % LANES);
+            for (int first = 0; first < EACH; first += AT_ONCE) {
+                uint2 values[AT_ONCE];
+#pragma unroll
+                for (int i = 0; i < AT_ONCE; ++i) {
+                    const int j = min(first + i, EACH - 1);
+                    const float4 f = factors[j], t = terms[j];
+                    values[i].x = narrow(x[j].x * factor * f.x + t.x) | (u32)narrow(x[j].y * factor * f.y + t.y) << 16;
+                    values[i].y = narrow(x[j].z * factor * f.z + t.z) | (u32)narrow(x[j].w * factor * f.w + t.w) << 16;
+                }
+                Products::put(to + token * row_bytes, from.columns, [&](int i) { return column(min(first + i, EACH - 1)) - from.first_column; },
+                              values, threadIdx.x % LANES);
             }
         }
     }

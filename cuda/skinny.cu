@@ -55,13 +55,18 @@
 namespace tenpak {
 
 // Strips whose sums are in shared memory at a time, each with a warp that adds them.
-constexpr int BUFFERS = COLUMNS <= 2 ? 2 : 1;
+#ifndef BUFFERS_OF
+#define BUFFERS_OF (COLUMNS <= 2 ? 2 : 1)
+#endif
+constexpr int BUFFERS = BUFFERS_OF;
 // Warps: those that multiply, those that add, one that finishes what the cluster has added, one that copies.
 constexpr int FINISHER = WARPS + BUFFERS, COPIER = FINISHER + (CLUSTER > 1), ALL_WARPS = COPIER + (ENGINE > 0);
 // Steps at a time. Long steps are not unrolled: a launch is so short that fetching instructions is part of its time.
 constexpr int UNROLL = INTEGER || ENGINE ? 1 : DEPTH;
 // Barriers: a buffer has been written, or read; x is staged.
-constexpr int FULL = 1, EMPTY = FULL + BUFFERS, STAGED = EMPTY + BUFFERS;
+constexpr int FULL = 1, EMPTY = FULL + BUFFERS, STAGED = EMPTY + BUFFERS, ASKED = STAGED + 1;
+// Steps of x that the copy engine may bring one by one.
+constexpr int X_STEPS = ENGINE && !INTEGER && !NORM ? 32 : 0;
 // Strips of one owner whose sums other blocks of the cluster may have sent.
 constexpr int MAILS = 4;
 constexpr int PARTS = STRIPS * COLUMNS;
@@ -129,30 +134,33 @@ struct Ring {
         if (lane == 0) barrier_arrive(empty + 8 * slot);
         next();
     }
-    // All copies of a walk, by one thread.
-    __device__ __forceinline__ void copy(const Walk& walk) {
-        for (int turn = 0; turn < walk.turns; ++turn) {
-            const int strip = walk.strip(turn);
-#pragma unroll 1
-            for (int step = 0; step < walk.steps; ++step) {
-                barrier_wait(empty + 8 * slot, phase ^ 1);
-                const int tile = walk.first_tile + step * STEP_TILES, here = min(STEP_TILES, walk.first_tile + walk.count - tile);
-                const u32 barrier = full + 8 * slot;
+    // One step's weights, once its stage is empty; by one thread.
+    __device__ __forceinline__ void copy(const Walk& walk, int turn, int step) {
+        barrier_wait(empty + 8 * slot, phase ^ 1);
+        const int tile = walk.first_tile + step * STEP_TILES, here = min(STEP_TILES, walk.first_tile + walk.count - tile);
+        const u32 barrier = full + 8 * slot;
 #pragma unroll
-                for (int s = 0; s < STRIPS; ++s) {
-                    const u32 to = stages + (slot * STRIPS + s) * BLOCK_STAGE_BYTES;
-                    const int from = STRIPS == 1 ? strip : min(strip + s, walk.strips - 1);
-                    const ParamRun params = Layout::param_run(walk.weight, from, tile, here);
-                    const ParamRun supers = Layout::super_run(walk.weight, from, tile, here);
-                    if (s == 0) barrier_expect(barrier, STRIPS * (here * Layout::CODE_BYTES + params.bytes + supers.bytes));
-                    copy_bulk(to, walk.weight.codes + (size_t)(u32)(from * walk.weight.tiles + tile) * Layout::CODE_BYTES,
-                              here * Layout::CODE_BYTES, barrier);
-                    if (Layout::PAIR_BYTES) copy_bulk(to + PARAMS_AT, params.from, params.bytes, barrier);
-                    if (Layout::PARAM_BYTES > Layout::PAIR_BYTES) copy_bulk(to + SUPERS_AT, supers.from, supers.bytes, barrier);
-                }
-                next();
-            }
+        for (int s = 0; s < STRIPS; ++s) {
+            const u32 to = stages + (slot * STRIPS + s) * BLOCK_STAGE_BYTES;
+            const int strip = min(walk.strip(turn) + s, walk.strips - 1);
+            const ParamRun params = Layout::param_run(walk.weight, strip, tile, here);
+            const ParamRun supers = Layout::super_run(walk.weight, strip, tile, here);
+            if (s == 0) barrier_expect(barrier, STRIPS * (here * Layout::CODE_BYTES + params.bytes + supers.bytes));
+            copy_bulk(to, walk.weight.codes + (size_t)(u32)(strip * walk.weight.tiles + tile) * Layout::CODE_BYTES,
+                      here * Layout::CODE_BYTES, barrier);
+            if (Layout::PAIR_BYTES) copy_bulk(to + PARAMS_AT, params.from, params.bytes, barrier);
+            if (Layout::PARAM_BYTES > Layout::PAIR_BYTES) copy_bulk(to + SUPERS_AT, supers.from, supers.bytes, barrier);
         }
+        next();
+    }
+    // One step's columns of x.
+    static __device__ __forceinline__ void copy_x(const XSlice& from, u32 to, int row_bytes, int step, u32 barrier) {
+        constexpr int MOST = STEP_TILES * TILE_COLS;
+        const int column = step * MOST, columns = min(MOST, from.columns - column);
+        barrier_expect(barrier, from.tokens * columns * 2);
+        for (int token = 0; token < from.tokens; ++token)
+            copy_bulk_kept(to + token * row_bytes + column * 2,
+                           reinterpret_cast<const u8*>(from.x + token * from.stride + from.first_column + column), columns * 2, barrier);
     }
 };
 #else
@@ -302,17 +310,18 @@ skinny(const unsigned char* codes, const unsigned char* params, const unsigned c
     u8* staged_x = stages + STRIPS * WARPS * DEPTH * STAGE_BYTES;
     Products::prepare(threadIdx.x);
 #if ENGINE || CLUSTER > 1
-    // Of the ring: full, empty; of mail: full, and, for each owner, read.
-    __shared__ u64 barriers[2 * DEPTH + MAILS + CLUSTER * MAILS];
+    // Of the ring: full, empty; of mail: full, and, for each owner, read; of steps of x, and that x has been read.
+    __shared__ u64 barriers[2 * DEPTH + MAILS + CLUSTER * MAILS + X_STEPS + 1];
     const u32 ring_barriers = keep_address(shared_address(barriers));
     if (threadIdx.x == 0) {
 #if ENGINE
         Ring::init(ring_barriers);
 #endif
-        for (int i = 0; i < MAILS + CLUSTER * MAILS; ++i) barrier_init(ring_barriers + 8 * (2 * DEPTH + i), 1);
+        for (int i = 0; i < MAILS + CLUSTER * MAILS + X_STEPS; ++i) barrier_init(ring_barriers + 8 * (2 * DEPTH + i), 1);
+        barrier_init(ring_barriers + 8 * (2 * DEPTH + MAILS + CLUSTER * MAILS + X_STEPS), WARPS);
         barriers_ready();
     }
-    const u32 mail_full = ring_barriers + 8 * 2 * DEPTH, mail_read = mail_full + 8 * MAILS;
+    const u32 mail_full = ring_barriers + 8 * 2 * DEPTH, mail_read = mail_full + 8 * MAILS, x_full = mail_read + 8 * CLUSTER * MAILS;
     __syncthreads();
 #endif
 #if CLUSTER > 1
@@ -320,6 +329,12 @@ skinny(const unsigned char* codes, const unsigned char* params, const unsigned c
 #endif
 
     const int chunks = (total + TOKENS - 1) / TOKENS, all_turns = chunks * walk.turns;
+    auto slice_of_x = [&](int chunk) {
+        const int token = chunk * TOKENS;
+        return XSlice{x + (begin + token) * x_stride, x_stride, min(TOKENS, total - token), k, first_tile * TILE_COLS, count * TILE_COLS};
+    };
+    // Whether the copy engine brings x, too: where a row of it is what its tiles hold.
+    const bool x_by_engine = X_STEPS && walk.steps <= X_STEPS && k % TILE_COLS == 0 && slice_of_x(0).aligned(16);
     // The sums of a turn, counted over all chunks of tokens, become outputs.
     auto finish = [&](int done, const float4 (&sums)[PARTS]) {
         const int strip = walk.strip(done % walk.turns), token = done / walk.turns * TOKENS, tokens = min(TOKENS, total - token);
@@ -340,17 +355,17 @@ skinny(const unsigned char* codes, const unsigned char* params, const unsigned c
         const u32 my_sums = keep_address(shared_address(sums_of_warps + warp * PARTS * LANES + lane));
         int done = 0;
         for (int chunk = 0; chunk < chunks; ++chunk) {
-            const int token = chunk * TOKENS, tokens = min(TOKENS, total - token);
-            if (chunk) wait_for_staged();
-            const XSlice slice_of_x{x + (begin + token) * x_stride, x_stride, tokens, k, first_tile * TILE_COLS, count * TILE_COLS};
+            const XSlice here = slice_of_x(chunk);
+            if (chunk && !x_by_engine) wait_for_staged();
 #if NORM
-            NormedStaging<Products> staging(slice_of_x, norm_weight, norm_bias, eps);
+            NormedStaging<Products> staging(here, norm_weight, norm_bias, eps);
 #else
-            Products::Staging staging(slice_of_x);
+            Products::Staging staging(here);
             // x goes first, so that it is there first; or, where it is not written yet, the weights do.
-            if (!OVERLAP) {
+            if (!OVERLAP && !x_by_engine) {
                 staging.begin(staged_x, row_bytes);
                 commit_copies();
+                if (ENGINE && chunk == 0) arrive_at(ASKED);
             }
 #endif
 #if !ENGINE
@@ -364,13 +379,15 @@ skinny(const unsigned char* codes, const unsigned char* params, const unsigned c
 #if NORM
             staging.stage(staged_x, row_bytes);
 #else
-            if (OVERLAP) staging.begin(staged_x, row_bytes);
-            staging.end(staged_x, row_bytes);
-            if (!OVERLAP) wait_for_copies<ENGINE ? 0 : DEPTH>();
+            if (!x_by_engine) {
+                if (OVERLAP) staging.begin(staged_x, row_bytes);
+                staging.end(staged_x, row_bytes);
+                if (!OVERLAP) wait_for_copies<ENGINE ? 0 : DEPTH>();
+            }
 #endif
-            wait_for_staged();
+            if (!x_by_engine) wait_for_staged();
 
-            Products products(Ring::place(shared_address(stages), warp), staged_address, row_bytes, tokens, count, lane);
+            Products products(Ring::place(shared_address(stages), warp), staged_address, row_bytes, here.tokens, count, lane);
             for (int turn = 0; turn < walk.turns; ++turn, ++done) {
                 Layout::Rows rows_after[STRIPS];
 #pragma unroll
@@ -381,6 +398,7 @@ skinny(const unsigned char* codes, const unsigned char* params, const unsigned c
                 for (int step = 0; step < walk.steps; step += UNROLL) {
 #if ENGINE
                     Products::Pair pair;
+                    if (X_STEPS && turn == 0 && x_by_engine) barrier_wait(x_full + 8 * step, chunk % 2);
                     products.load(pair, ring.wait(), lane);
                     ring.release(lane);
                     products.multiply(pair, rows, tile, count);
@@ -410,6 +428,12 @@ skinny(const unsigned char* codes, const unsigned char* params, const unsigned c
 #pragma unroll
                 for (int s = 0; s < STRIPS; ++s) rows[s] = rows_after[s];
             }
+#if ENGINE
+            if (x_by_engine) {
+                __syncwarp();
+                if (lane == 0) barrier_arrive(x_full + 8 * X_STEPS);
+            }
+#endif
         }
 #if CLUSTER > 1
         cluster_wait();
@@ -418,9 +442,26 @@ skinny(const unsigned char* codes, const unsigned char* params, const unsigned c
     }
 #if ENGINE
     if (warp == COPIER) {
+        if (!OVERLAP && !NORM && !x_by_engine) wait_at(ASKED);
         if (lane == 0) {
-            Ring ring(shared_address(stages), ring_barriers);
-            for (int chunk = 0; chunk < chunks; ++chunk) ring.copy(walk);
+            Ring ring(keep_address(shared_address(stages)), ring_barriers);
+            const u32 to = keep_address(shared_address(staged_x));
+            for (int chunk = 0; chunk < chunks; ++chunk) {
+                const XSlice here = slice_of_x(chunk);
+                int first = 0;
+                if (x_by_engine && chunk) barrier_wait(x_full + 8 * X_STEPS, (chunk - 1) % 2);
+                if (x_by_engine && OVERLAP && chunk == 0) {
+                    for (; first < min(DEPTH, walk.steps); ++first) ring.copy(walk, 0, first);
+                    wait_for_previous();
+                    for (int step = 0; step < first; ++step) Ring::copy_x(here, to, row_bytes, step, x_full + 8 * step);
+                }
+                for (int turn = 0; turn < walk.turns; ++turn, first = 0)
+#pragma unroll 1
+                    for (int step = first; step < walk.steps; ++step) {
+                        if (x_by_engine && turn == 0) Ring::copy_x(here, to, row_bytes, step, x_full + 8 * step);
+                        ring.copy(walk, turn, step);
+                    }
+            }
         }
         __syncwarp();
 #if CLUSTER > 1

@@ -152,8 +152,9 @@ class Form:
 
 def _forms(device: Device, layout: str, n: int, k: int, m: int, integer: int, slices: int) -> list[Form]:
     """What `skinny_plans` tries, the best first, as measured."""
-    stage = STAGE_BYTES[layout]
-    depth = 3 if n * k >= LARGE and stage <= 1280 else 2
+    if device.hopper:
+        return [Form(16, 4, 1), Form(16, 3, 1), Form(8, 4, 2), Form(12, 3, 1, 2), Form(8, 3, 2, 2), Form(8, 3, 1), Form(8, 2, 1)]
+    depth = 3 if n * k >= LARGE and STAGE_BYTES[layout] <= 1280 else 2
     return [Form(8, depth, 2), Form(16, 2, 1), Form(8, depth, 1)]
 
 
