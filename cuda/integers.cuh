@@ -44,8 +44,10 @@ __device__ __forceinline__ void multiply(int (&d)[4], const u32 (&a)[4], u32 b0,
 
 // ---- Activations ----------------------------------------------------------------------------------------------------
 
-// A row of x: for each tile 64 bytes of h and 64 of l, of lane t its eight columns of the first half, then of the second;
-// scales of 128 columns; and sums of units, times those.
+// A row of x: for each tile 64 bytes of h and 64 of l, of each lane t its columns in both halves; scales of 128 columns; and sums
+// of units, as multiples of those. Columns lie as the bytes of the other operand do: where codes are packed by pairs, as a mask finds
+// them, each pair P of the first half between the bytes of that of the second. Where halves are different units, tiles are
+// there twice: with zeros in place of the second half, and of the first.
 struct Digits {
     static constexpr int BLOCK_COLS = STAGE_TILES * TILE_COLS;  // columns of x that share a scale
     static constexpr float LARGEST = 32639.0f;                  // 256 * 127 + 127
@@ -53,15 +55,17 @@ struct Digits {
 #ifdef LUT16_TABLES
     static constexpr bool PAIRED = false;
 #else
-    static constexpr bool PAIRED = GROUP != 0;  // codes lie as a mask finds them: columns 0, 4, 1, 5, and 2, 6, 3, 7
+    static constexpr bool PAIRED = GROUP != 0;
 #endif
+    static constexpr int VERSIONS = PAIRED && UNIT < TILE_COLS ? 2 : 1;
+    static constexpr int TILE_BYTES = VERSIONS * 2 * TILE_COLS, BLOCK_BYTES = STAGE_TILES * TILE_BYTES;
 
     static __device__ __forceinline__ int blocks(int columns) { return (columns + BLOCK_COLS - 1) / BLOCK_COLS; }
-    static __device__ __forceinline__ int scales_at(int columns) { return blocks(columns) * (2 * BLOCK_COLS); }
+    static __device__ __forceinline__ int scales_at(int columns) { return blocks(columns) * BLOCK_BYTES; }
     static __device__ __forceinline__ int units_at(int columns) { return scales_at(columns) + blocks(columns) * 4; }
     static __device__ __forceinline__ int row_bytes(int tiles) {
         const int b = blocks(tiles * TILE_COLS);
-        return (b * (2 * BLOCK_COLS + 4 + BLOCK_COLS / UNIT * 4) + 127) / 128 * 128 + 32;
+        return (b * (BLOCK_BYTES + 4 + BLOCK_COLS / UNIT * 4) + 127) / 128 * 128 + 32;
     }
 
     // Four neighbouring values; zeros beyond k.
@@ -121,12 +125,13 @@ struct Digits {
                 high[j] |= ((q + 128) >> 8 & 255) << (8 * i);
             }
         }
-        if (PAIRED) {
+        if (PAIRED && VERSIONS == 1) {
+            // Of the lanes with the same columns of both halves the first writes their first pairs, the second the others.
 #pragma unroll
             for (int j = 0; j < COUNT; ++j) {
-                const u32 other_high = __shfl_xor_sync(~0u, high[j], 1), other_low = __shfl_xor_sync(~0u, low[j], 1);
-                high[j] = lane % 2 ? permute(other_high, high[j], 0x7362) : permute(high[j], other_high, 0x5140);
-                low[j] = lane % 2 ? permute(other_low, low[j], 0x7362) : permute(low[j], other_low, 0x5140);
+                const u32 other_high = __shfl_xor_sync(~0u, high[j], 8), other_low = __shfl_xor_sync(~0u, low[j], 8);
+                high[j] = lane / 8 % 2 ? permute(other_high, high[j], 0x7362) : permute(high[j], other_high, 0x5140);
+                low[j] = lane / 8 % 2 ? permute(other_low, low[j], 0x7362) : permute(low[j], other_low, 0x5140);
             }
         }
 #ifndef LUT16_TABLES
@@ -135,15 +140,23 @@ struct Digits {
 #pragma unroll
             for (int j = 0; j < COUNT; ++j) sum[j] += __shfl_xor_sync(~0u, sum[j], lanes);
 #endif
-        const int column = lane * 4 % TILE_COLS;
-        const int place = lane / 16 * (2 * TILE_COLS) + column % 32 / 8 * 16 + column / 32 * 8 + column % 8;
+        const int tile = lane / 16, half = lane / 8 % 2, t = lane % 8 / 2, upper = lane % 2;
+        const int place = tile * TILE_BYTES + t * 16 +
+                          (!PAIRED ? half * 8 + upper * 4 : VERSIONS == 1 ? upper * 8 + half * 4 : half * (2 * TILE_COLS) + upper * 8);
 #pragma unroll
         for (int j = 0; j < COUNT; ++j) {
             u8* const to = row(j);
             if (!to) continue;
             const int b = block(j);
-            *reinterpret_cast<u32*>(to + b * (2 * BLOCK_COLS) + place) = high[j];
-            *reinterpret_cast<u32*>(to + b * (2 * BLOCK_COLS) + place + TILE_COLS) = low[j];
+            u8* const at = to + b * BLOCK_BYTES + place;
+            if (VERSIONS == 2) {
+                const u32 first = half ? 0x1404 : 0x4140, second = half ? 0x3424 : 0x4342;
+                *reinterpret_cast<uint2*>(at) = make_uint2(permute(high[j], 0, first), permute(high[j], 0, second));
+                *reinterpret_cast<uint2*>(at + TILE_COLS) = make_uint2(permute(low[j], 0, first), permute(low[j], 0, second));
+            } else {
+                *reinterpret_cast<u32*>(at) = high[j];
+                *reinterpret_cast<u32*>(at + TILE_COLS) = low[j];
+            }
             if (lane == 0) *reinterpret_cast<float*>(to + scales_at(columns) + 4 * b) = scale[j];
 #ifndef LUT16_TABLES
             if (lane % (UNIT / 4) == 0)
@@ -200,17 +213,19 @@ struct Digits {
 // ---- Weights --------------------------------------------------------------------------------------------------------
 
 // A layout as integers has: Held, a lane's parameters of one tile (or of two, if WHOLE), read by hold<J>(held, params) from
-// offset(lane) on; operands<WORD>(codes, out), eight weights of a word; and add<ROW>(part, held, set, rows, sum, unit): what the sum of
+// offset(lane) on; operands(codes, a), those of a tile's two products; and add<ROW>(part, held, set, rows, sum, unit): what the sum of
 // products with codes and the sum of x itself make together, of row g or g + 8. (int4_lut16 has its own way of both.)
 template <class L>
 struct Integers;
 
 struct FourBitIntegers {
-    template <int WORD>
-    static __device__ __forceinline__ void operands(const uint4 (&codes)[1], u32 (&out)[2]) {
-        const u32 word = FourBit::word(codes[0], WORD);
-        out[0] = word & 0x0f0f0f0f;
-        out[1] = word >> 4 & 0x0f0f0f0f;
+    static __device__ __forceinline__ void operands(const uint4 (&codes)[1], u32 (&a)[2][4]) {
+#pragma unroll
+        for (int pair = 0; pair < 4; ++pair) {
+            const u32 word = FourBit::word(codes[0], pair);
+            a[pair / 2][pair % 2 * 2] = word & 0x0f0f0f0f;
+            a[pair / 2][pair % 2 * 2 + 1] = word >> 4 & 0x0f0f0f0f;
+        }
     }
     // `pair`: scale and offset.
     static __device__ __forceinline__ void add_pair(float& part, u32 pair, float sum, float unit) {
@@ -286,11 +301,15 @@ struct Integers<EightBit> {
     static __device__ __forceinline__ u32 offset(int) { return 0; }
     template <int J>
     static __device__ __forceinline__ void hold(Held&, u32) {}
-    template <int WORD>
-    static __device__ __forceinline__ void operands(const uint4 (&codes)[2], u32 (&out)[2]) {
-        const uint4& plane = codes[WORD / 2];
-        out[0] = WORD % 2 ? plane.z : plane.x;
-        out[1] = WORD % 2 ? plane.w : plane.y;
+    static __device__ __forceinline__ void operands(const uint4 (&codes)[2], u32 (&a)[2][4]) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const uint4& plane = codes[half];
+            a[half][0] = permute(plane.x, plane.y, 0x5410);
+            a[half][1] = permute(plane.x, plane.y, 0x7632);
+            a[half][2] = permute(plane.z, plane.w, 0x5410);
+            a[half][3] = permute(plane.z, plane.w, 0x7632);
+        }
     }
     template <int ROW>
     static __device__ __forceinline__ void add(float& part, const Held&, int, const EightBit::Rows&, float sum, float unit) {
@@ -329,8 +348,8 @@ struct Products : Digits {
     u32 x, x_scales, x_units;  // of this lane's columns of the instruction, and of the sums it gets
     PairAt at;                 // what is this lane's of a stage
     u32 tables_of;             // int4_lut16: the parameters of its words
-    u32 keep[2];               // whether x is zero for this lane, for both halves of a tile
-    u32 b[STAGE_TILES][4];     // x; zeros stay
+    u32 keep[2];               // whether this lane has x, in both halves of a tile
+    u32 b[STAGE_TILES][SETS][4];  // x; zeros stay
     float sums[2];             // rows g and g + 8
 
     __device__ __forceinline__ Products(const PairAt& stage, u32 staged, int row_bytes, int tokens, int tiles, int lane)
@@ -345,15 +364,23 @@ struct Products : Digits {
         const u32 row = staged + min(t % TOKENS, tokens - 1) * row_bytes;
         x_scales = row + scales_at(columns);
         x_units = row + units_at(columns) + t / TOKENS % SPLITS * 4;
+        if (VERSIONS == 2) {
+            constexpr int PARTS_OF_HALF = SETS == 2 ? SPLITS : SPLITS / 2;
+            if (SETS == 1) x += part / PARTS_OF_HALF * (2 * TILE_COLS);
+            keep[0] = keep[1] = t / (4 / PARTS_OF_HALF) == part % PARTS_OF_HALF;
+        } else {
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            const int column = SETS == 1 ? half * 32 + t * 8 : t * 8;
-            keep[half] = SPLITS == 1 || column / (TILE_COLS / UNITS) == part;
+            for (int half = 0; half < 2; ++half) {
+                const int column = SETS == 1 ? half * 32 + t * 8 : t * 8;
+                keep[half] = SPLITS == 1 || column / (TILE_COLS / UNITS) == part;
+            }
         }
 #pragma unroll
         for (int j = 0; j < STAGE_TILES; ++j)
 #pragma unroll
-            for (int i = 0; i < 4; ++i) b[j][i] = 0;
+            for (int set = 0; set < SETS; ++set)
+#pragma unroll
+                for (int i = 0; i < 4; ++i) b[j][set][i] = 0;
     }
 
     __device__ __forceinline__ void clear() { sums[0] = sums[1] = 0.0f; }
@@ -378,15 +405,27 @@ struct Products : Digits {
         load_tile<1>(pair, on);
     }
 
-    __device__ __forceinline__ void load_x(int j, u32 from) {
-        if constexpr (SPLITS == 1) {
-            const uint4 v = read<uint4>(from);
-            b[j][0] = v.x, b[j][1] = v.y, b[j][2] = v.z, b[j][3] = v.w;
-        } else {
+    // Of tile j of two.
+    __device__ __forceinline__ void load_x(int j, u32 tile) {
+        const u32 from = x + (tile + j) * TILE_BYTES;
+        if constexpr (SPLITS > 1 && VERSIONS == 1) {
 #pragma unroll
             for (int half = 0; half < 2; ++half)
                 asm volatile("{\n.reg .pred kept;\nsetp.ne.u32 kept, %3, 0;\n@kept ld.shared.v2.u32 {%0, %1}, [%2];\n}"
-                             : "+r"(b[j][2 * half]), "+r"(b[j][2 * half + 1]) : "r"(from + 8 * half), "r"(keep[half]) : "memory");
+                             : "+r"(b[j][0][2 * half]), "+r"(b[j][0][2 * half + 1]) : "r"(from + 8 * half), "r"(keep[half]) : "memory");
+        } else {
+#pragma unroll
+            for (int set = 0; set < SETS; ++set) {
+                u32(&v)[4] = b[j][set];
+                if constexpr (SPLITS / (VERSIONS == 2 && SETS == 1 ? 2 : 1) > 1) {
+                    asm volatile("{\n.reg .pred kept;\nsetp.ne.u32 kept, %5, 0;\n@kept ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];\n}"
+                                 : "+r"(v[0]), "+r"(v[1]), "+r"(v[2]), "+r"(v[3])
+                                 : "r"(from + set * (2 * TILE_COLS)), "r"(keep[0]) : "memory");
+                } else {
+                    const uint4 all = read<uint4>(from + set * (2 * TILE_COLS));
+                    v[0] = all.x, v[1] = all.y, v[2] = all.z, v[3] = all.w;
+                }
+            }
         }
     }
 
@@ -422,8 +461,8 @@ struct Products : Digits {
         for (int half = 0; half < 2; ++half) {
             int(&s)[4] = d[half * (SETS - 1)];
             const int u = 2 * half, l = u + 1;
-            tenpak::multiply(s, {one[u][0], one[l][0], one[u][1], one[l][1]}, b[J][u], b[J][l]);
-            tenpak::multiply(s, {other[u][0], other[l][0], other[u][1], other[l][1]}, b[J][u], b[J][l]);
+            tenpak::multiply(s, {one[u][0], one[l][0], one[u][1], one[l][1]}, b[J][0][u], b[J][0][l]);
+            tenpak::multiply(s, {other[u][0], other[l][0], other[u][1], other[l][1]}, b[J][0][u], b[J][0][l]);
         }
 #pragma unroll
         for (int set = 0; set < SETS; ++set) {
@@ -436,9 +475,8 @@ struct Products : Digits {
     }
     template <bool BOTH>
     __device__ __forceinline__ void multiply_pair(const Pair& pair, const Layout::Rows&, int tile) {
-        const u32 from = x + tile * (2 * TILE_COLS);
-        load_x(0, from);
-        if (BOTH) load_x(1, from + 2 * TILE_COLS);
+        load_x(0, tile);
+        if (BOTH) load_x(1, tile);
         int block[4] = {};
         multiply_tile<0>(pair, block);
         if (BOTH) multiply_tile<1>(pair, block);
@@ -451,16 +489,12 @@ struct Products : Digits {
 
     template <int J>
     __device__ __forceinline__ void multiply_tile(const Pair& pair, int (&d)[SETS][4]) const {
-        u32 words[4][2];
-        Group::template operands<0>(pair.codes[J], words[0]);
-        Group::template operands<1>(pair.codes[J], words[1]);
-        Group::template operands<2>(pair.codes[J], words[2]);
-        Group::template operands<3>(pair.codes[J], words[3]);
+        u32 a[2][4];
+        Group::operands(pair.codes[J], a);
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            const int u = 2 * half, l = u + 1;
-            tenpak::multiply(d[half * (SETS - 1)], {words[u][0], words[l][0], words[u][1], words[l][1]}, b[J][u], b[J][l]);
-        }
+        for (int i = 0; i < 2; ++i)
+#pragma unroll
+            for (int set = 0; set < SETS; ++set) tenpak::multiply(d[set], a[i], b[J][set][2 * i], b[J][set][2 * i + 1]);
     }
     template <int J>
     __device__ __forceinline__ void add_tile(float (&part)[2], const int (&d)[SETS][4], const Pair& pair, const Layout::Rows& rows,
@@ -474,9 +508,8 @@ struct Products : Digits {
     }
     template <bool BOTH>
     __device__ __forceinline__ void multiply_pair(const Pair& pair, const Layout::Rows& rows, int tile) {
-        const u32 from = x + tile * (2 * TILE_COLS);
-        load_x(0, from);
-        if (BOTH) load_x(1, from + 2 * TILE_COLS);
+        load_x(0, tile);
+        if (BOTH) load_x(1, tile);
         int d[SETS][4] = {}, e[SETS][4] = {};
         multiply_tile<0>(pair, d);
         if (BOTH) {

@@ -16,8 +16,27 @@
 
 namespace tenpak {
 
+#ifndef PARTS
+#define PARTS 1
+#endif
+#ifndef SPLITS
+#define SPLITS 1
+#endif
+#if SPLITS > 1
+#define CLUSTER __cluster_dims__(SPLITS, 1, 1)
+#else
+#define CLUSTER
+#endif
+#ifndef LEAD
+#define LEAD 0
+#endif
+#ifndef BATCH
+#define BATCH 1
+#endif
+static_assert(GROUPS % PARTS == 0 && STEP % PARTS == 0, "groups of a part own the rows, parts the columns of a step");
 constexpr int CONSUMER_WARPS = 4 * GROUPS, PRODUCER_WARPS = 4;
-constexpr int GROUP_STRIPS = 4 * BLOCKS, STRIPS = GROUPS * GROUP_STRIPS, ROWS = STRIPS * TILE_ROWS;
+constexpr int ROW_GROUPS = GROUPS / PARTS;
+constexpr int GROUP_STRIPS = 4 * BLOCKS, STRIPS = ROW_GROUPS * GROUP_STRIPS, ROWS = STRIPS * TILE_ROWS;
 
 // A stage: STEP boxes of x, then each strip's codes, parameters and super-scales.
 constexpr int X_BYTES = TOKENS * TILE_COLS * 2;
@@ -58,6 +77,10 @@ struct Schedule {
     u32 whole;         // the next tile that is this block's alone
 
     __device__ __forceinline__ Schedule(u32 tiles, int steps) : steps(steps), tiles(tiles) {
+        if constexpr (SPLITS > 1) {
+            share = blockIdx.x;
+            return;
+        }
         const u32 rest = tiles % gridDim.x;
         shared_tiles = rest == 0 ? 0 : tiles < gridDim.x ? rest : rest + gridDim.x;
         share = gridDim.x - 1 - blockIdx.x;
@@ -77,6 +100,15 @@ struct Schedule {
         return last;
     }
     __device__ __forceinline__ bool next(Segment& segment) {
+        if constexpr (SPLITS > 1) {
+            if (share >= tiles * SPLITS) return false;
+            const int part = share % SPLITS;
+            segment.tile = share / SPLITS;
+            segment.first = steps * part / SPLITS;
+            segment.count = steps * (part + 1) / SPLITS - segment.first;
+            share += tiles * SPLITS;
+            return true;
+        }
         if (unit < end) {
             segment.tile = unit / steps;
             segment.first = (int)(unit - segment.tile * steps);
@@ -139,9 +171,9 @@ __device__ __forceinline__ void copy_step(const TensorMap& x, const Weight& w, c
         const int strip_of_stage = producer + i * PRODUCER_WARPS, strip = min(at.strip + strip_of_stage, strips - 1);
         const u32 to = stage + WEIGHTS_AT + strip_of_stage * STRIP_BYTES;
         copy_run<STEP * Layout::CODE_BYTES>(to, w.codes + (size_t)(u32)(strip * w.tiles + k) * Layout::CODE_BYTES,
-                                            count * Layout::CODE_BYTES, lane);
-        copy_run<Columns::PARAM_BYTES(STEP)>(to + PARAMS_AT, Columns::params(w, strip, k), Columns::PARAM_BYTES(count), lane);
-        copy_run<Columns::SUPER_BYTES>(to + SUPERS_AT, Columns::supers(w, strip, k), Columns::SUPER_BYTES, lane);
+                                            count * Layout::CODE_BYTES, lane, place_of(lane));
+        copy_run<Columns::PARAM_BYTES(STEP)>(to + PARAMS_AT, Columns::params(w, strip, k), Columns::PARAM_BYTES(count), lane, lane);
+        copy_run<Columns::SUPER_BYTES>(to + SUPERS_AT, Columns::supers(w, strip, k), Columns::SUPER_BYTES, lane, lane);
     }
     copies_arrive(barrier);
 }
@@ -151,13 +183,19 @@ __device__ __forceinline__ void copy_step(const TensorMap& x, const Weight& w, c
 // Sixteen columns of a tile, which are then under way with at most two before them.
 template <int QUARTER>
 __device__ __forceinline__ void multiply(float (&sums)[SUMS], const Columns::Tile& tile, const Layout::Rows& rows, u32 x, int lane) {
-    u32 a[4];
-    Columns::template operand<QUARTER>(tile, rows, lane, a);
+    u32 a[BATCH][4];
+    Columns::template operand<QUARTER * BATCH>(tile, rows, lane, a[0]);
+    if constexpr (BATCH > 1) Columns::template operand<QUARTER * BATCH + 1>(tile, rows, lane, a[1]);
+    if constexpr (BATCH > 2) {
+        Columns::template operand<2>(tile, rows, lane, a[2]);
+        Columns::template operand<3>(tile, rows, lane, a[3]);
+    }
     pin(sums);
     wgmma_fence();
-    wgmma(sums, a, x + 2 * QUARTER);
+#pragma unroll
+    for (int i = 0; i < BATCH; ++i) wgmma(sums, a[i], x + 2 * (QUARTER * BATCH + i));
     wgmma_commit();
-    wgmma_wait<3>();
+    wgmma_wait<BATCH == 1 ? 3 : 1>();
 }
 
 // A group's sums of 64 rows to y [tokens, n], by its 128 threads; `staged` is the group's own.
@@ -206,12 +244,56 @@ __device__ __forceinline__ void store(const float (&sums)[SUMS], u8* staged, u16
     }
 }
 
+// Parts of the same tile's sums, of this block's groups and its cluster's blocks: each leaves its own in shared memory, and
+// each block adds those of some tokens. `sums` are scaled.
+constexpr int EXCHANGE_ROW = ROWS + 4;  // floats of a token: eight rows of four tokens then meet all banks
+constexpr int EXCHANGED = TOKENS * EXCHANGE_ROW * 4;  // bytes of a part
+__device__ __forceinline__ void leave_sums(const float (&sums)[SUMS], u8* exchange, int first_row, float low, float high) {
+    const int warp = threadIdx.x % 128 / LANES, lane = threadIdx.x % LANES;
+    float* to = reinterpret_cast<float*>(exchange) + lane % 4 * 2 * EXCHANGE_ROW + first_row + warp * TILE_ROWS + lane / 4;
+#pragma unroll
+    for (int i = 0; i < SUMS; ++i) to[(i / 4 * 8 + i % 2) * EXCHANGE_ROW + i / 2 % 2 * 8] = sums[i] * (i / 2 % 2 ? high : low);
+}
+__device__ __forceinline__ void store_exchanged(u32 exchange, int rank, u16* y, const u16* bias, int first_row, int tokens, int n) {
+    constexpr int EACH = (TOKENS + SPLITS - 1) / SPLITS, FOURS = ROWS / 4;
+    const bool vectors = n % 4 == 0 && (u64)y % 8 == 0;
+#pragma unroll 2
+    for (int i = threadIdx.x; i < EACH * FOURS; i += 128 * GROUPS) {
+        const int token = rank * EACH + i / FOURS, row = i % FOURS * 4, r = first_row + row;
+        if (token >= min(tokens, TOKENS) || r >= n) continue;
+        const u32 from = exchange + (token * EXCHANGE_ROW + row) * 4;
+        float4 parts[SPLITS * PARTS];
+#pragma unroll
+        for (int j = 0; j < SPLITS * PARTS; ++j) parts[j] = cluster_float4(from + j % PARTS * EXCHANGED, j / PARTS);
+        float4 v = parts[0];
+#pragma unroll
+        for (int j = 1; j < SPLITS * PARTS; ++j) {
+            v.x += parts[j].x;
+            v.y += parts[j].y;
+            v.z += parts[j].z;
+            v.w += parts[j].w;
+        }
+        const float all[4] = {v.x, v.y, v.z, v.w};
+        u16 narrowed[4];
+#pragma unroll
+        for (int j = 0; j < 4; ++j) narrowed[j] = narrow(all[j] + (bias && r + j < n ? widen(bias[r + j]) : 0.0f));
+        u16* to = y + (size_t)token * n + r;
+        if (vectors) {
+            *reinterpret_cast<uint2*>(to) = make_uint2(narrowed[0] | (u32)narrowed[1] << 16, narrowed[2] | (u32)narrowed[3] << 16);
+        } else {
+#pragma unroll
+            for (int j = 0; j < 4; ++j)
+                if (r + j < n) to[j] = narrowed[j];
+        }
+    }
+}
+
 }  // namespace tenpak
 
 // x: a map of [batch, m, k] with boxes of 64 columns and TOKENS rows, swizzled by 128 bytes; y [batch, m, n]; bias [batch, n] or
 // null. partial: [gridDim.x][GROUPS][BLOCKS][SUMS / 4][128] float4; arrived: a counter for each tile and group, zero before
 // and after. At most one block a multiprocessor, and no more than there are units.
-extern "C" __global__ void __launch_bounds__(128 * GROUPS + 128, 1)
+extern "C" __global__ void CLUSTER __launch_bounds__(128 * GROUPS + 128, 1)
 wide(const __grid_constant__ tenpak::TensorMap x, const unsigned char* codes, const unsigned char* params,
      const unsigned char* row_params, unsigned short* y, const unsigned short* bias, float4* partial, unsigned int* arrived,
      long long codes_step, long long params_step, long long row_params_step, int batch, int m, int n, int tiles, int supers,
@@ -269,12 +351,16 @@ wide(const __grid_constant__ tenpak::TensorMap x, const unsigned char* codes, co
         const int group = warp / 4, thread = threadIdx.x % 128;
         u8* const staged = stages + STAGES * BYTES_OF_STAGE + group * CHUNKS * CHUNK_BYTES;
         // This warp's first strip in a stage; others follow four on.
-        const u32 own = WEIGHTS_AT + (group * GROUP_STRIPS + warp % 4) * STRIP_BYTES;
+        const int row_group = group % ROW_GROUPS, part_of_step = group / ROW_GROUPS;
+        const u32 own = WEIGHTS_AT + (row_group * GROUP_STRIPS + warp % 4) * STRIP_BYTES;
+#if LEAD
+        bool first_segment = true;
+#endif
         Turn turn(0);
         while (schedule.next(segment)) {
             const Place at(segment.tile, row_tiles, token_tiles);
             const Weight w = weight(at.matrix);
-            const int first_strip = at.strip + group * GROUP_STRIPS;
+            const int first_strip = at.strip + row_group * GROUP_STRIPS;
             Layout::Rows rows[BLOCKS];
             float sums[BLOCKS][SUMS];
 #pragma unroll
@@ -285,12 +371,20 @@ wide(const __grid_constant__ tenpak::TensorMap x, const unsigned char* codes, co
             }
 
             u32 to_release = 0;  // the barrier of the stage whose products may still be under way
+#if LEAD
+            if (first_segment && group) lead_wait();
+#endif
 #pragma unroll 1
             for (int step = segment.first; step < segment.first + segment.count; ++step) {
+#if LEAD
+                if (first_segment && group == 0 && step == min(segment.first + LEAD, segment.first + segment.count - 1))
+                    lead_arrive();
+#endif
                 barrier_wait(full + 8 * turn.stage, turn.phase);
                 const u32 stage = stages_address + turn.stage * BYTES_OF_STAGE;
 #pragma unroll
                 for (int j = 0; j < STEP; ++j) {
+                    if (PARTS > 1 && j % PARTS != part_of_step) continue;
                     if (j > 0 && STEP * step + j >= tiles) break;
                     const u32 box = descriptor(stage + j * X_BYTES);
 #pragma unroll
@@ -299,25 +393,88 @@ wide(const __grid_constant__ tenpak::TensorMap x, const unsigned char* codes, co
                         const Columns::Tile tile =
                             j ? Columns::template load<1>(here, here + PARAMS_AT, here + SUPERS_AT, lane)
                               : Columns::template load<0>(here, here + PARAMS_AT, here + SUPERS_AT, lane);
+#if BATCH == 1
                         multiply<0>(sums[block], tile, rows[block], box, lane);
                         multiply<1>(sums[block], tile, rows[block], box, lane);
                         multiply<2>(sums[block], tile, rows[block], box, lane);
                         // Only this step's three are under way.
-                        if (j == 0 && block == 0 && to_release && lane == 0) barrier_arrive(to_release);
+                        if (j < PARTS && block == 0 && to_release && lane == 0) barrier_arrive(to_release);
                         multiply<3>(sums[block], tile, rows[block], box, lane);
+#elif BATCH == 2
+                        multiply<0>(sums[block], tile, rows[block], box, lane);
+                        if (j < PARTS && block == 0 && to_release && lane == 0) barrier_arrive(to_release);
+                        multiply<1>(sums[block], tile, rows[block], box, lane);
+#else
+                        multiply<0>(sums[block], tile, rows[block], box, lane);
+                        if (j < PARTS && block == 0 && to_release && lane == 0) barrier_arrive(to_release);
+#endif
                     }
+                }
+                if (PARTS > 1 && STEP * step + part_of_step >= tiles) {
+                    // This part's columns are beyond the last.
+                    wgmma_wait<0>();
+                    if (to_release && lane == 0) barrier_arrive(to_release);
                 }
                 to_release = empty + 8 * turn.stage;
                 turn.next();
             }
+#if LEAD
+            first_segment = false;
+#endif
             wgmma_wait<0>();
             if (lane == 0) barrier_arrive(to_release);
 #pragma unroll
             for (int block = 0; block < BLOCKS; ++block) pin(sums[block]);
 
+            u16* const to = y + ((size_t)at.matrix * m + at.token) * n;
+            const u16* const plus = bias ? bias + (size_t)at.matrix * n : nullptr;
+            if constexpr (SPLITS > 1) {
+                static_assert(SPLITS == 1 || PARTS * EXCHANGED <= STAGES * BYTES_OF_STAGE, "sums are left where stages were");
+                // Everybody's products have read their stages.
+                consumers_barrier(128 * GROUPS);
+#pragma unroll
+                for (int block = 0; block < BLOCKS; ++block)
+                    leave_sums(sums[block], stages + part_of_step * EXCHANGED, (row_group * BLOCKS + block) * 64,
+                               scale * Layout::row_scale(rows[block], false), scale * Layout::row_scale(rows[block], true));
+                cluster_barrier();
+                store_exchanged(stages_address, cluster_rank(), to, plus, at.strip * TILE_ROWS, m - at.token, n);
+                cluster_read();
+                continue;
+            }
+
+            // Parts of K of the same rows, that of the first group's.
+            if constexpr (PARTS > 1) {
+                float4* const others = reinterpret_cast<float4*>(stages + STAGES * BYTES_OF_STAGE + GROUPS * CHUNKS * CHUNK_BYTES) +
+                                       row_group * (BLOCKS * SUMS / 4 * 128) + thread;
+                static_assert(PARTS <= 2, "one group's sums wait at a time");
+                if (part_of_step == 1) {
+#pragma unroll
+                    for (int block = 0; block < BLOCKS; ++block)
+#pragma unroll
+                        for (int i = 0; i < SUMS; i += 4)
+                            others[(block * SUMS + i) / 4 * 128] =
+                                make_float4(sums[block][i], sums[block][i + 1], sums[block][i + 2], sums[block][i + 3]);
+                }
+                pair_barrier(row_group);
+                if (part_of_step == 0) {
+#pragma unroll
+                    for (int block = 0; block < BLOCKS; ++block)
+#pragma unroll
+                        for (int i = 0; i < SUMS; i += 4) {
+                            const float4 v = others[(block * SUMS + i) / 4 * 128];
+                            sums[block][i] += v.x;
+                            sums[block][i + 1] += v.y;
+                            sums[block][i + 2] += v.z;
+                            sums[block][i + 3] += v.w;
+                        }
+                }
+                pair_barrier(row_group);
+                if (part_of_step == 1) continue;
+            }
+
             constexpr int PART = BLOCKS * SUMS / 4 * 128;  // float4 of one group
-            unsigned int* const counter = arrived + (size_t)segment.tile * GROUPS + group;
-            auto part = [&](u32 share) { return partial + ((size_t)share * GROUPS + group) * PART + thread; };
+            unsigned int* const counter = arrived + (size_t)segment.tile * ROW_GROUPS + group;
+            auto part = [&](u32 share) { return partial + ((size_t)share * ROW_GROUPS + group) * PART + thread; };
             if (segment.first > 0) {
                 float4* to = part(schedule.share);
 #pragma unroll
@@ -326,9 +483,8 @@ wide(const __grid_constant__ tenpak::TensorMap x, const unsigned char* codes, co
                     for (int i = 0; i < SUMS; i += 4)
                         __stcg(to + (block * SUMS + i) / 4 * 128,
                                make_float4(sums[block][i], sums[block][i + 1], sums[block][i + 2], sums[block][i + 3]));
-                __threadfence();
                 group_barrier(group);
-                if (thread == 0) atomicAdd(counter, 1u);
+                if (thread == 0) add_release(counter, 1);
                 continue;
             }
             if (segment.count < schedule.steps) {
@@ -338,7 +494,6 @@ wide(const __grid_constant__ tenpak::TensorMap x, const unsigned char* codes, co
                     *counter = 0;
                 }
                 group_barrier(group);
-                __threadfence();
                 for (u32 other = schedule.share + 1; other <= last; ++other) {
                     const float4* from = part(other);
 #pragma unroll
@@ -353,10 +508,9 @@ wide(const __grid_constant__ tenpak::TensorMap x, const unsigned char* codes, co
                         }
                 }
             }
-            u16* to = y + ((size_t)at.matrix * m + at.token) * n;
 #pragma unroll
             for (int block = 0; block < BLOCKS; ++block)
-                store(sums[block], staged, to, bias ? bias + (size_t)at.matrix * n : nullptr, first_strip + 4 * block, m - at.token, n,
+                store(sums[block], staged, to, plus, first_strip + 4 * block, m - at.token, n,
                       scale * Layout::row_scale(rows[block], false), scale * Layout::row_scale(rows[block], true), group);
         }
     }

@@ -111,6 +111,17 @@ inline uint4 shared_uint4(u32 at) { return shared<uint4>(at); }
 inline uint2 shared_uint2(u32 at) { return shared<uint2>(at); }
 inline u32 shared_u32(u32 at) { return shared<u32>(at); }
 inline u32 shared_u16(u32 at) { return shared<u16>(at); }
+inline uint4 load_matrices(u32 row) {
+    auto all = share<1>({(u64)row});
+    const int lane = threadIdx.x % 32;
+    
+    u32 v[4];
+    for (int matrix = 0; matrix < 4; ++matrix) {
+        const uint4 of_row = shared<uint4>((u32)all[8 * matrix + lane / 4][0]);
+        v[matrix] = (&of_row.x)[lane % 4];
+    }
+    return {v[0], v[1], v[2], v[3]};
+}
 
 struct Counter { int of, missing; long long bytes; u32 parity; };
 struct Piece { u32 to; const u8* from; u32 bytes; };
@@ -194,17 +205,28 @@ inline void barrier_wait(u32 barrier, u32 parity) {
     }
 }
 inline u32 load_acquire(const u32* at) { return *at; }
+inline void add_release(u32* at, u32 value) { *at += value; }
 static Barrier of_groups[8];
 inline void group_barrier(int group) { arrive(of_groups[group], 128); }
+static Barrier of_pairs[4];
+inline uint2 make_uint2(u32 x, u32 y) { return {x, y}; }
+inline void consumers_barrier(int) {}
+inline void cluster_barrier() {}
+inline void cluster_read() {}
+inline u32 cluster_rank() { return 0; }
+inline float4 cluster_float4(u32 at, u32) { return {}; }
+inline void lead_wait() {}
+inline void lead_arrive() {}
+inline void pair_barrier(int pair) { arrive(of_pairs[pair], 256); }
 
 constexpr u64 KEEP_LONG = 2;
 struct TensorMap { u64 x, stride; int columns, rows, matrices, unused; u64 more[12]; };
 template <int MOST>
-void copy_run(u32 to, const u8* from, u32 bytes, int lane) {
+void copy_run(u32 to, const u8* from, u32 bytes, int lane, int place) {
     check(bytes <= MOST, "a run is longer than its most");
     for (u32 at = 16 * lane; at < bytes; at += 16 * 32) {
         check(to % 16 == 0 && (u64)from % 16 == 0 && bytes % 16 == 0, "a copy is not made of sixteen bytes");
-        asked_for[threadIdx.x].push_back({to + at, from + at, 16});
+        asked_for[threadIdx.x].push_back({to + at + 16 * (place - lane), from + at, 16});
     }
 }
 inline void copies_arrive(u32 barrier) {
@@ -355,9 +377,10 @@ def wide(
     step, stages = int(str(defines["STEP"])), int(str(defines["STAGES"]))
     layout = str(defines["LAYOUT"])
     strip = plans.strip_bytes(layout, STAGE_BYTES[layout], step)
-    fixed, stage = plans.shared_bytes(groups, blocks, tokens, step, strip)
+    parts = int(str(defines.get("PARTS", 1)))
+    fixed, stage = plans.shared_bytes(groups, blocks, tokens, step, strip, parts)
     tiles = -(-k // 64)
-    rows = 64 * groups * blocks
+    rows = 64 * groups // parts * blocks
     partial = aligned(np.full(grid * rows * tokens, np.nan, np.float32))
     arrived = aligned(np.zeros(batch * -(-n // rows) * -(-m // tokens) * groups, np.uint32))
     assert x is not None

@@ -176,8 +176,10 @@ def x_row_bytes(layout: str, tokens: int, tiles: int) -> int:
     splits = 1 if whole or group == 64 else 2 if group == 32 and tokens == 1 else 4 // tokens
     sets = 2 if not whole and TILE_COLS // splits > group else 1
     unit = 2 * TILE_COLS if whole else TILE_COLS // (splits * sets)
+    # Where halves of a tile are different units, it is there twice.
+    versions = 2 if unit < TILE_COLS and LAYOUTS[layout].code_bits == 4 and not LAYOUTS[layout].natural else 1
     blocks = divide_up(tiles, 2)
-    return divide_up(blocks * (4 * TILE_COLS + 4 + 2 * TILE_COLS // unit * 4), 128) * 128 + 32
+    return divide_up(blocks * (4 * TILE_COLS * versions + 4 + 2 * TILE_COLS // unit * 4), 128) * 128 + 32
 
 
 def skinny_plans(

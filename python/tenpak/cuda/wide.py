@@ -82,11 +82,12 @@ def strip_bytes(layout: str, stage: int, step: int) -> int:
     return stage if step == 2 else ONE_TILE.get(layout, stage // 2)
 
 
-def shared_bytes(groups: int, blocks: int, tokens: int, step: int, strip: int) -> tuple[int, int]:
+def shared_bytes(groups: int, blocks: int, tokens: int, step: int, strip: int, parts: int) -> tuple[int, int]:
     """Shared memory of a block: what it has anyway, and what each stage adds; `strip` is `strip_bytes`."""
-    stage = _up(step * tokens * TILE_COLS * 2 + 4 * groups * blocks * strip, 1024) * 1024
-    # To begin at a multiple of 1024, and what y's rows pass through (CHUNKS * CHUNK_BYTES of wide.cu).
-    return 1024 + groups * min(tokens, 64) * (64 * 2 + 16), stage
+    stage = _up(step * tokens * TILE_COLS * 2 + 4 * groups // parts * blocks * strip, 1024) * 1024
+    # To begin at a multiple of 1024, what y's rows pass through (CHUNKS * CHUNK_BYTES of wide.cu), and other parts' sums.
+    others = (parts - 1) * groups // parts * blocks * 64 * tokens * 4
+    return 1024 + groups * min(tokens, 64) * (64 * 2 + 16) + others, stage
 
 
 @functools.cache
@@ -127,7 +128,7 @@ def _of_shape(
     rows, strips = 64 * groups * blocks, 4 * groups * blocks
     strip = strip_bytes(layout, stage, step)
     weights = strips * strip
-    fixed, stage_bytes = shared_bytes(groups, blocks, tokens, step, strip)
+    fixed, stage_bytes = shared_bytes(groups, blocks, tokens, step, strip, 1)
     stages = min(MOST_STAGES, (shared - fixed) // stage_bytes)
     if stages < 2:
         return []
