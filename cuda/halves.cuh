@@ -4,9 +4,6 @@
 // does. -DCOLUMNS, tiles of 8 tokens.
 #pragma once
 #include "tokens.cuh"
-#ifndef OVERLAP
-#define OVERLAP 0
-#endif
 
 namespace tenpak {
 
@@ -139,14 +136,13 @@ struct Products {
     // Tiles `tile` (even) and tile + 1 of the slice's `count`.
     __device__ __forceinline__ void multiply(const Pair& pair, const Layout::Rows (&rows)[STRIPS], int tile, int count) {
         const int offset = tile * (TILE_COLS * 2);
-        if (tile + 1 < count) {
+        if (tile < count) {
             multiply_half<0, 0>(pair, rows, offset);
             multiply_half<0, 1>(pair, rows, offset);
+        }
+        if (tile + 1 < count) {
             multiply_half<1, 0>(pair, rows, offset);
             multiply_half<1, 1>(pair, rows, offset);
-        } else if (tile < count) {
-            multiply_half<0, 0>(pair, rows, offset);
-            multiply_half<0, 1>(pair, rows, offset);
         }
     }
 

@@ -1,34 +1,40 @@
-// Products of one, two or four tokens in the tensor cores' eight-bit instruction, mma.m16n8k32.
+// Products of one token, or of two with int4_lut16, in the tensor cores' eight-bit instruction, mma.m16n8k32.
 //
 // Codes are integers, and so are the entries of int4_lut16's tables: as they are, they are operands, four to a register.
 // Making FP16 of each and scaling it would take two to three times the instructions, and those, not memory, would take the time.
 //
 // Activations become sixteen bits, x = (256 h + l) s with h and l of eight signed bits and one scale s for 128 columns
 // of a token: their error is at most 2^-16 of the largest of those, less than what FP16 leaves of a weight. h and l of a token
-// are two columns of the instruction's eight. Where there are more columns than tokens ask for and groups are smaller than a
-// tile, they are there for each of SPLITS parts of the columns of K, zero elsewhere, so that different lanes get the sums of
-// different groups. What is summed is exact: only x is rounded, and FP32 sums of groups.
+// are two columns of the instruction's eight. Where groups are smaller than a tile, they are there once for each of SPLITS parts
+// of the columns of K, zero elsewhere, so that different lanes get the sums of different groups. What is summed is exact: only x is rounded, and FP32 sums of groups.
 //
 // An affine weight is q s + o: the sums of q are multiplied by s, and those of x, which staging has added up, by o. A weight
-// d L T[t][q] of int4_lut16: sums of entries are multiplied by the integer L of their group, and every 128 columns by d.
+// d L T[t][q] of int4_lut16: sums of entries are multiplied by the integer L of their group, and every 128 columns by d. (With
+// more tokens a column has no room for groups, and making h and l takes longer than is won.)
 //
-// -DINTEGER: tokens, 1, 2 or 4.
+// -DINTEGER: tokens, 1 or 2.
 #pragma once
 #include "tokens.cuh"
 
 namespace tenpak {
 
 constexpr int TOKENS = INTEGER;
-static_assert(COLUMNS == 1 && (TOKENS == 1 || TOKENS == 2 || TOKENS == 4), "eight columns are h and l of up to four tokens");
+#ifdef LUT16_TABLES
+constexpr bool TABLES = true;
+#else
+constexpr bool TABLES = false;
+#endif
+static_assert(COLUMNS == 1 && (TOKENS == 1 || (TABLES && TOKENS == 2)), "eight columns are h and l of four parts");
 
-constexpr int GROUP = Layout::SIZE;                  // 0: rows
-constexpr bool WHOLE = GROUP == 0 || GROUP == 128;   // two tiles are one group
-constexpr int SPLITS = GROUP == 0 || GROUP >= 64 ? 1 : GROUP == 32 && TOKENS == 1 ? 2 : 4 / TOKENS;
-// Sums of a tile: both halves in one, or one each.
-constexpr int SETS = GROUP != 0 && GROUP < 64 && 64 / SPLITS > GROUP ? 2 : 1;
+constexpr int GROUP = Layout::SIZE;
+static_assert(GROUP >= 16, "there are no columns for more parts than four");
+constexpr bool WHOLE = GROUP == 2 * TILE_COLS;  // two tiles are one group
+constexpr int SPLITS = GROUP >= TILE_COLS ? 1 : GROUP == 32 ? 2 : 4 / TOKENS;
+// Sums of a tile: of both halves together, or of each.
+constexpr int SETS = TOKENS;
 constexpr int UNITS = SPLITS * SETS;  // of a tile: runs of columns whose sums stay apart
 constexpr int UNIT = WHOLE ? 2 * TILE_COLS : TILE_COLS / UNITS;
-static_assert(GROUP == 0 || UNIT <= GROUP, "too many tokens for groups as small as these");
+static_assert(UNIT == GROUP, "sums of groups");
 
 // What an eight-bit operand is: codes are not signed, entries of tables are.
 #ifdef LUT16_TABLES
@@ -52,12 +58,7 @@ struct Digits {
     static constexpr int BLOCK_COLS = STAGE_TILES * TILE_COLS;  // columns of x that share a scale
     static constexpr float LARGEST = 32639.0f;                  // 256 * 127 + 127
     static constexpr int AT_ONCE = 4;                           // loads of x in flight
-#ifdef LUT16_TABLES
-    static constexpr bool PAIRED = false;
-#else
-    static constexpr bool PAIRED = GROUP != 0;
-#endif
-    static constexpr int VERSIONS = PAIRED && UNIT < TILE_COLS ? 2 : 1;
+    static constexpr int VERSIONS = !TABLES && UNIT < TILE_COLS ? 2 : 1;
     static constexpr int TILE_BYTES = VERSIONS * 2 * TILE_COLS, BLOCK_BYTES = STAGE_TILES * TILE_BYTES;
 
     static __device__ __forceinline__ int blocks(int columns) { return (columns + BLOCK_COLS - 1) / BLOCK_COLS; }
@@ -125,7 +126,7 @@ struct Digits {
                 high[j] |= ((q + 128) >> 8 & 255) << (8 * i);
             }
         }
-        if (PAIRED && VERSIONS == 1) {
+        if (!TABLES && VERSIONS == 1) {
             // Of the lanes with the same columns of both halves the first writes their first pairs, the second the others.
 #pragma unroll
             for (int j = 0; j < COUNT; ++j) {
@@ -142,7 +143,7 @@ struct Digits {
 #endif
         const int tile = lane / 16, half = lane / 8 % 2, t = lane % 8 / 2, upper = lane % 2;
         const int place = tile * TILE_BYTES + t * 16 +
-                          (!PAIRED ? half * 8 + upper * 4 : VERSIONS == 1 ? upper * 8 + half * 4 : half * (2 * TILE_COLS) + upper * 8);
+                          (TABLES ? half * 8 + upper * 4 : VERSIONS == 1 ? upper * 8 + half * 4 : half * (2 * TILE_COLS) + upper * 8);
 #pragma unroll
         for (int j = 0; j < COUNT; ++j) {
             u8* const to = row(j);
@@ -213,16 +214,16 @@ struct Digits {
 // ---- Weights --------------------------------------------------------------------------------------------------------
 
 // A layout as integers has: Held, a lane's parameters of one tile (or of two, if WHOLE), read by hold<J>(held, params) from
-// offset(lane) on; operands(codes, a), those of a tile's two products; and add<ROW>(part, held, set, rows, sum, unit): what the sum of
+// offset(lane) on; operands(codes, a), those of a tile's two products; and add<ROW>(part, held, rows, sum, unit): what the sum of
 // products with codes and the sum of x itself make together, of row g or g + 8. (int4_lut16 has its own way of both.)
 template <class L>
 struct Integers;
 
 struct FourBitIntegers {
-    static __device__ __forceinline__ void operands(const uint4 (&codes)[1], u32 (&a)[2][4]) {
+    static __device__ __forceinline__ void operands(const uint4& codes, u32 (&a)[2][4]) {
 #pragma unroll
         for (int pair = 0; pair < 4; ++pair) {
-            const u32 word = FourBit::word(codes[0], pair);
+            const u32 word = FourBit::word(codes, pair);
             a[pair / 2][pair % 2 * 2] = word & 0x0f0f0f0f;
             a[pair / 2][pair % 2 * 2 + 1] = word >> 4 & 0x0f0f0f0f;
         }
@@ -234,28 +235,26 @@ struct FourBitIntegers {
     }
 };
 
-// Where among a tile's groups that are in order [g][subgroup][half] lies the one whose sums a lane gets, in groups of two rows.
+// Where among a tile's groups, which are in order [g][subgroup][half][two rows], lies the one whose sums a lane gets first.
 template <int SUBGROUPS>
 __device__ __forceinline__ u32 group_of_sums(int lane) {
     const int first = lane % 4 / TOKENS % SPLITS * UNIT;
-    const int half = SETS == 1 ? first / 32 : 0, subgroup = first % 32 / (32 / SUBGROUPS);
-    return (lane / 4 * SUBGROUPS + subgroup) * 2 + half;
+    return (lane / 4 * SUBGROUPS + first % 32 / (32 / SUBGROUPS)) * 2 + first / 32;
 }
 
 template <int G>
 struct Integers<AffinePairs<G>> : FourBitIntegers {
     struct Held {
-        uint2 sets[SETS];
+        uint2 pairs;
     };
     static __device__ __forceinline__ u32 offset(int lane) { return group_of_sums<AffinePairs<G>::SUBGROUPS>(lane) * 8; }
     template <int J>
     static __device__ __forceinline__ void hold(Held& held, u32 params) {
-#pragma unroll
-        for (int i = 0; i < SETS; ++i) held.sets[i] = read<uint2>(params + J * AffinePairs<G>::BYTES + 8 * i);
+        held.pairs = read<uint2>(params + J * AffinePairs<G>::BYTES);
     }
     template <int ROW>
-    static __device__ __forceinline__ void add(float& part, const Held& held, int set, const NoRows&, float sum, float unit) {
-        add_pair(part, ROW ? held.sets[set].y : held.sets[set].x, sum, unit);
+    static __device__ __forceinline__ void add(float& part, const Held& held, const NoRows&, float sum, float unit) {
+        add_pair(part, ROW ? held.pairs.y : held.pairs.x, sum, unit);
     }
 };
 
@@ -270,7 +269,7 @@ struct Integers<AffineWide<G>> : FourBitIntegers {
         held.pairs = read<uint2>(params + J / AffineWide<G>::TILES * AffineWide<G>::BYTES);
     }
     template <int ROW>
-    static __device__ __forceinline__ void add(float& part, const Held& held, int, const NoRows&, float sum, float unit) {
+    static __device__ __forceinline__ void add(float& part, const Held& held, const NoRows&, float sum, float unit) {
         add_pair(part, ROW ? held.pairs.y : held.pairs.x, sum, unit);
     }
 };
@@ -279,41 +278,17 @@ template <int G>
 struct Integers<AffineBytes<G>> : FourBitIntegers {
     using L = AffineBytes<G>;
     struct Held {
-        u32 sets[SETS];
+        u32 bytes;
     };
     static __device__ __forceinline__ u32 offset(int lane) { return group_of_sums<L::SUBGROUPS>(lane) * 4; }
     template <int J>
     static __device__ __forceinline__ void hold(Held& held, u32 params) {
-#pragma unroll
-        for (int i = 0; i < SETS; ++i) held.sets[i] = read<u32>(params + J * L::BYTES + 4 * i);
+        held.bytes = read<u32>(params + J * L::BYTES);
     }
     template <int ROW>
-    static __device__ __forceinline__ void add(float& part, const Held& held, int set, const typename L::Rows& rows, float sum,
-                                               float unit) {
-        const u32 bytes = permute(held.sets[set], 0x64646464, ROW ? 0x4342 : 0x4140);
+    static __device__ __forceinline__ void add(float& part, const Held& held, const typename L::Rows& rows, float sum, float unit) {
+        const u32 bytes = permute(held.bytes, 0x64646464, ROW ? 0x4342 : 0x4140);
         add_pair(part, half_fma(half_sub(bytes, 0x64006400), rows.step[ROW], rows.base[ROW]), sum, unit);
-    }
-};
-
-template <>
-struct Integers<EightBit> {
-    struct Held {};
-    static __device__ __forceinline__ u32 offset(int) { return 0; }
-    template <int J>
-    static __device__ __forceinline__ void hold(Held&, u32) {}
-    static __device__ __forceinline__ void operands(const uint4 (&codes)[2], u32 (&a)[2][4]) {
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            const uint4& plane = codes[half];
-            a[half][0] = permute(plane.x, plane.y, 0x5410);
-            a[half][1] = permute(plane.x, plane.y, 0x7632);
-            a[half][2] = permute(plane.z, plane.w, 0x5410);
-            a[half][3] = permute(plane.z, plane.w, 0x7632);
-        }
-    }
-    template <int ROW>
-    static __device__ __forceinline__ void add(float& part, const Held&, int, const EightBit::Rows&, float sum, float unit) {
-        part = fmaf(unit, -128.0f, part + sum);
     }
 };
 
@@ -340,7 +315,7 @@ struct Products : Digits {
 
     // A lane's registers for two tiles.
     struct Pair {
-        uint4 codes[STAGE_TILES][Layout::CODE_BYTES / 512];
+        uint4 codes[STAGE_TILES];
         typename Group::Held held[STAGE_TILES];
         u32 supers[2];
     };
@@ -349,7 +324,7 @@ struct Products : Digits {
     PairAt at;                 // what is this lane's of a stage
     u32 tables_of;             // int4_lut16: the parameters of its words
     u32 keep[2];               // whether this lane has x, in both halves of a tile
-    u32 b[STAGE_TILES][SETS][4];  // x; zeros stay
+    u32 b[STAGE_TILES][4];     // x; zeros stay
     float sums[2];             // rows g and g + 8
 
     __device__ __forceinline__ Products(const PairAt& stage, u32 staged, int row_bytes, int tokens, int tiles, int lane)
@@ -364,32 +339,26 @@ struct Products : Digits {
         const u32 row = staged + min(t % TOKENS, tokens - 1) * row_bytes;
         x_scales = row + scales_at(columns);
         x_units = row + units_at(columns) + t / TOKENS % SPLITS * 4;
+        constexpr int PARTS_OF_HALF = UNITS > 1 ? UNITS / 2 : 1;
         if (VERSIONS == 2) {
-            constexpr int PARTS_OF_HALF = SETS == 2 ? SPLITS : SPLITS / 2;
-            if (SETS == 1) x += part / PARTS_OF_HALF * (2 * TILE_COLS);
-            keep[0] = keep[1] = t / (4 / PARTS_OF_HALF) == part % PARTS_OF_HALF;
-        } else {
+            x += part / PARTS_OF_HALF * (2 * TILE_COLS);
+            keep[0] = t / (4 / PARTS_OF_HALF) == part % PARTS_OF_HALF;
+        } else if (SPLITS > 1) {
 #pragma unroll
-            for (int half = 0; half < 2; ++half) {
-                const int column = SETS == 1 ? half * 32 + t * 8 : t * 8;
-                keep[half] = SPLITS == 1 || column / (TILE_COLS / UNITS) == part;
-            }
+            for (int half = 0; half < 2; ++half)
+                keep[half] = t / 2 == part % 2 && (SETS == 2 || part / 2 == half);
         }
 #pragma unroll
         for (int j = 0; j < STAGE_TILES; ++j)
 #pragma unroll
-            for (int set = 0; set < SETS; ++set)
-#pragma unroll
-                for (int i = 0; i < 4; ++i) b[j][set][i] = 0;
+            for (int i = 0; i < 4; ++i) b[j][i] = 0;
     }
 
     __device__ __forceinline__ void clear() { sums[0] = sums[1] = 0.0f; }
 
     template <int J>
     __device__ __forceinline__ void load_tile(Pair& pair, u32 on) const {
-#pragma unroll
-        for (int i = 0; i < Layout::CODE_BYTES / 512; ++i)
-            pair.codes[J][i] = read<uint4>(at.codes + on + J * Layout::CODE_BYTES + 512 * i);
+        pair.codes[J] = read<uint4>(at.codes + on + J * Layout::CODE_BYTES);
         if (J == 0 || !WHOLE) Group::template hold<J>(pair.held[J], at.params + on);
 #ifdef LUT16_TABLES
         pair.held[J].tables = read<u32>(tables_of + on + J * Lut16::SCALE_BYTES);
@@ -408,24 +377,18 @@ struct Products : Digits {
     // Of tile j of two.
     __device__ __forceinline__ void load_x(int j, u32 tile) {
         const u32 from = x + (tile + j) * TILE_BYTES;
-        if constexpr (SPLITS > 1 && VERSIONS == 1) {
+        u32(&v)[4] = b[j];
+        if constexpr (TABLES) {
 #pragma unroll
             for (int half = 0; half < 2; ++half)
                 asm volatile("{\n.reg .pred kept;\nsetp.ne.u32 kept, %3, 0;\n@kept ld.shared.v2.u32 {%0, %1}, [%2];\n}"
-                             : "+r"(b[j][0][2 * half]), "+r"(b[j][0][2 * half + 1]) : "r"(from + 8 * half), "r"(keep[half]) : "memory");
+                             : "+r"(v[2 * half]), "+r"(v[2 * half + 1]) : "r"(from + 8 * half), "r"(keep[half]) : "memory");
+        } else if constexpr (SPLITS > 2) {
+            asm volatile("{\n.reg .pred kept;\nsetp.ne.u32 kept, %5, 0;\n@kept ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];\n}"
+                         : "+r"(v[0]), "+r"(v[1]), "+r"(v[2]), "+r"(v[3]) : "r"(from), "r"(keep[0]) : "memory");
         } else {
-#pragma unroll
-            for (int set = 0; set < SETS; ++set) {
-                u32(&v)[4] = b[j][set];
-                if constexpr (SPLITS / (VERSIONS == 2 && SETS == 1 ? 2 : 1) > 1) {
-                    asm volatile("{\n.reg .pred kept;\nsetp.ne.u32 kept, %5, 0;\n@kept ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];\n}"
-                                 : "+r"(v[0]), "+r"(v[1]), "+r"(v[2]), "+r"(v[3])
-                                 : "r"(from + set * (2 * TILE_COLS)), "r"(keep[0]) : "memory");
-                } else {
-                    const uint4 all = read<uint4>(from + set * (2 * TILE_COLS));
-                    v[0] = all.x, v[1] = all.y, v[2] = all.z, v[3] = all.w;
-                }
-            }
+            const uint4 all = read<uint4>(from);
+            v[0] = all.x, v[1] = all.y, v[2] = all.z, v[3] = all.w;
         }
     }
 
@@ -452,17 +415,17 @@ struct Products : Digits {
     __device__ __forceinline__ void multiply_tile(const Pair& pair, int (&block)[4]) {
         const u32 places = pair.held[J].tables >> 2 & 0x30303030;
         u32 one[4][2], other[4][2];
-        look_up<0>(pair.codes[J][0], places, one[0], other[0]);
-        look_up<1>(pair.codes[J][0], places, one[1], other[1]);
-        look_up<2>(pair.codes[J][0], places, one[2], other[2]);
-        look_up<3>(pair.codes[J][0], places, one[3], other[3]);
+        look_up<0>(pair.codes[J], places, one[0], other[0]);
+        look_up<1>(pair.codes[J], places, one[1], other[1]);
+        look_up<2>(pair.codes[J], places, one[2], other[2]);
+        look_up<3>(pair.codes[J], places, one[3], other[3]);
         int d[SETS][4] = {};
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             int(&s)[4] = d[half * (SETS - 1)];
             const int u = 2 * half, l = u + 1;
-            tenpak::multiply(s, {one[u][0], one[l][0], one[u][1], one[l][1]}, b[J][0][u], b[J][0][l]);
-            tenpak::multiply(s, {other[u][0], other[l][0], other[u][1], other[l][1]}, b[J][0][u], b[J][0][l]);
+            tenpak::multiply(s, {one[u][0], one[l][0], one[u][1], one[l][1]}, b[J][u], b[J][l]);
+            tenpak::multiply(s, {other[u][0], other[l][0], other[u][1], other[l][1]}, b[J][u], b[J][l]);
         }
 #pragma unroll
         for (int set = 0; set < SETS; ++set) {
@@ -488,29 +451,24 @@ struct Products : Digits {
     static __device__ __forceinline__ void prepare(int) {}
 
     template <int J>
-    __device__ __forceinline__ void multiply_tile(const Pair& pair, int (&d)[SETS][4]) const {
+    __device__ __forceinline__ void multiply_tile(const Pair& pair, int (&d)[4]) const {
         u32 a[2][4];
         Group::operands(pair.codes[J], a);
-#pragma unroll
-        for (int i = 0; i < 2; ++i)
-#pragma unroll
-            for (int set = 0; set < SETS; ++set) tenpak::multiply(d[set], a[i], b[J][set][2 * i], b[J][set][2 * i + 1]);
+        tenpak::multiply(d, a[0], b[J][0], b[J][1]);
+        tenpak::multiply(d, a[1], b[J][2], b[J][3]);
     }
     template <int J>
-    __device__ __forceinline__ void add_tile(float (&part)[2], const int (&d)[SETS][4], const Pair& pair, const Layout::Rows& rows,
+    __device__ __forceinline__ void add_tile(float (&part)[2], const int (&d)[4], const Pair& pair, const Layout::Rows& rows,
                                              int tile) const {
-#pragma unroll
-        for (int set = 0; set < SETS; ++set) {
-            const float unit = read<float>(x_units + (WHOLE ? tile * 2 : (tile * UNITS + J * UNITS + set * SPLITS) * 4));
-            Group::template add<0>(part[0], pair.held[J], set, rows, (float)(d[set][0] * 256 + d[set][1]), unit);
-            Group::template add<1>(part[1], pair.held[J], set, rows, (float)(d[set][2] * 256 + d[set][3]), unit);
-        }
+        const float unit = read<float>(x_units + (WHOLE ? tile * 2 : (tile + J) * UNITS * 4));
+        Group::template add<0>(part[0], pair.held[J], rows, (float)(d[0] * 256 + d[1]), unit);
+        Group::template add<1>(part[1], pair.held[J], rows, (float)(d[2] * 256 + d[3]), unit);
     }
     template <bool BOTH>
     __device__ __forceinline__ void multiply_pair(const Pair& pair, const Layout::Rows& rows, int tile) {
         load_x(0, tile);
         if (BOTH) load_x(1, tile);
-        int d[SETS][4] = {}, e[SETS][4] = {};
+        int d[4] = {}, e[4] = {};
         multiply_tile<0>(pair, d);
         if (BOTH) {
             if (WHOLE) multiply_tile<1>(pair, d);
@@ -526,7 +484,7 @@ struct Products : Digits {
 #endif
 
     // Tiles `tile` (even) and tile + 1 of the slice's `count`.
-    __device__ __forceinline__ void multiply(const Pair& pair, const Layout::Rows (&rows)[1], int tile, int count) {
+    __device__ __forceinline__ void multiply(const Pair& pair, const Layout::Rows (&rows)[STRIPS], int tile, int count) {
         if (tile + 1 < count) multiply_pair<true>(pair, rows[0], tile);
         else if (tile < count) multiply_pair<false>(pair, rows[0], tile);
     }

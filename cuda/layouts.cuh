@@ -82,6 +82,9 @@ __device__ __forceinline__ float read<float>(u32 from) {
     asm volatile("ld.shared.f32 %0, [%1];" : "=f"(v) : "r"(from) : "memory");
     return v;
 }
+__device__ __forceinline__ void write(u32 to, const float4& v) {
+    asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" :: "r"(to), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w) : "memory");
+}
 
 // ---- Pairs of 16-bit floats ---------------------------------------------------------------------------------------
 

@@ -13,16 +13,21 @@ __device__ __forceinline__ float sum_of_threads(float x, float* parts) {
 #pragma unroll
     for (int mask = 1; mask < LANES; mask *= 2) x += __shfl_xor_sync(~0u, x, mask);
     // What was summed last has been read.
-    asm volatile("bar.sync 15, %0;" :: "n"(THREADS) : "memory");
+    __syncthreads();
     if (threadIdx.x % LANES == 0) parts[threadIdx.x / LANES] = x;
-    asm volatile("bar.sync 15, %0;" :: "n"(THREADS) : "memory");
+    __syncthreads();
     float sum = 0.0f;
 #pragma unroll
     for (int i = 0; i < WARPS; ++i) sum += parts[i];
     return sum;
 }
 
-// Products is what multiplies: it has put(row, columns, column, four values of one token, lane).
+// What threads that do not multiply wait for meanwhile: two barriers for each sum.
+__device__ __forceinline__ void wait_for_norms(int tokens) {
+    for (int i = 0; i < tokens * (NORM == 2 ? 4 : 2); ++i) __syncthreads();
+}
+
+// Products is what multiplies: it has put(row, columns, column, values, lane), several times four values of one token.
 template <class Products>
 struct NormedStaging {
     XSlice from;

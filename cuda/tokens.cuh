@@ -1,13 +1,29 @@
-// What the ways of multiplying few tokens have in common: the block's share of the activations, and sums of lanes.
+// What the ways of multiplying few tokens have in common: a block's steps, its share of the activations, and sums of lanes.
 #pragma once
+#include "engine.cuh"
 #include "layouts.cuh"
+#ifndef ENGINE
+#define ENGINE 0
+#endif
+#ifndef STRIPS
+#define STRIPS 1
+#endif
+#ifndef INTEGER
+#define INTEGER 0
+#endif
 
 namespace tenpak {
 
 constexpr int THREADS = WARPS * LANES;  // those that multiply
+// What the warps take of a strip in a step: two tiles each.
+constexpr int STEP_TILES = WARPS * STAGE_TILES, BLOCK_STAGE_BYTES = WARPS * STAGE_BYTES;
+// Steps at a time. Long steps are not unrolled: a launch is so short that fetching instructions is part of its time.
+constexpr int UNROLL = INTEGER || ENGINE ? 1 : DEPTH;
 
-// What a block's warps take of a strip in a step.
-constexpr int BLOCK_STAGE_BYTES = WARPS * STAGE_BYTES;
+// Where two tiles of a warp are in shared memory: codes, parameters, super-scales.
+struct PairAt {
+    u32 codes, params, supers;
+};
 
 // What a block takes of x: rows `stride` elements apart, columns first_column .. first_column + columns, zeros beyond k.
 struct XSlice {
@@ -19,11 +35,6 @@ struct XSlice {
     __device__ __forceinline__ bool aligned(int bytes) const {
         return k % (bytes / 2) == 0 && stride % (bytes / 2) == 0 && (u64)x % bytes == 0;
     }
-};
-
-// Where two tiles of a warp lie in shared memory: codes, parameters, super-scales.
-struct PairAt {
-    u32 codes, params, supers;
 };
 
 __device__ __forceinline__ void add(float4& a, const float4& b) {

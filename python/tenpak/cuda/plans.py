@@ -3,8 +3,8 @@
 The choices are measured ones (tests/bench/bench_gemm.py, bench_attention.py) and ship with the package: nothing is
 tuned at run time.
 
-- up to 8 tokens, and 16 where x fits in shared memory: `skinny`, bound by memory (one or two tokens of `int4_lut16`:
-  in integers);
+- up to 8 tokens, and 16 where x fits in shared memory: `skinny`, bound by memory (one token of most layouts in
+  integers);
 - more on Hopper: from `WIDE_FROM` tokens on `wide`, whose tokens the copy engine brings, and `prefill` for fewer and
   where it cannot bring them; both on the tensor cores' warpgroup instructions;
 - `dense_from` tokens and more: the weight is unpacked, a part at a time, for cuBLAS.
@@ -35,10 +35,9 @@ STAGE_BYTES = {
     "int8_sym": 2048,
 }
 
-#: Weights that share parameters; 0: a row's (SIZE of cuda/layouts.cuh).
-GROUP_SIZE = {name: layout.group for name, layout in LAYOUTS.items()}
-#: The most tokens that are multiplied in integers (cuda/integers.cuh).
-MOST_INTEGER = {name: {8: 1, 16: 2}.get(group, 4) for name, group in GROUP_SIZE.items()}
+#: Layouts of which few tokens are multiplied in integers, and how many (cuda/integers.cuh). The others have so many
+#: bytes that memory takes the time either way.
+INTEGER = {"int4_g16_u8": 1, "int4_g32_fp16": 1, "int4_g64_fp16": 1, "int4_g128_fp16": 1, "int4_lut16": 2}
 #: Tokens from which `wide` is faster than what is for fewer.
 WIDE_FROM = 17
 #: Weights from which more tiles in flight pay for the shared memory they take.
@@ -141,45 +140,63 @@ def dense_from(hopper: bool, in_boxes: bool) -> int:
 class Form:
     """Macros of cuda/skinny.cu: warps of a block that multiply, their steps in flight, and a multiprocessor's blocks.
 
-    `cluster`: the blocks over which K goes.
+    `strips` at a time; `engine`: the copy engine brings weights.
     """
 
     warps: int
     depth: int
     blocks: int
-    cluster: int = 1
+    strips: int = 1
+    engine: bool = False
 
 
-def _forms(device: Device, layout: str, n: int, k: int, m: int, integer: int, slices: int) -> list[Form]:
+def _forms(device: Device, layout: str, n: int, k: int, m: int, integer: int) -> list[Form]:
     """What `skinny_plans` tries, the best first, as measured."""
-    if device.hopper:
-        return [Form(16, 4, 1), Form(16, 3, 1), Form(8, 4, 2), Form(12, 3, 1, 2), Form(8, 3, 2, 2), Form(8, 3, 1), Form(8, 2, 1)]
-    depth = 3 if n * k >= LARGE and STAGE_BYTES[layout] <= 1280 else 2
-    return [Form(8, depth, 2), Form(16, 2, 1), Form(8, depth, 1)]
+    large, lut16 = n * k >= LARGE, layout == "int4_lut16"
+    depth = 3 if large and STAGE_BYTES[layout] <= 1280 and not integer else 2
+    forms = [Form(8, depth, 2), Form(16, 2, 1), Form(8, depth, 1)]
+    if integer * k > 8192:
+        forms.insert(0, Form(16, 2, 1))
+    elif m > 2 and not large and not lut16:
+        forms[:0] = [Form(12, 3, 1), Form(12, 2, 1)]
+    if not device.hopper or m > 16:
+        return forms
+
+    def engine(*form: int) -> Form:
+        return Form(*form, engine=True)
+
+    if integer:
+        if large or integer == 2:
+            forms[:0] = [engine(16, 4, 1), engine(16, 3, 1)]
+        elif k > 8192:
+            forms[:0] = [engine(12, 5, 1), engine(12, 3, 1)]
+        else:
+            forms.insert(0, engine(8, 3, 2))
+    elif m > 4:
+        two = [] if large or lut16 else [engine(8, 3, 1, 2)]
+        many = [] if m > 8 else [engine(16, 3, 1)]
+        forms[:0] = [*two, *many, engine(12, 3, 1), engine(12, 2, 1)]
+    elif m > 2 and not (large and lut16):
+        forms.insert(0, engine(8, 3, 2))
+    return forms
 
 
-#: Strips of a cluster's block whose sums wait for it (MAILS of cuda/skinny.cu).
-MAILS = 4
-#: Tiles that a slice of K is a multiple of: a super-scale's of `int4_lut16`.
+#: Tiles that a slice of K is a multiple of: those of a super-scale of `int4_lut16`.
 SLICE_TILES = 4
 
 
-def x_row_bytes(layout: str, tokens: int, tiles: int) -> int:
+def x_row_bytes(layout: str, integer: int, tiles: int) -> int:
     """Shared memory of a token's `tiles` of 64 columns (row_bytes of cuda/halves.cuh and cuda/integers.cuh).
 
-    `tokens` multiplied in integers at a time, or 0.
+    `integer`: the tokens that are multiplied in integers, or 0.
     """
-    if not tokens:
+    if not integer:
         return 2 * TILE_COLS * tiles + 64
-    group = GROUP_SIZE[layout]
-    whole = group in (0, 128)
-    splits = 1 if whole or group == 64 else 2 if group == 32 and tokens == 1 else 4 // tokens
-    sets = 2 if not whole and TILE_COLS // splits > group else 1
-    unit = 2 * TILE_COLS if whole else TILE_COLS // (splits * sets)
-    # Where halves of a tile are different units, it is there twice.
-    versions = 2 if unit < TILE_COLS and LAYOUTS[layout].code_bits == 4 and not LAYOUTS[layout].natural else 1
-    blocks = divide_up(tiles, 2)
-    return divide_up(blocks * (4 * TILE_COLS * versions + 4 + 2 * TILE_COLS // unit * 4), 128) * 128 + 32
+    group = LAYOUTS[layout].group
+    # Where groups are smaller than a tile, and codes are packed by pairs, tiles are there twice.
+    versions = 2 if group < TILE_COLS and not LAYOUTS[layout].natural else 1
+    block = 2 * TILE_COLS
+    return divide_up(divide_up(tiles, 2) * (2 * block * versions + 4 + block // group * 4), 128) * 128 + 32
 
 
 def skinny_plans(
@@ -201,7 +218,7 @@ def skinny_plans(
     average = divide_up(m, batch) if grouped else m
     columns = next((c for c in (1, 2, 4) if average <= 8 * c), 8)
     # Tokens that are multiplied in integers; not experts', of which one may have many.
-    integer = next(t for t in (1, 2, 4) if m <= t) if m <= MOST_INTEGER[layout] and not grouped else 0
+    integer = m if m <= INTEGER.get(layout, 0) and not grouped else 0
     chunk = integer or 8 * columns
     at_once = min(chunk, m)
     # Strips whose sums a block adds at a time, each by a warp (BUFFERS of cuda/skinny.cu).
@@ -213,16 +230,13 @@ def skinny_plans(
         slices = max(1, min(2 * device.multiprocessors // (strips * batch), tiles // 16))
 
     def plan(form: Form, slices: int) -> Plan | None:
-        parts = form.cluster if form.cluster > 1 else slices
-        slice_tiles = divide_up(divide_up(tiles, parts), SLICE_TILES) * SLICE_TILES
-        shared = buffers * form.warps * columns * 512 + form.warps * form.depth * stage
+        slice_tiles = divide_up(divide_up(tiles, slices), SLICE_TILES) * SLICE_TILES
+        shared = form.strips * (buffers * form.warps * columns * 512 + form.warps * form.depth * stage)
         shared += at_once * x_row_bytes(layout, integer, slice_tiles)
-        if form.cluster > 1:
-            shared += MAILS * form.cluster * columns * 512
         if shared > device.shared or form.blocks * (shared + RESERVED) > device.shared_all:
             return None
-        slices = 1 if form.cluster > 1 else divide_up(tiles, slice_tiles)
-        per_matrix = max(1, device.multiprocessors * form.blocks // (slices * batch * form.cluster))
+        slices, turns = divide_up(tiles, slice_tiles), divide_up(strips, form.strips)
+        per_matrix = max(1, device.multiprocessors * form.blocks // (slices * batch))
         defines = {
             "LAYOUT": layout,
             "BF16": int(bf16),
@@ -231,8 +245,8 @@ def skinny_plans(
             "COLUMNS": columns,
             "BLOCKS": form.blocks,
             "INTEGER": integer,
-            "ENGINE": int(device.hopper),
-            "CLUSTER": form.cluster,
+            "STRIPS": form.strips,
+            "ENGINE": int(form.engine),
             **fused.defines,
         }
         if fused.norm != "none":
@@ -240,22 +254,22 @@ def skinny_plans(
             defines["EACH"] = divide_up(tiles * TILE_COLS, 4 * 32 * form.warps)
         # Slots of partial sums: one for each chunk of tokens of each matrix.
         slots = (m // chunk + batch if grouped else batch * divide_up(m, chunk) + batch) if slices > 1 else 0
-        # Those that multiply, that add, that finish what a cluster has added, and that ask for copies.
-        warps = form.warps + buffers + (form.cluster > 1) + device.hopper
+        # Those that multiply, that add, and one that asks for copies.
+        warps = form.warps + buffers + form.engine
         int32 = np.int32
         return Plan(
             "skinny.cu",
             "skinny",
             defines,
-            (min(strips, per_matrix) * form.cluster, slices, batch),
+            (min(turns, per_matrix), slices, batch),
             (32 * warps,),
             shared,
             (int32(m), int32(n), int32(k), int32(tiles), int32(divide_up(k, 256)), int32(slice_tiles)),
-            slots * slices * strips * columns * 512,
+            slots * slices * strips * form.strips * columns * 512,
             slots * strips,
         )
 
-    forms = _forms(device, layout, n, k, m, integer, slices)
+    forms = _forms(device, layout, n, k, average, integer)
     while True:
         found = [made for form in forms if (made := plan(form, slices)) is not None]
         if found:
