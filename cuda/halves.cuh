@@ -11,16 +11,6 @@ constexpr int TOKENS = 8 * COLUMNS;
 // Independent sums for the two halves of a tile: a chain of dependent products would be all latency.
 constexpr int CHAINS = COLUMNS <= 2 ? 2 : 1;
 
-__device__ __forceinline__ void multiply(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
-#if BF16
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-#else
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-#endif
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-
 struct Products {
     // A lane's registers for two tiles.
     struct Pair {
@@ -64,8 +54,7 @@ struct Products {
                 } else if (vectors) {
                     for (int c = threadIdx.x * 8; c < from.columns; c += THREADS * 8) {
                         const int bytes = from.first_column + c < from.k ? 16 : 0;
-                        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
-                                     :: "r"(shared_address(line + 2 * c)), "l"(bytes ? values + c : from.x), "r"(bytes) : "memory");
+                        copy_or_zeros(shared_address(line + 2 * c), bytes ? values + c : from.x, bytes);
                     }
                 } else {
                     for (int c = threadIdx.x; c < from.columns; c += THREADS)

@@ -36,18 +36,6 @@ constexpr int UNITS = SPLITS * SETS;  // of a tile: runs of columns whose sums s
 constexpr int UNIT = WHOLE ? 2 * TILE_COLS : TILE_COLS / UNITS;
 static_assert(UNIT == GROUP, "sums of groups");
 
-// What an eight-bit operand is: codes are not signed, entries of tables are.
-#ifdef LUT16_TABLES
-#define OPERAND "s8"
-#else
-#define OPERAND "u8"
-#endif
-__device__ __forceinline__ void multiply(int (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
-    asm("mma.sync.aligned.m16n8k32.row.col.s32." OPERAND ".s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-        : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-
 // ---- Activations ----------------------------------------------------------------------------------------------------
 
 // A row of x: for each tile 64 bytes of h and 64 of l, of each lane t its columns in both halves; scales of 128 columns; and sums
@@ -87,11 +75,6 @@ struct Digits {
         return v;
     }
 
-    static __device__ __forceinline__ float reciprocal(float x) {
-        float y;
-        asm("rcp.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
-        return y;
-    }
     // Four columns of this lane, of COUNT blocks each, as h and l; zeros beyond the slice. `row(i)` is where block `block(i)`'s token
     // is; null where there is none. Several at a time, since each alone would be all latency.
     template <int COUNT, class Row, class Block>
@@ -379,13 +362,10 @@ struct Products : Digits {
         const u32 from = x + (tile + j) * TILE_BYTES;
         u32(&v)[4] = b[j];
         if constexpr (TABLES) {
-#pragma unroll
-            for (int half = 0; half < 2; ++half)
-                asm volatile("{\n.reg .pred kept;\nsetp.ne.u32 kept, %3, 0;\n@kept ld.shared.v2.u32 {%0, %1}, [%2];\n}"
-                             : "+r"(v[2 * half]), "+r"(v[2 * half + 1]) : "r"(from + 8 * half), "r"(keep[half]) : "memory");
+            read_if(keep[0], from, v[0], v[1]);
+            read_if(keep[1], from + 8, v[2], v[3]);
         } else if constexpr (SPLITS > 2) {
-            asm volatile("{\n.reg .pred kept;\nsetp.ne.u32 kept, %5, 0;\n@kept ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];\n}"
-                         : "+r"(v[0]), "+r"(v[1]), "+r"(v[2]), "+r"(v[3]) : "r"(from), "r"(keep[0]) : "memory");
+            read_if(keep[0], from, v[0], v[1], v[2], v[3]);
         } else {
             const uint4 all = read<uint4>(from);
             v[0] = all.x, v[1] = all.y, v[2] = all.z, v[3] = all.w;
@@ -424,8 +404,8 @@ struct Products : Digits {
         for (int half = 0; half < 2; ++half) {
             int(&s)[4] = d[half * (SETS - 1)];
             const int u = 2 * half, l = u + 1;
-            tenpak::multiply(s, {one[u][0], one[l][0], one[u][1], one[l][1]}, b[J][u], b[J][l]);
-            tenpak::multiply(s, {other[u][0], other[l][0], other[u][1], other[l][1]}, b[J][u], b[J][l]);
+            tenpak::multiply<TABLES>(s, {one[u][0], one[l][0], one[u][1], one[l][1]}, b[J][u], b[J][l]);
+            tenpak::multiply<TABLES>(s, {other[u][0], other[l][0], other[u][1], other[l][1]}, b[J][u], b[J][l]);
         }
 #pragma unroll
         for (int set = 0; set < SETS; ++set) {
@@ -454,8 +434,8 @@ struct Products : Digits {
     __device__ __forceinline__ void multiply_tile(const Pair& pair, int (&d)[4]) const {
         u32 a[2][4];
         Group::operands(pair.codes[J], a);
-        tenpak::multiply(d, a[0], b[J][0], b[J][1]);
-        tenpak::multiply(d, a[1], b[J][2], b[J][3]);
+        tenpak::multiply<TABLES>(d, a[0], b[J][0], b[J][1]);
+        tenpak::multiply<TABLES>(d, a[1], b[J][2], b[J][3]);
     }
     template <int J>
     __device__ __forceinline__ void add_tile(float (&part)[2], const int (&d)[4], const Pair& pair, const Layout::Rows& rows,

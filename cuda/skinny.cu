@@ -54,12 +54,8 @@ constexpr int FULL = 1, EMPTY = FULL + BUFFERS;
 // Steps of x that the copy engine may bring one by one.
 constexpr int X_STEPS = ENGINE && !INTEGER && !NORM ? 32 : 0;
 
-__device__ __forceinline__ void wait_at(int barrier) {
-    asm volatile("bar.sync %0, %1;" :: "r"(barrier), "n"(THREADS + LANES) : "memory");
-}
-__device__ __forceinline__ void arrive_at(int barrier) {
-    asm volatile("bar.arrive %0, %1;" :: "r"(barrier), "n"(THREADS + LANES) : "memory");
-}
+__device__ __forceinline__ void wait_at(int barrier) { wait_at_barrier<THREADS + LANES>(barrier); }
+__device__ __forceinline__ void arrive_at(int barrier) { arrive_at_barrier<THREADS + LANES>(barrier); }
 // What a thread that does not stage x waits for while others do.
 __device__ __forceinline__ void wait_for_staging(int tokens) {
 #if NORM
@@ -235,7 +231,7 @@ skinny(const unsigned char* codes, const unsigned char* params, const unsigned c
                     __syncwarp();
                     unsigned int* counter = arrived + slot * strips + strip;
                     u32 before = 0;
-                    if (lane == 0) before = atomicAdd(counter, 1);
+                    if (lane == 0) before = atomicAdd(counter, 1u);
                     if (__shfl_sync(~0u, before, 0) + 1 != (u32)slices) continue;
                     __threadfence();
 #pragma unroll

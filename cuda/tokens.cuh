@@ -1,7 +1,6 @@
 // What the ways of multiplying few tokens have in common: a block's steps, its share of the activations, and sums of lanes.
 #pragma once
-#include "engine.cuh"
-#include "layouts.cuh"
+#include "few.cuh"
 #ifndef ENGINE
 #define ENGINE 0
 #endif
