@@ -113,7 +113,6 @@ inline u32 shared_u16(u32 at) { return shared<u16>(at); }
 inline uint4 load_matrices(u32 row) {
     auto all = share<1>({(u64)row});
     const int lane = threadIdx.x % 32;
-    
     u32 v[4];
     for (int matrix = 0; matrix < 4; ++matrix) {
         const uint4 of_row = shared<uint4>((u32)all[8 * matrix + lane / 4][0]);

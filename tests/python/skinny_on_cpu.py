@@ -1,6 +1,6 @@
 """Runs `skinny.cu` on the CPU: the copy engine's and warps' copies, named barriers and products in plain C++.
 
-As hopper_on_cpu has it, which this builds on: copies happen at once or at the last moment, when somebody waits for them.
+As in hopper_on_cpu, which this builds on, copies happen at once or at the last moment, when somebody waits for them.
 """
 
 from __future__ import annotations
@@ -58,7 +58,9 @@ template <class T> T __shfl_xor_sync(u32, T x, int mask) {
     return tenpak::same_bits<T>((u32)tenpak::share<1>({(u64)bits_of(x)})[threadIdx.x % 32 ^ mask][0]);
 }
 inline u32 __shfl_sync(u32, u32 x, int lane) { return (u32)tenpak::share<1>({(u64)x})[lane][0]; }
-inline float __shfl_sync(u32, float x, int lane) { return tenpak::from_bits((u32)tenpak::share<1>({(u64)bits_of(x)})[lane][0]); }
+inline float __shfl_sync(u32, float x, int lane) {
+    return tenpak::from_bits((u32)tenpak::share<1>({(u64)bits_of(x)})[lane][0]);
+}
 inline u32 __reduce_max_sync(u32, u32 x) {
     auto all = tenpak::share<1>({(u64)x});
     u32 most = 0;

@@ -1,4 +1,4 @@
-"""`skinny.cu` beside FP64, on the CPU: layouts, both ways of copying and of multiplying, norms, slices of K, experts."""
+"""`skinny.cu` beside FP64, on the CPU: layouts, both ways to copy and to multiply, norms, slices of K, experts."""
 
 from __future__ import annotations
 
