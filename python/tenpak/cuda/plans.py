@@ -162,8 +162,8 @@ def _forms(device: Device, layout: str, n: int, k: int, m: int, integer: int) ->
     if not device.hopper or m > 16:
         return forms
 
-    def engine(*form: int) -> Form:
-        return Form(*form, engine=True)
+    def engine(warps: int, depth: int, blocks: int, strips: int = 1) -> Form:
+        return Form(warps, depth, blocks, strips, True)
 
     if integer:
         if large or integer == 2:
