@@ -2,9 +2,9 @@
 //
 // layouts.cuh lets a lane keep the eight columns of its own words and has the tokens' columns put in that order, which
 // needs a thread's hands. The copy engine can swizzle chunks of sixteen bytes but not look into them. So here the weights
-// yield: of each chunk of eight columns a lane takes pair t = lane % 4, which is in the word of lane 4g + chunk, and reads
-// the words of all four lanes of its quad. It costs a shift for each pair, by a count that differs between lanes, and
-// three more reads of shared memory a tile; the copy engine then brings tokens with no thread's help.
+// yield: of each chunk of eight columns a lane takes pair t = lane % 4. Word t of what lane 4g + chunk has in memory is
+// that pair of all its rows, so that one ldmatrix gives a lane what it wants of four chunks; the copy engine then brings
+// tokens with no thread's help. (int4_lut16, whose words are in order, reads all of its quad's.)
 //
 // Each layout has: PARAM_BYTES(tiles) of so many tiles of a strip (of two, the first being even), and params(weight, strip,
 // k), where those of tile k begin; SUPER_BYTES and supers(weight, strip, k) alike; Tile, a lane's registers for one tile, read by
@@ -15,21 +15,24 @@
 
 namespace tenpak {
 
-// Of each 512 bytes, sixteen of each lane, what a lane copies lies here: chunk by chunk (lane % 4), so that those of eight
-// rows, which are read together, meet all banks.
-__device__ __forceinline__ int place_of(int lane) { return lane % 4 * 8 + lane / 4; }
+// Of each 512 bytes, sixteen of each lane, where a lane's lie: within 128 bytes, so that copies stay whole, and so that those
+// of one chunk and eight rows, which are read together, meet all banks.
+__device__ __forceinline__ int place_of(int lane) { return lane ^ lane / 8; }
+// Where what this lane reads of four chunks begins: row lane % 8 of chunk lane / 8.
+__device__ __forceinline__ u32 row_of_chunk(u32 codes, int lane) { return codes + 16 * place_of(lane % 8 * 4 + lane / 8); }
 
 struct NoSupers {
     static constexpr int SUPER_BYTES = 0;
     static __device__ __forceinline__ const u8* supers(const Weight&, int, int) { return nullptr; }
 };
 
+// What the four lanes of this one's quad have.
 struct QuadCodes {
     uint4 lanes[4];
 
     __device__ __forceinline__ void load(u32 codes, int lane) {
 #pragma unroll
-        for (int c = 0; c < 4; ++c) lanes[c] = shared_uint4(codes + 16 * (8 * c + lane / 4));
+        for (int c = 0; c < 4; ++c) lanes[c] = shared_uint4(codes + 16 * place_of(lane / 4 * 4 + c));
     }
     template <int WORD>
     __device__ __forceinline__ u32 word(int c) const {
@@ -51,7 +54,7 @@ struct AffineColumns : NoSupers {
     template <int J>
     static __device__ __forceinline__ Tile load(u32 codes, u32 params, u32, int lane) {
         Tile tile;
-        tile.pairs = load_matrices(codes + J * FourBit::CODE_BYTES + 16 * lane);
+        tile.pairs = load_matrices(row_of_chunk(codes + J * FourBit::CODE_BYTES, lane));
         Params::load(tile.params, params + Params::unit(J) * Params::BYTES, lane);
         return tile;
     }
@@ -181,7 +184,7 @@ struct EightBitColumns : NoSupers {
     static __device__ __forceinline__ const u8* params(const Weight&, int, int) { return nullptr; }
     template <int J>
     static __device__ __forceinline__ Tile load(u32 codes, u32, u32, int lane) {
-        const u32 at = codes + J * EightBit::CODE_BYTES + 16 * lane;
+        const u32 at = row_of_chunk(codes + J * EightBit::CODE_BYTES, lane);
         return {{load_matrices(at), load_matrices(at + 16 * LANES)}};
     }
     template <int QUARTER>

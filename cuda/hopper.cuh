@@ -83,31 +83,26 @@ __device__ __forceinline__ void add_release(u32* at, u32 value) {
 // Among the 128 threads of one warpgroup.
 __device__ __forceinline__ void group_barrier(int group) { asm volatile("bar.sync %0, 128;" :: "r"(group + 1) : "memory"); }
 
-// Among the 256 threads of two.
-__device__ __forceinline__ void pair_barrier(int pair) { asm volatile("bar.sync %0, 256;" :: "r"(pair + 10) : "memory"); }
-
-__device__ __forceinline__ void lead_wait() { asm volatile("bar.sync 9, 256;" ::: "memory"); }
-__device__ __forceinline__ void lead_arrive() { asm volatile("bar.arrive 9, 256;" ::: "memory"); }
-
+// Among those of all warpgroups that multiply.
 __device__ __forceinline__ void consumers_barrier(int threads) { asm volatile("bar.sync 15, %0;" :: "r"(threads) : "memory"); }
 
 // ---- Clusters of blocks -------------------------------------------------------------------------------------------------
 
-__device__ __forceinline__ u32 cluster_rank() {
+__device__ __forceinline__ int cluster_rank() {
     u32 rank;
     asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-    return rank;
+    return (int)rank;
 }
-// Among all threads of the cluster that have not ended.
-__device__ __forceinline__ void cluster_barrier() {
+// Among all threads of the cluster that have not ended. What they have written to shared memory is there for all.
+__device__ __forceinline__ void cluster_sync() {
     asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
-// After all have read each other's shared memory.
-__device__ __forceinline__ void cluster_read() {
+// After all have read what they want of each other.
+__device__ __forceinline__ void cluster_leave() {
     asm volatile("barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
 }
-// Of another block's shared memory, at the same place.
-__device__ __forceinline__ float4 cluster_float4(u32 at, u32 rank) {
+// What another block has at this address of its shared memory.
+__device__ __forceinline__ float4 in_block(u32 at, u32 rank) {
     float4 v;
     asm volatile("{\n.reg .u32 there;\nmapa.shared::cluster.u32 there, %4, %5;\n"
                  "ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [there];\n}"

@@ -176,9 +176,9 @@ __device__ __forceinline__ u32 fma_pair(u32 a, u32 b, u32 c) { return BF16 ? bfl
 
 // ---- Four-bit codes ----------------------------------------------------------------------------------------------
 
-// A lane's sixteen bytes are transposed: word P of memory holds pair P, weights 2P and 2P + 1, of each of its four words
-// (of the drawing above), that of word I at nibbles I and I + 4. So a lane that wants one pair of every word, as wgmma's do
-// (columns.cuh), reads one word, and which pair is at which place is known when the kernel is compiled.
+// A lane's sixteen bytes are transposed: word P in memory holds pair P, weights 2P and 2P + 1, of each of the four words
+// drawn above, that of word I at nibbles I and I + 4. So a lane that wants one pair of every word, as wgmma's do
+// (columns.cuh), reads one, and where in it a pair is, is known when the kernel is compiled.
 
 // The pair of word I as exact floats 0..15. Above its nibbles goes the exponent of 1024 (FP16) or 128 (BF16); what that
 // added is subtracted at once, exactly: folded into the offset it would cost up to half a step.

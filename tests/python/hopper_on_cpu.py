@@ -31,6 +31,10 @@ struct uint2 { u32 x, y; };
 struct alignas(16) uint4 { u32 x, y, z, w; };
 #define __constant__ static
 #define __grid_constant__
+#define __cluster_dims__(...)
+#ifndef CLUSTER
+#define CLUSTER 1
+#endif
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 template <class T> void __stcg(T* to, T v) { *to = v; }
 template <class T> T __ldg(const T* at) { return *at; }
@@ -206,16 +210,23 @@ inline u32 load_acquire(const u32* at) { return *at; }
 inline void add_release(u32* at, u32 value) { *at += value; }
 static Barrier of_groups[8];
 inline void group_barrier(int group) { arrive(of_groups[group], 128); }
-static Barrier of_pairs[4];
 inline uint2 make_uint2(u32 x, u32 y) { return {x, y}; }
-inline void consumers_barrier(int) {}
-inline void cluster_barrier() {}
-inline void cluster_read() {}
-inline u32 cluster_rank() { return 0; }
-inline float4 cluster_float4(u32 at, u32) { return {}; }
-inline void lead_wait() {}
-inline void lead_arrive() {}
-inline void pair_barrier(int pair) { arrive(of_pairs[pair], 256); }
+static Barrier of_consumers, of_cluster;
+inline void consumers_barrier(int threads) { arrive(of_consumers, threads); }
+// What each block of a cluster left for the others, in the launch before this one, which is the same.
+static std::map<u32, std::vector<u8>> left;
+inline void cluster_sync() {
+    arrive(of_cluster, 128 * GROUPS);
+    if (threadIdx.x == 0) left[blockIdx.x].assign(memory(), memory() + shared_size);
+}
+inline void cluster_leave() {}
+inline int cluster_rank() { return blockIdx.x % CLUSTER; }
+inline float4 in_block(u32 at, u32 rank) {
+    const std::vector<u8>& from = left[blockIdx.x / CLUSTER * CLUSTER + rank];
+    float4 v = {};
+    if (!from.empty()) memcpy(&v, from.data() + (at - first_shared), sizeof v);
+    return v;
+}
 
 constexpr u64 KEEP_LONG = 2;
 struct TensorMap { u64 x, stride; int columns, rows, matrices, unused; u64 more[12]; };
@@ -365,22 +376,23 @@ def wide(
     n: int,
     scale: float,
     bias: NDArray[np.uint16] | None,
+    head: int = 0,
 ) -> NDArray[np.uint16]:
     """y [batch, m, n] of x [batch, m, at least k], as bits; poisoned before. `packed`: codes, params, row_params."""
     batch, m, stride = x.shape
     x = aligned(x)
     arrays = [aligned(part) for part in packed]
     y = aligned(np.full((batch, m, n), 0x7FFF, np.uint16))
-    groups, blocks, tokens = (int(str(defines[name])) for name in ("GROUPS", "BLOCKS", "TOKENS"))
+    groups, tokens = (int(str(defines[name])) for name in ("GROUPS", "TOKENS"))
     step, stages = int(str(defines["STEP"])), int(str(defines["STAGES"]))
     layout = str(defines["LAYOUT"])
     strip = plans.strip_bytes(layout, STAGE_BYTES[layout], step)
-    parts = int(str(defines.get("PARTS", 1)))
-    fixed, stage = plans.shared_bytes(groups, blocks, tokens, step, strip, parts)
+    fixed, stage = plans.shared_bytes(groups, tokens, step, strip)
     tiles = -(-k // 64)
-    rows = 64 * groups // parts * blocks
-    partial = aligned(np.full(grid * rows * tokens, np.nan, np.float32))
-    arrived = aligned(np.zeros(batch * -(-n // rows) * -(-m // tokens) * groups, np.uint32))
+    rows = 64 * groups
+    output_tiles = batch * -(-n // rows) * -(-m // tokens)
+    partial = aligned(np.full((output_tiles if head else grid) * rows * tokens, np.nan, np.float32))
+    arrived = aligned(np.zeros(output_tiles * groups, np.uint32))
     assert x is not None
     assert y is not None
     assert partial is not None
@@ -393,7 +405,7 @@ def wide(
         return np.array([0 if array is None else array.ctypes.data], np.uint64)
 
     steps = [np.array([0 if part is None else part.nbytes // batch], np.int64) for part in arrays]
-    scalars = [np.array([value], np.int32) for value in (batch, m, n, tiles, -(-k // 256))]
+    scalars = [np.array([value], np.int32) for value in (batch, m, n, tiles, -(-k // 256), head)]
     given = [
         mapped,
         *map(address, [*arrays, y, bias, partial, arrived]),
@@ -403,6 +415,9 @@ def wide(
     ]
     pointers = (ctypes.c_void_p * len(given))(*(value.ctypes.data for value in given))
     library = _library(tuple(sorted(defines.items())))
-    library.launch(pointers, (ctypes.c_uint * 3)(grid, 1, 1), 128 * groups + 128, fixed + stages * stage)
+    # Of a cluster, the first launch leaves what its blocks read of each other.
+    for _ in range(1 if defines.get("CLUSTER", 1) == 1 else 2):
+        y[...] = 0x7FFF
+        library.launch(pointers, (ctypes.c_uint * 3)(grid, 1, 1), 128 * groups + 128, fixed + stages * stage)
     assert not arrived.any(), "counters are not zero again"
     return y

@@ -170,26 +170,27 @@ def pack(
         return out
 
     codes = parts[0]
+    words: NDArray[np.uint32]
     if layout.code_bits == 4:
         codes = np.stack([codes & 15, codes >> 4], -1).reshape(matrix_count * n, -1)[:, :k]
         codes = np.array(layout.packed_as, np.uint8)[codes]
         tile = padded(codes, tiles * TILE_COLS).reshape(matrix_count, strips, 2, 8, tiles, 2, 4, 8)
-        # [batch, strip, row half, g, tile, column half, t, column] to tile by tile, lane (g, t), word, nibble: word (column
-        # half, row half) with its columns, or each pair with (which of two, column half, row half).
+        # [batch, strip, row half, g, tile, column half, t, column] to tile by tile, lane (g, t), word, nibble: word
+        # (column half, row half) with its columns, or each pair with (which of two, column half, row half).
         if layout.natural:
             nibbles = tile.transpose(0, 1, 4, 3, 6, 5, 2, 7)
         else:
             pairs = tile.reshape(*tile.shape[:-1], 4, 2)
             nibbles = pairs.transpose(0, 1, 4, 3, 6, 7, 8, 5, 2).reshape(*tile.shape[:2], tiles, 8, 4, 4, 8)
-        packed = np.zeros(nibbles.shape[:-1], np.uint32)
+        words = np.zeros(nibbles.shape[:-1], np.uint32)
         for nibble in range(8):
-            packed |= nibbles[..., nibble].astype(np.uint32) << np.uint32(4 * nibble)
+            words |= nibbles[..., nibble].astype(np.uint32) << np.uint32(4 * nibble)
     else:
         tile = padded(codes.view(np.uint8) ^ 128, tiles * TILE_COLS, fill=128)
         tile = tile.reshape(matrix_count, strips, 2, 8, tiles, 2, 4, 4, 2)
-        packed = np.ascontiguousarray(tile.transpose(0, 1, 4, 5, 3, 6, 7, 2, 8)).view(np.uint8)
-        packed = packed.reshape(-1, 16).view("<u4")
-    packed_codes = np.ascontiguousarray(packed).reshape(sizes[0])
+        lanes = np.ascontiguousarray(tile.transpose(0, 1, 4, 5, 3, 6, 7, 2, 8))
+        words = lanes.view(np.uint8).reshape(-1, 16).view(np.dtype("<u4"))
+    packed_codes = words.reshape(sizes[0])
 
     params = None
     if layout.param is not None and sizes[1] is not None:
