@@ -13,25 +13,12 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-from hopper_on_cpu import HOPPER, aligned, layouts_on_cpu
+from hopper_on_cpu import ENGINE, aligned, layouts_on_cpu
 from numpy.typing import NDArray
 from support import ROOT
 from tenpak.cuda import compile as kernels
 from tenpak.cuda.plans import Plan
 from warps_on_cpu import COMPILER, WARP
-
-#: Barriers and copies that they count, of what stands in for cuda/hopper.cuh; and the rest of cuda/engine.cuh.
-ENGINE = (
-    HOPPER[: HOPPER.index("constexpr u64 KEEP_LONG")]
-    + """
-inline void copy_bulk(u32 to, const void* from, u32 bytes, u32 barrier) {
-    check(to % 16 == 0 && (u64)from % 16 == 0 && bytes % 16 == 0, "a copy is not made of sixteen bytes");
-    ask_for({{{to, (const u8*)from, bytes}}, false}, barrier);
-}
-inline void copy_bulk_once(u32 to, const void* from, u32 bytes, u32 barrier) { copy_bulk(to, from, bytes, barrier); }
-}
-"""
-)
 
 #: Copies of cuda/layouts.cuh, which `PAIRS` of hopper_on_cpu leaves out, and what else the kernel asks of CUDA.
 COPIES = """
@@ -39,11 +26,6 @@ namespace tenpak {
 inline void copy_once(u32 to, const u8* from) { copy16(at_shared(to), from); }
 inline void commit_copies() { commit(); }
 template <int PENDING> void wait_for_copies() { wait<PENDING>(); }
-template <class T> T read(u32 at) {
-    T v;
-    memcpy(&v, at_shared(at), sizeof v);
-    return v;
-}
 inline void write(u32 to, const float4& v) { memcpy(at_shared(to), &v, sizeof v); }
 }
 inline uint2 make_uint2(u32 x, u32 y) { return {x, y}; }
