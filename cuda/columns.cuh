@@ -32,7 +32,7 @@ struct QuadCodes {
 
     __device__ __forceinline__ void load(u32 codes, int lane) {
 #pragma unroll
-        for (int c = 0; c < 4; ++c) lanes[c] = shared_uint4(codes + 16 * place_of(lane / 4 * 4 + c));
+        for (int c = 0; c < 4; ++c) lanes[c] = read<uint4>(codes + 16 * place_of(lane / 4 * 4 + c));
     }
     template <int WORD>
     __device__ __forceinline__ u32 word(int c) const {
@@ -81,7 +81,7 @@ struct PairsOfTile {
     static __device__ __forceinline__ constexpr int unit(int k) { return k; }
     static __device__ __forceinline__ void load(Held& held, u32 params, int lane) {
 #pragma unroll
-        for (int i = 0; i < SUBGROUPS; ++i) held.of[i] = shared_uint4(params + (lane / 4 * SUBGROUPS + i) * 16);
+        for (int i = 0; i < SUBGROUPS; ++i) held.of[i] = read<uint4>(params + (lane / 4 * SUBGROUPS + i) * 16);
     }
     template <int WORD, class Rows>
     static __device__ __forceinline__ u32 pair(const Held& held, const Rows&, int c) {
@@ -98,7 +98,7 @@ struct PairsOfTiles {
     static __device__ __forceinline__ constexpr int units(int tiles) { return (tiles + TILES - 1) / TILES; }
     static __device__ __forceinline__ constexpr int unit(int k) { return k / TILES; }
     static __device__ __forceinline__ void load(Held& held, u32 params, int lane) {
-        held.of = shared_uint2(params + lane / 4 * 8);
+        held.of = read<uint2>(params + lane / 4 * 8);
     }
     template <int WORD, class Rows>
     static __device__ __forceinline__ u32 pair(const Held& held, const Rows&, int) {
@@ -116,7 +116,7 @@ struct BytesOfTile {
     static __device__ __forceinline__ constexpr int unit(int k) { return k; }
     static __device__ __forceinline__ void load(Held& held, u32 params, int lane) {
 #pragma unroll
-        for (int i = 0; i < SUBGROUPS; ++i) held.of[i] = shared_uint2(params + (lane / 4 * SUBGROUPS + i) * 8);
+        for (int i = 0; i < SUBGROUPS; ++i) held.of[i] = read<uint2>(params + (lane / 4 * SUBGROUPS + i) * 8);
     }
     template <int WORD, class Rows>
     static __device__ __forceinline__ u32 pair(const Held& held, const Rows& rows, int c) {
@@ -145,10 +145,10 @@ struct Lut16Columns {
     static __device__ __forceinline__ Tile load(u32 codes, u32 params, u32 supers, int lane) {
         Tile tile;
         tile.codes.load(codes + J * FourBit::CODE_BYTES, lane);
-        const uint2 p = shared_uint2(params + J * Lut16::SCALE_BYTES + lane / 4 * 8);
+        const uint2 p = read<uint2>(params + J * Lut16::SCALE_BYTES + lane / 4 * 8);
         tile.params[0] = p.x;
         tile.params[1] = p.y;
-        tile.supers = permute(shared_u16(supers + lane / 4 * 2), shared_u16(supers + lane / 4 * 2 + 16), 0x5410);
+        tile.supers = permute(read<u16>(supers + lane / 4 * 2), read<u16>(supers + lane / 4 * 2 + 16), 0x5410);
         return tile;
     }
     template <int WORD, int SUBGROUP>

@@ -1,9 +1,9 @@
-// What Hopper adds: barriers that count bytes and copies, the copy engine, and products of a warpgroup.
+// What Hopper adds to engine.cuh's barriers: boxes of the copy engine, clusters, and products of a warpgroup.
 //
 // Apart from the kernels so that tests can put plain C++ in its place and run them on a CPU. sm_90a. -DTOKENS, the columns
 // of a product.
 #pragma once
-#include "layouts.cuh"
+#include "engine.cuh"
 
 namespace tenpak {
 
@@ -15,31 +15,6 @@ __device__ __forceinline__ int lane_of_warp() {
     asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane));
     return lane;
 }
-__device__ __forceinline__ u32 keep_address(u32 address) {
-    u32 kept;
-    asm volatile("mov.u32 %0, %1;" : "=r"(kept) : "r"(address));
-    return kept;
-}
-__device__ __forceinline__ uint4 shared_uint4(u32 at) {
-    uint4 v;
-    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(at) : "memory");
-    return v;
-}
-__device__ __forceinline__ uint2 shared_uint2(u32 at) {
-    uint2 v;
-    asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(at) : "memory");
-    return v;
-}
-__device__ __forceinline__ u32 shared_u32(u32 at) {
-    u32 v;
-    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(at) : "memory");
-    return v;
-}
-__device__ __forceinline__ u32 shared_u16(u32 at) {
-    u16 v;
-    asm volatile("ld.shared.u16 %0, [%1];" : "=h"(v) : "r"(at) : "memory");
-    return v;
-}
 
 // Four 8 x 8 matrices of halves; lane l gives the address of row l % 8 of matrix l / 8, and gets word l % 4 of row l / 4 of
 // each.
@@ -50,26 +25,8 @@ __device__ __forceinline__ uint4 load_matrices(u32 row) {
     return v;
 }
 
-// ---- Barriers in shared memory --------------------------------------------------------------------------------------
+// ---- Order among threads and blocks ---------------------------------------------------------------------------------
 
-__device__ __forceinline__ void barrier_init(u32 barrier, u32 count) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" :: "r"(barrier), "r"(count));
-}
-// After the barriers' initialization, before anyone uses them.
-__device__ __forceinline__ void barriers_ready() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
-__device__ __forceinline__ void barrier_arrive(u32 barrier) {
-    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" :: "r"(barrier) : "memory");
-}
-// And the phase does not end before so many bytes have been copied.
-__device__ __forceinline__ void barrier_expect(u32 barrier, u32 bytes) {
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" :: "r"(barrier), "r"(bytes) : "memory");
-}
-__device__ __forceinline__ void barrier_wait(u32 barrier, u32 parity) {
-    asm volatile(
-        "{\n.reg .pred done;\n"
-        "again: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-        "@!done bra again;\n}" :: "r"(barrier), "r"(parity) : "memory");
-}
 // What other blocks have stored, and all that they had stored before it.
 __device__ __forceinline__ u32 load_acquire(const u32* at) {
     u32 seen;

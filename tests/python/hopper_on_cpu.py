@@ -53,8 +53,13 @@ inline u8* at_shared(u32 address) {
 inline u32 shared_address(const void* p) {
     return (u64)p >> 31 ? (u32)((long long)((u8*)p - (u8*)&pinned) + 0xc0000000ll) : (u32)(u64)p;
 }
-inline void copy_once(u32, const u8*) {}
 template <class T> T read(const u8* from) { return *(const T*)from; }
+template <class T> T read(u32 at) {
+    if ((u64)at_shared(at) % sizeof(T)) abort();
+    T v;
+    memcpy(&v, at_shared(at), sizeof v);
+    return v;
+}
 inline u32 and_or(u32 a, u32 b, u32 c) { return (a & b) | c; }
 inline u32 and_xor(u32 a, u32 b, u32 c) { return (a & b) ^ c; }
 inline u32 permute(u32 a, u32 b, u32 selector) {
@@ -88,8 +93,8 @@ inline u32 fma_pair(u32 a, u32 b, u32 c) { return BF16 ? bfloat_fma(a, b, c) : h
 }
 """
 
-#: Stands in for cuda/hopper.cuh.
-HOPPER = """
+#: Stands in for cuda/engine.cuh.
+ENGINE = """
 #pragma once
 #include "layouts.cuh"
 #include <stdio.h>
@@ -100,31 +105,10 @@ HOPPER = """
 namespace tenpak {
 inline void check(bool holds, const char* what) {
     if (holds) return;
-    fprintf(stderr, "wide.cu: %s\\n", what);
+    fprintf(stderr, "%s\\n", what);
     abort();
 }
-inline int lane_of_warp() { return threadIdx.x % 32; }
 inline u32 keep_address(u32 address) { return address; }
-template <class T> T shared(u32 at) {
-    check(at % sizeof(T) == 0, "a read of shared memory is not aligned");
-    T v;
-    memcpy(&v, at_shared(at), sizeof v);
-    return v;
-}
-inline uint4 shared_uint4(u32 at) { return shared<uint4>(at); }
-inline uint2 shared_uint2(u32 at) { return shared<uint2>(at); }
-inline u32 shared_u32(u32 at) { return shared<u32>(at); }
-inline u32 shared_u16(u32 at) { return shared<u16>(at); }
-inline uint4 load_matrices(u32 row) {
-    auto all = share<1>({(u64)row});
-    const int lane = threadIdx.x % 32;
-    u32 v[4];
-    for (int matrix = 0; matrix < 4; ++matrix) {
-        const uint4 of_row = shared<uint4>((u32)all[8 * matrix + lane / 4][0]);
-        v[matrix] = (&of_row.x)[lane % 4];
-    }
-    return {v[0], v[1], v[2], v[3]};
-}
 
 struct Counter { int of, missing; long long bytes; u32 parity; };
 struct Piece { u32 to; const u8* from; u32 bytes; };
@@ -207,6 +191,32 @@ inline void barrier_wait(u32 barrier, u32 parity) {
         perform(copy, barrier);
     }
 }
+inline void copy_bulk(u32 to, const void* from, u32 bytes, u32 barrier) {
+    check(to % 16 == 0 && (u64)from % 16 == 0 && bytes % 16 == 0, "a copy is not made of sixteen bytes");
+    ask_for({{{to, (const u8*)from, bytes}}, false}, barrier);
+}
+inline void copy_bulk_once(u32 to, const void* from, u32 bytes, u32 barrier) { copy_bulk(to, from, bytes, barrier); }
+}
+"""
+
+#: Stands in for cuda/hopper.cuh.
+HOPPER = """
+#pragma once
+#include "engine.cuh"
+
+namespace tenpak {
+inline int lane_of_warp() { return threadIdx.x % 32; }
+inline uint4 load_matrices(u32 row) {
+    auto all = share<1>({(u64)row});
+    const int lane = threadIdx.x % 32;
+    u32 v[4];
+    for (int matrix = 0; matrix < 4; ++matrix) {
+        const uint4 of_row = read<uint4>((u32)all[8 * matrix + lane / 4][0]);
+        v[matrix] = (&of_row.x)[lane % 4];
+    }
+    return {v[0], v[1], v[2], v[3]};
+}
+
 inline u32 load_acquire(const u32* at) { return *at; }
 inline void add_release(u32* at, u32 value) { *at += value; }
 static Barrier of_groups[8];
@@ -317,12 +327,12 @@ template <int N> void pin(float (&)[N]) {}
 """
 
 
-def _layouts() -> str:
-    """cuda/layouts.cuh with `PAIRS` in place of its assembly."""
+def layouts_on_cpu(copies: str = "namespace tenpak { inline void copy_once(u32, const u8*) {} }") -> str:
+    """cuda/layouts.cuh with `PAIRS`, and `copies`, in place of its assembly."""
     text = (ROOT / "cuda" / "layouts.cuh").read_text()
     begin, end = text.index("// ---- Copies to shared memory"), text.index("// ---- Four-bit codes")
     head = text[:begin].replace("constexpr int LANES = 32;\n", "")
-    return f'#include "warp.cuh"\n{PAIRS}\n{head}\n{text[end:]}'
+    return f'#pragma once\n#include "warp.cuh"\n{PAIRS}\n{copies}\n{head}\n{text[end:]}'
 
 
 @functools.cache
@@ -340,7 +350,8 @@ def _library(defines: tuple[tuple[str, object], ...]) -> ctypes.CDLL:
     )
     files = {
         "warp.cuh": WARP,
-        "layouts.cuh": _layouts(),
+        "layouts.cuh": layouts_on_cpu(),
+        "engine.cuh": ENGINE,
         "hopper.cuh": HOPPER,
         "columns.cuh": (ROOT / "cuda" / "columns.cuh").read_text(),
         "kernel.cpp": text.replace(dynamic, "u8* const dynamic = dynamic_memory();") + launcher,
