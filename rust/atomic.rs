@@ -83,6 +83,29 @@ impl AtomicFile {
         self.write_all(bytes).map_err(|e| self.error(&e))
     }
 
+    /// Makes the file `len` bytes long, so that [`AtomicFile::place`] can fill it in any order.
+    ///
+    /// # Errors
+    /// An I/O error that names the target.
+    pub fn stretch(&mut self, len: u64) -> Result<()> {
+        let stretched = self.flush().and_then(|()| self.open()?.set_len(len));
+        stretched.map_err(|e| self.error(&e))?;
+        self.written = len;
+        Ok(())
+    }
+
+    /// Writes `bytes` at a place of a file that has been stretched; many threads may do so at once.
+    ///
+    /// # Errors
+    /// An I/O error that names the target.
+    pub fn place(&self, at: u64, bytes: &[u8]) -> Result<()> {
+        self.open().and_then(|file| write_at(file, at, bytes)).map_err(|e| self.error(&e))
+    }
+
+    fn open(&self) -> io::Result<&File> {
+        self.file.as_ref().map(BufWriter::get_ref).ok_or_else(|| io::Error::other("the file is closed"))
+    }
+
     /// The error for people that stands for a failed write to this file.
     pub fn error(&self, source: &io::Error) -> Error {
         write_error(&self.asked, source)
@@ -129,6 +152,24 @@ impl Drop for AtomicFile {
         // After a commit there is nothing left to remove.
         let _ = fs::remove_file(&self.temp);
     }
+}
+
+#[cfg(unix)]
+fn write_at(file: &File, at: u64, bytes: &[u8]) -> io::Result<()> {
+    std::os::unix::fs::FileExt::write_all_at(file, bytes, at)
+}
+
+#[cfg(windows)]
+fn write_at(file: &File, mut at: u64, mut bytes: &[u8]) -> io::Result<()> {
+    while !bytes.is_empty() {
+        let n = std::os::windows::fs::FileExt::seek_write(file, bytes, at)?;
+        if n == 0 {
+            return Err(ErrorKind::WriteZero.into());
+        }
+        at += n as u64;
+        bytes = &bytes[n..];
+    }
+    Ok(())
 }
 
 fn write_error(target: &Path, source: &io::Error) -> Error {

@@ -10,6 +10,7 @@ use crate::input::{Model, Sidecar};
 use crate::output::{self, Format, Item};
 use crate::pipeline::{Progress, check_running, hex, named, refuse_overwriting_input, supervised};
 use crate::runner::Meter;
+use rayon::prelude::*;
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::sync_channel;
 use std::time::Instant;
@@ -88,6 +89,23 @@ fn write_model(
     let weights = infos.iter().map(|t| t.shape.iter().product::<usize>() as u64).sum();
     let mut writer = output::create(format, target, &items, &sidecars, &options.output)?;
     let bytes = supervised(options.threads, weights, progress, |meter| {
+        let restore = |i: usize, place: output::Place<'_>| {
+            check_running(meter)?;
+            let info = &infos[i];
+            let restored = model.pieces(i, &|at, bytes| place(i, at, bytes));
+            meter.add(info.shape.iter().product::<usize>() as u64);
+            restored.map_err(|e| e.at(format_args!("restoring {:?}", info.name)))
+        };
+        let placed = writer.fill(&mut |place| {
+            let done: Vec<Result<()>> =
+                (0..infos.len()).into_par_iter().with_max_len(1).map(|i| restore(i, place)).collect();
+            done.into_iter().collect()
+        })?;
+        if placed {
+            check_running(meter)?;
+            writer.finish()?;
+            return Ok(items.iter().map(|i| i.shape.iter().product::<usize>() * i.dtype.size()).sum::<usize>() as u64);
+        }
         std::thread::scope(|scope| {
             // No room: a tensor is handed over when the one before it has been written.
             let (send, receive) = sync_channel::<std::borrow::Cow<'_, [u8]>>(0);

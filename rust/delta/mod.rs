@@ -8,6 +8,7 @@
 //! A delta is an artifact with a bit in its header: docs/delta.md specifies what its entries hold.
 
 mod apply;
+mod bits;
 pub mod bit1;
 mod chain;
 pub mod codes;
@@ -17,9 +18,11 @@ mod make;
 mod make_codes;
 mod materialize;
 mod plane;
+mod prefix;
 mod rans;
 mod recoded;
 mod report;
+mod scaled;
 mod stored;
 mod word;
 
