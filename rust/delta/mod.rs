@@ -14,6 +14,7 @@ mod chain;
 pub mod codes;
 mod entry;
 pub mod exact;
+mod expected;
 mod make;
 mod make_codes;
 mod materialize;

@@ -242,14 +242,20 @@ impl Lane<'_> {
     #[inline(always)]
     fn step(&mut self, many: &[u64; 1 << WINDOW], symbols: &mut [u8]) {
         let mut word = bits::read(self.bytes, self.bit);
+        let out = &mut symbols[self.at..self.at + Self::READS * AT_ONCE + 1];
+        let (mut found, mut used) = (0, 0);
         for _ in 0..Self::READS {
             let entry = many[(word & ((1 << WINDOW) - 1)) as usize];
-            symbols[self.at..self.at + 8].copy_from_slice(&entry.to_le_bytes());
-            self.at += (entry >> 60) as usize;
-            let used = entry >> 56 & 15;
-            word >>= used;
-            self.bit += used as usize;
+            // SAFETY: before the last look-up at most `(READS - 1) * AT_ONCE` symbols were found, and `out` has room
+            // for `AT_ONCE + 1` bytes more, which are eight.
+            unsafe { out.as_mut_ptr().add(found).cast::<[u8; 8]>().write(entry.to_le_bytes()) };
+            found += (entry >> 60) as usize;
+            let bits = entry >> 56 & 15;
+            word >>= bits;
+            used += bits as usize;
         }
+        self.at += found;
+        self.bit += used;
     }
 
     fn finish(&mut self, one: &[u8; 1 << LONGEST], symbols: &mut [u8]) {

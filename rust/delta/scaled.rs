@@ -13,15 +13,22 @@ use super::word::Word;
 use crate::codec::simd::Level;
 use crate::error::{Error, Result};
 use crate::tensor::Dtype;
+use std::marker::PhantomData;
 
 /// Elements that have one scale.
 pub const BLOCK: usize = 64;
 
 /// Blocks of which one is looked at to find the prefix code.
-const SAMPLED: usize = 8;
+const SAMPLED: usize = 16;
+
+/// The most lower bits of an element where hardly any needs more: those of eight elements are packed at once.
+const NARROW: u8 = 7;
 
 /// What is added to the mean of the changes' logarithms, in sixteenths: measured on fine-tunes.
-const ABOVE_MEAN: u32 = 0;
+const ABOVE_MEAN: u32 = 8;
+
+/// Where at most one element in so many would need more, all have at most [`NARROW`] lower bits.
+const FEW_WIDE: usize = 32;
 
 /// The symbol of a scale that is far from the one before it.
 const FAR: u8 = SYMBOLS as u8 - 1;
@@ -56,12 +63,13 @@ impl Form {
 pub struct Scratch {
     /// Changed elements of each block.
     changed: Vec<u8>,
+    /// Numbers of blocks with changes.
+    live: Vec<u32>,
     scales: Vec<u8>,
     upper: Vec<u8>,
     lower: Vec<u8>,
     lane: Vec<u8>,
     far: Vec<u8>,
-    steps: Vec<u8>,
 }
 
 /// What changed in a chunk.
@@ -73,28 +81,87 @@ pub struct Changes {
     zeros: u32,
 }
 
-/// Elements of a block, zeros beyond the end.
-#[inline(always)]
-fn block<W: Word>(bytes: &[u8], i: usize) -> [W; BLOCK] {
-    let start = i * BLOCK * W::BYTES;
-    let mut out = [W::default(); BLOCK];
-    match bytes.get(start..start + BLOCK * W::BYTES) {
-        Some(all) => {
-            for i in 0..BLOCK {
-                out[i] = W::read(&all[i * W::BYTES..(i + 1) * W::BYTES]);
-            }
-        }
-        None => {
-            let rest = bytes.get(start..).unwrap_or_default().chunks_exact(W::BYTES);
-            out.iter_mut().zip(rest).for_each(|(out, bytes)| *out = W::read(bytes));
-        }
-    }
-    out
+/// Bytes in whole blocks, zeros beyond the end.
+struct Blocks<'a, W> {
+    bytes: &'a [u8],
+    last: [u8; BLOCK * 8],
+    word: PhantomData<W>,
 }
 
-/// The scale of a block's changes.
+impl<'a, W: Word> Blocks<'a, W> {
+    const SIZE: usize = BLOCK * W::BYTES;
+
+    fn new(bytes: &'a [u8]) -> Self {
+        let mut last = [0; BLOCK * 8];
+        let rest = &bytes[bytes.len() / Self::SIZE * Self::SIZE..];
+        last[..rest.len()].copy_from_slice(rest);
+        Blocks { bytes, last, word: PhantomData }
+    }
+
+    fn count(&self) -> usize {
+        self.bytes.len().div_ceil(Self::SIZE)
+    }
+
+    #[inline(always)]
+    fn get(&self, i: usize) -> Block<'_, W> {
+        let start = i * Self::SIZE;
+        Block(self.bytes.get(start..start + Self::SIZE).unwrap_or(&self.last[..Self::SIZE]), PhantomData)
+    }
+}
+
+/// The bytes of [`BLOCK`] elements.
+#[derive(Clone, Copy)]
+struct Block<'a, W>(&'a [u8], PhantomData<W>);
+
+impl<W: Word> Block<'_, W> {
+    #[inline(always)]
+    fn word(&self, i: usize) -> W {
+        assert!(i < BLOCK);
+        // SAFETY: `Blocks::get`, which alone makes blocks, gives them the bytes of that many integers.
+        unsafe { self.0.as_ptr().cast::<W>().add(i).read_unaligned() }.from_little_endian()
+    }
+}
+
+/// Blocks that go through each step together. Between two steps they lie in memory: the compiler would otherwise take
+/// vectors apart to hand over their elements.
+const STRIP: usize = 16;
+
+/// What is known of a strip's blocks.
+#[repr(align(64))]
+struct Strip<W> {
+    folded: [[W; BLOCK]; STRIP],
+    /// Exponents at first, then how many lower bits there are, then as many ones.
+    split: [[W; BLOCK]; STRIP],
+    /// Lower bits and their masks where these are narrow.
+    lower: [[u8; BLOCK]; STRIP],
+    masks: [[u8; BLOCK]; STRIP],
+}
+
+impl<W: Word> Strip<W> {
+    fn new() -> Self {
+        Strip {
+            folded: [[W::default(); BLOCK]; STRIP],
+            split: [[W::default(); BLOCK]; STRIP],
+            lower: [[0; BLOCK]; STRIP],
+            masks: [[0; BLOCK]; STRIP],
+        }
+    }
+}
+
+/// Distances and exponents of a block; returns the scale of its changes.
 #[inline(always)]
-fn scale<W: Word>(folded: &[W; BLOCK], exponents: &[W; BLOCK]) -> u16 {
+fn measure<W: Word>(
+    old: Block<'_, W>,
+    new: Block<'_, W>,
+    form: Form,
+    zeros: u32,
+    folded: &mut [W; BLOCK],
+    exponents: &mut [W; BLOCK],
+) -> u16 {
+    for i in 0..BLOCK {
+        folded[i] = W::folded(W::climb(new.word(i), old.word(i), form.float), zeros);
+        exponents[i] = old.word(i).field(form.from, form.mask);
+    }
     let (mut sum, mut count) = (0u32, 0u32);
     for i in 0..BLOCK {
         let magnitude = folded[i].magnitude();
@@ -105,12 +172,45 @@ fn scale<W: Word>(folded: &[W; BLOCK], exponents: &[W; BLOCK]) -> u16 {
     ((((sum - 127 * count) * 16).checked_div(count).unwrap_or(0) + ABOVE_MEAN) >> 4) as u16
 }
 
+/// Appends the bits of a block that are under the masks.
+#[inline(always)]
+fn put_lower<W: Word, P: Pack>(pack: P, words: &[W; BLOCK], masks: &[W; BLOCK], writer: &mut Writer<'_>) {
+    for i in 0..BLOCK * W::BYTES / 8 {
+        // SAFETY: the arrays have `BLOCK * W::BYTES` bytes.
+        let (word, mask) = unsafe {
+            let eight = |array: &[W; BLOCK]| array.as_ptr().cast::<u64>().add(i).read_unaligned();
+            (u64::from_le(eight(words)), u64::from_le(eight(masks)))
+        };
+        writer.put(pack.gather(word, mask), mask.count_ones());
+    }
+}
+
+/// Takes what [`put_lower`] has appended, from `bit` on.
+#[inline(always)]
+fn take_lower<W: Word, P: Pack>(
+    pack: P,
+    stored: &[u8],
+    bit: &mut usize,
+    masks: &[W; BLOCK],
+    words: &mut [W; BLOCK],
+) {
+    for i in 0..BLOCK * W::BYTES / 8 {
+        // SAFETY: the arrays have `BLOCK * W::BYTES` bytes, and any bits are integers.
+        unsafe {
+            let mask = u64::from_le(masks.as_ptr().cast::<u64>().add(i).read_unaligned());
+            let word = pack.scatter(bits::read(stored, *bit), mask).to_le();
+            words.as_mut_ptr().cast::<u64>().add(i).write_unaligned(word);
+            *bit += mask.count_ones() as usize;
+        }
+    }
+}
+
 struct Scan<'a, W> {
     old: &'a [u8],
     new: &'a [u8],
     form: Form,
     scratch: &'a mut Scratch,
-    word: std::marker::PhantomData<W>,
+    word: PhantomData<W>,
 }
 
 impl<W: Word> Kernel for Scan<'_, W> {
@@ -118,14 +218,14 @@ impl<W: Word> Kernel for Scan<'_, W> {
 
     #[inline(always)]
     fn run<P: Pack>(self, _: P) -> Changes {
-        let blocks = self.new.len().div_ceil(BLOCK * W::BYTES);
+        let (olds, news) = (Blocks::<W>::new(self.old), Blocks::<W>::new(self.new));
         self.scratch.changed.clear();
         let (mut count, mut all) = (0, W::default());
-        for i in 0..blocks {
-            let (old, new) = (block::<W>(self.old, i), block::<W>(self.new, i));
+        for i in 0..news.count() {
+            let (old, new) = (olds.get(i), news.get(i));
             let mut changed = 0u8;
             for j in 0..BLOCK {
-                let steps = W::climb(new[j], old[j], self.form.float);
+                let steps = W::climb(new.word(j), old.word(j), self.form.float);
                 all = all.or(steps);
                 changed += u8::from(steps != W::default());
             }
@@ -138,13 +238,15 @@ impl<W: Word> Kernel for Scan<'_, W> {
 
 /// Counts what changed; the first step of [`put`].
 pub fn scan<W: Word>(level: Level, old: &[u8], new: &[u8], dtype: Dtype, scratch: &mut Scratch) -> Changes {
-    bits::run(level, Scan::<W> { old, new, form: Form::of(dtype), scratch, word: std::marker::PhantomData })
+    bits::run(level, Scan::<W> { old, new, form: Form::of(dtype), scratch, word: PhantomData })
 }
 
 /// A prefix code, and what it would cost.
 #[derive(Clone, Copy, Debug)]
 pub struct Plan {
     lengths: Lengths,
+    /// The most lower bits of an element.
+    most: u8,
     /// Bits for all elements of the chunk.
     pub bits: f64,
 }
@@ -155,33 +257,20 @@ struct Sample<'a, W> {
     form: Form,
     changes: Changes,
     scratch: &'a Scratch,
-    word: std::marker::PhantomData<W>,
+    word: PhantomData<W>,
 }
 
-impl<W: Word> Sample<'_, W> {
-    #[inline(always)]
-    fn block(&self, i: usize) -> ([W; BLOCK], [W; BLOCK], u16) {
-        let (old, new) = (block::<W>(self.old, i), block::<W>(self.new, i));
-        let (mut folded, mut exponents) = ([W::default(); BLOCK], [W::default(); BLOCK]);
-        for j in 0..BLOCK {
-            folded[j] = W::folded(W::climb(new[j], old[j], self.form.float), self.changes.zeros);
-            exponents[j] = old[j].field(self.form.from, self.form.mask);
-        }
-        let scale = scale(&folded, &exponents);
-        for j in 0..BLOCK {
-            exponents[j] = exponents[j].below(scale);
-        }
-        (folded, exponents, scale)
-    }
-}
-
-impl<W: Word> Kernel for &Sample<'_, W> {
+impl<W: Word> Kernel for Sample<'_, W> {
     type Output = Plan;
 
     #[inline(always)]
     fn run<P: Pack>(self, _: P) -> Plan {
         let mut counts = [0u32; SYMBOLS];
-        let (mut live, mut seen, mut lower) = (0usize, 0usize, 0u64);
+        let (mut live, mut seen, mut lower, mut wide) = (0usize, 0usize, 0u64, 0usize);
+        let mut quarters = [[0u32; SYMBOLS]; 4];
+        let (olds, news) = (Blocks::<W>::new(self.old), Blocks::<W>::new(self.new));
+        let mut strip = Strip::<W>::new();
+        let mut upper = [0u8; BLOCK];
         for (i, _) in self.scratch.changed.iter().enumerate().filter(|(_, n)| **n > 0) {
             live += 1;
             // The first of every eight, so that a single one is looked at too.
@@ -189,18 +278,24 @@ impl<W: Word> Kernel for &Sample<'_, W> {
                 continue;
             }
             seen += 1;
-            let (folded, split, _) = self.block(i);
-            let mut upper = [0u8; BLOCK];
+            let (folded, split) = (&mut strip.folded[0], &mut strip.split[0]);
+            let scale = measure(olds.get(i), news.get(i), self.form, self.changes.zeros, folded, split);
             let mut bits = 0;
             for j in 0..BLOCK {
-                upper[j] = folded[j].upper(split[j], FAR);
-                bits += split[j].small();
+                let split = split[j].below(scale, W::SPLIT as u8);
+                upper[j] = folded[j].upper(split, FAR);
+                bits += split.small();
+                wide += usize::from(split.small() > u32::from(NARROW));
             }
-            for u in upper {
-                counts[(u & FAR) as usize] += 1;
+            // Four counts of each, for to add to one waits for what was added before.
+            for four in upper.as_chunks::<4>().0 {
+                for (counts, u) in quarters.iter_mut().zip(four) {
+                    counts[(u & FAR) as usize] += 1;
+                }
             }
             lower += u64::from(bits);
         }
+        quarters.iter().for_each(|quarter| counts.iter_mut().zip(quarter).for_each(|(n, more)| *n += more));
         // What the sample lacks is coded as what is too large.
         let last = counts.iter().rposition(|&n| n > 0).unwrap_or(0);
         counts[..=last].iter_mut().for_each(|n| *n = (*n).max(1));
@@ -209,7 +304,8 @@ impl<W: Word> Kernel for &Sample<'_, W> {
         let upper: u64 = (0..SYMBOLS).map(|s| u64::from(counts[s] * lengths.of(s))).sum();
         let far = f64::from(counts[lengths.last() as usize]) * 8.0 * W::BYTES as f64;
         let bits = ((upper + lower) as f64 + far + 2.0 * seen as f64) * live as f64 / seen.max(1) as f64;
-        Plan { lengths, bits: bits + self.scratch.changed.len() as f64 / 4.0 }
+        let most = if wide * FEW_WIDE <= seen * BLOCK { NARROW.min(W::SPLIT as u8) } else { W::SPLIT as u8 };
+        Plan { lengths, most, bits: bits + self.scratch.changed.len() as f64 / 4.0 }
     }
 }
 
@@ -223,7 +319,7 @@ pub fn plan<W: Word>(
     scratch: &Scratch,
 ) -> Plan {
     let form = Form::of(dtype);
-    bits::run(level, &Sample::<W> { old, new, form, changes, scratch, word: std::marker::PhantomData })
+    bits::run(level, Sample::<W> { old, new, form, changes, scratch, word: PhantomData })
 }
 
 struct Put<'a, W> {
@@ -234,7 +330,7 @@ struct Put<'a, W> {
     plan: Plan,
     scratch: &'a mut Scratch,
     out: &'a mut Vec<u8>,
-    word: std::marker::PhantomData<W>,
+    word: PhantomData<W>,
 }
 
 impl<W: Word> Kernel for Put<'_, W> {
@@ -242,69 +338,71 @@ impl<W: Word> Kernel for Put<'_, W> {
 
     #[inline(always)]
     fn run<P: Pack>(self, pack: P) {
-        let Put { old, new, form, changes, plan, scratch: kept, out, word } = self;
+        let Put { old, new, form, changes, plan, scratch: kept, out, .. } = self;
         let mut scratch = std::mem::take(kept);
-        let blocks = scratch.changed.len();
+        let (olds, news) = (Blocks::<W>::new(old), Blocks::<W>::new(new));
         let last = plan.lengths.last();
         let room = |bytes: &mut Vec<u8>, len: usize| {
             if bytes.len() < len {
                 bytes.resize(len, 0);
             }
         };
-        room(&mut scratch.upper, blocks * BLOCK);
-        room(&mut scratch.lower, blocks * BLOCK * W::BYTES + Writer::ROOM);
-        scratch.scales.clear();
+        room(&mut scratch.upper, news.count() * BLOCK);
+        room(&mut scratch.lower, news.count() * BLOCK * W::BYTES + Writer::ROOM);
         scratch.far.clear();
-        scratch.steps.clear();
+        scratch.live.clear();
+        scratch.live.extend((0u32..).zip(&scratch.changed).filter(|(_, n)| **n > 0).map(|(i, _)| i));
         let mut lower = std::mem::take(&mut scratch.lower);
         let mut writer = Writer::new(&mut lower);
-        let mut live = 0;
-        let mut before = 0u16;
-        let sample = Sample::<W> { old, new, form, changes, scratch: &Scratch::default(), word };
-        for i in 0..blocks {
-            if scratch.changed[i] == 0 {
-                scratch.scales.push(0);
-                continue;
-            }
-            let (folded, split, scale) = sample.block(i);
-            let step = scale.wrapping_sub(before).cast_signed();
-            let step = ((step << 1) ^ (step >> 15)).cast_unsigned();
-            before = scale;
-            if step < u16::from(FAR) - 1 {
-                scratch.scales.push(step as u8 + 1);
-            } else {
-                scratch.scales.push(FAR);
-                scratch.steps.extend_from_slice(&scale.to_le_bytes());
-            }
-            let mut masks = [W::default(); BLOCK];
-            let upper: &mut [u8; BLOCK] =
-                (&mut scratch.upper[live * BLOCK..(live + 1) * BLOCK]).try_into().expect("a block");
-            let mut any = false;
-            for j in 0..BLOCK {
-                upper[j] = folded[j].upper(split[j], last);
-                masks[j] = split[j].ones();
-                any |= upper[j] == last;
-            }
-            for j in (0..BLOCK).step_by(8 / W::BYTES) {
-                let mask = W::joined(&masks[j..j + 8 / W::BYTES]);
-                writer.put(pack.gather(W::joined(&folded[j..j + 8 / W::BYTES]), mask), mask.count_ones());
-            }
-            if any {
+        let uppers = scratch.upper.as_chunks_mut::<BLOCK>().0;
+        let mut strip = Strip::<W>::new();
+        let mut scales = Scales::default();
+        for (live, uppers) in scratch.live.chunks(STRIP).zip(uppers.chunks_mut(STRIP)) {
+            for (i, (folded, split)) in live.iter().zip(strip.folded.iter_mut().zip(&mut strip.split)) {
+                let i = *i as usize;
+                let scale = measure(olds.get(i), news.get(i), form, changes.zeros, folded, split);
+                scales.push(i, scale);
                 for j in 0..BLOCK {
-                    if upper[j] == last {
-                        let at = scratch.far.len();
-                        scratch.far.resize(at + W::BYTES, 0);
-                        folded[j].write(&mut scratch.far[at..]);
-                    }
+                    split[j] = split[j].below(scale, plan.most);
                 }
             }
-            live += 1;
+            for (k, upper) in uppers.iter_mut().enumerate().take(live.len()) {
+                let (folded, split) = (&strip.folded[k], &mut strip.split[k]);
+                let mut largest = 0;
+                for j in 0..BLOCK {
+                    let up = folded[j].upper(split[j], last);
+                    upper[j] = up;
+                    largest = up.max(largest);
+                    split[j] = split[j].ones();
+                }
+                if largest >= last {
+                    for (folded, _) in folded.iter().zip(&*upper).filter(|(_, u)| **u == last) {
+                        let at = scratch.far.len();
+                        scratch.far.resize(at + W::BYTES, 0);
+                        folded.write(&mut scratch.far[at..]);
+                    }
+                }
+                let (lower, masks) = (&mut strip.lower[k], &mut strip.masks[k]);
+                for j in 0..BLOCK {
+                    lower[j] = folded[j].byte(0);
+                    masks[j] = split[j].byte(0);
+                }
+            }
+            for k in 0..live.len() {
+                if plan.most <= NARROW {
+                    put_lower(pack, &strip.lower[k], &strip.masks[k], &mut writer);
+                } else {
+                    put_lower(pack, &strip.folded[k], &strip.split[k], &mut writer);
+                }
+            }
         }
-        out.push(changes.zeros as u8);
+        let live = scratch.live.len();
+        scales.end(news.count());
+        out.extend_from_slice(&[changes.zeros as u8, plan.most]);
         let mut counts = [0u32; SYMBOLS];
-        scratch.scales.iter().for_each(|&s| counts[s as usize] += 1);
-        prefix::put(pack, &Lengths::new(&counts), &scratch.scales, &mut scratch.lane, out);
-        out.extend_from_slice(&scratch.steps);
+        scales.symbols.iter().for_each(|&s| counts[s as usize] += 1);
+        prefix::put(pack, &Lengths::new(&counts), &scales.symbols, &mut scratch.lane, out);
+        out.extend_from_slice(&scales.far);
         prefix::put(pack, &plan.lengths, &scratch.upper[..live * BLOCK], &mut scratch.lane, out);
         let len = writer.len();
         out.extend_from_slice(&(len as u32).to_le_bytes());
@@ -312,6 +410,34 @@ impl<W: Word> Kernel for Put<'_, W> {
         out.extend_from_slice(&scratch.far);
         scratch.lower = lower;
         *kept = scratch;
+    }
+}
+
+/// The scales of all blocks, each as its step from the one before it.
+#[derive(Default)]
+struct Scales {
+    /// 0 for a block that did not change.
+    symbols: Vec<u8>,
+    far: Vec<u8>,
+    before: u16,
+}
+
+impl Scales {
+    fn push(&mut self, block: usize, scale: u16) {
+        self.symbols.resize(block, 0);
+        let step = scale.wrapping_sub(self.before).cast_signed();
+        let step = ((step << 1) ^ (step >> 15)).cast_unsigned();
+        self.before = scale;
+        if step < u16::from(FAR) - 1 {
+            self.symbols.push(step as u8 + 1);
+        } else {
+            self.symbols.push(FAR);
+            self.far.extend_from_slice(&scale.to_le_bytes());
+        }
+    }
+
+    fn end(&mut self, blocks: usize) {
+        self.symbols.resize(blocks, 0);
     }
 }
 
@@ -327,7 +453,7 @@ pub fn put<W: Word>(
     scratch: &mut Scratch,
     out: &mut Vec<u8>,
 ) {
-    let (form, word) = (Form::of(dtype), std::marker::PhantomData);
+    let (form, word) = (Form::of(dtype), PhantomData);
     bits::run(level, Put::<W> { old, new, form, changes, plan, scratch, out, word });
 }
 
@@ -337,7 +463,7 @@ struct Take<'a, W> {
     new: &'a mut [u8],
     form: Form,
     scratch: &'a mut Scratch,
-    word: std::marker::PhantomData<W>,
+    word: PhantomData<W>,
 }
 
 impl<W: Word> Kernel for Take<'_, W> {
@@ -346,80 +472,93 @@ impl<W: Word> Kernel for Take<'_, W> {
     #[inline(always)]
     fn run<P: Pack>(self, pack: P) -> Option<()> {
         let Take { stored, old, new, form, scratch, .. } = self;
-        let blocks = new.len().div_ceil(BLOCK * W::BYTES);
-        let (&zeros, mut rest) = stored.split_first()?;
+        let olds = Blocks::<W>::new(&old[..new.len()]);
+        let (&[zeros, most], mut rest) = stored.split_first_chunk()?;
         let zeros = u32::from(zeros);
-        if zeros >= 8 * W::BYTES as u32 {
+        if zeros >= 8 * W::BYTES as u32 || u16::from(most) > W::SPLIT {
             return None;
         }
-        scratch.scales.resize(blocks, 0);
+        scratch.scales.resize(olds.count(), 0);
         prefix::take(&mut rest, &mut scratch.scales).ok()?;
-        let live = scratch.scales.iter().filter(|&&s| s > 0).count();
+        scratch.live.clear();
+        scratch.live.extend((0u32..).zip(&scratch.scales).filter(|(_, s)| **s > 0).map(|(i, _)| i));
         let far = scratch.scales.iter().filter(|&&s| s == FAR).count();
         let (mut steps, mut rest) = rest.split_at_checked(2 * far)?;
-        if scratch.upper.len() < live * BLOCK {
-            scratch.upper.resize(live * BLOCK, 0);
+        let len = scratch.live.len() * BLOCK;
+        if scratch.upper.len() < len {
+            scratch.upper.resize(len, 0);
         }
-        let last = prefix::take(&mut rest, &mut scratch.upper[..live * BLOCK]).ok()?;
+        let last = prefix::take(&mut rest, &mut scratch.upper[..len]).ok()?;
         let (len, rest) = rest.split_first_chunk::<4>()?;
         let (lower, mut far) = rest.split_at_checked(u32::from_le_bytes(*len) as usize)?;
+        if scratch.live.len() < olds.count() {
+            new.copy_from_slice(&old[..new.len()]);
+        }
         let mut bit = 0;
         let mut before = 0u16;
-        let mut uppers = scratch.upper.as_chunks::<BLOCK>().0.iter();
-        for (i, &scale) in scratch.scales.iter().enumerate() {
-            let start = i * BLOCK * W::BYTES;
-            let end = (start + BLOCK * W::BYTES).min(new.len());
-            if scale == 0 {
-                new[start..end].copy_from_slice(&old[start..end]);
-                continue;
-            }
-            before = if scale == FAR {
-                let (scale, after) = steps.split_first_chunk::<2>()?;
-                steps = after;
-                u16::from_le_bytes(*scale)
-            } else {
-                let step = u16::from(scale - 1);
-                before.wrapping_add((step >> 1) ^ (step & 1).wrapping_neg())
-            };
-            let old = block::<W>(old, i);
-            let (mut split, mut masks) = ([W::default(); BLOCK], [W::default(); BLOCK]);
-            for j in 0..BLOCK {
-                split[j] = old[j].field(form.from, form.mask).below(before);
-                masks[j] = split[j].ones();
-            }
-            let mut lowers = [W::default(); BLOCK];
-            for j in (0..BLOCK).step_by(8 / W::BYTES) {
-                let mask = W::joined(&masks[j..j + 8 / W::BYTES]);
-                W::parted(pack.scatter(bits::read(lower, bit), mask), &mut lowers[j..j + 8 / W::BYTES]);
-                bit += mask.count_ones() as usize;
-            }
-            let upper = uppers.next()?;
-            let mut any = false;
-            let mut folded = [W::default(); BLOCK];
-            for j in 0..BLOCK {
-                folded[j] = W::whole(upper[j], split[j], lowers[j]);
-                any |= upper[j] == last;
-            }
-            if any {
+        let mut strip = Strip::<W>::new();
+        let uppers = scratch.upper.as_chunks::<BLOCK>().0;
+        for (live, uppers) in scratch.live.chunks(STRIP).zip(uppers.chunks(STRIP)) {
+            for (k, &i) in live.iter().enumerate() {
+                let symbol = scratch.scales[i as usize];
+                before = if symbol == FAR {
+                    let (scale, after) = steps.split_first_chunk::<2>()?;
+                    steps = after;
+                    u16::from_le_bytes(*scale)
+                } else {
+                    let step = u16::from(symbol - 1);
+                    before.wrapping_add((step >> 1) ^ (step & 1).wrapping_neg())
+                };
+                let old = olds.get(i as usize);
+                let (split, masks) = (&mut strip.split[k], &mut strip.masks[k]);
                 for j in 0..BLOCK {
-                    if upper[j] == last {
+                    let below = old.word(j).field(form.from, form.mask).below(before, most);
+                    split[j] = below;
+                    masks[j] = below.ones().byte(0);
+                }
+            }
+            for k in 0..live.len() {
+                if most <= NARROW {
+                    take_lower(pack, lower, &mut bit, &strip.masks[k], &mut strip.lower[k]);
+                } else {
+                    let masks = strip.split[k].map(W::ones);
+                    take_lower(pack, lower, &mut bit, &masks, &mut strip.folded[k]);
+                }
+            }
+            for (k, (&i, upper)) in live.iter().zip(uppers).enumerate() {
+                let (folded, split) = (&mut strip.folded[k], &strip.split[k]);
+                if most <= NARROW {
+                    let lower = &strip.lower[k];
+                    for j in 0..BLOCK {
+                        folded[j] = W::of_byte(lower[j], 0);
+                    }
+                }
+                let mut largest = 0;
+                for j in 0..BLOCK {
+                    folded[j] = W::whole(upper[j], split[j], folded[j]);
+                    largest = upper[j].max(largest);
+                }
+                if largest >= last {
+                    for (folded, _) in folded.iter_mut().zip(upper).filter(|(_, u)| **u == last) {
                         let (word, after) = far.split_at_checked(W::BYTES)?;
-                        folded[j] = W::read(word);
+                        *folded = W::read(word);
                         far = after;
                     }
                 }
-            }
-            let mut out = [W::default(); BLOCK];
-            for j in 0..BLOCK {
-                out[j] = W::climbed(folded[j], zeros, old[j], form.float);
-            }
-            let new = &mut new[start..end];
-            if new.len() == BLOCK * W::BYTES {
+                let old = olds.get(i as usize);
                 for j in 0..BLOCK {
-                    out[j].write(&mut new[j * W::BYTES..(j + 1) * W::BYTES]);
+                    folded[j] = W::climbed(folded[j], zeros, old.word(j), form.float).from_little_endian();
                 }
-            } else {
-                new.chunks_exact_mut(W::BYTES).zip(out).for_each(|(new, out)| out.write(new));
+                let start = i as usize * BLOCK * W::BYTES;
+                // SAFETY: the array has that many bytes, and any are bytes.
+                let bytes = unsafe { std::slice::from_raw_parts(folded.as_ptr().cast::<u8>(), BLOCK * W::BYTES) };
+                match new.get_mut(start..start + BLOCK * W::BYTES) {
+                    Some(new) => new.copy_from_slice(bytes),
+                    None => {
+                        let new = &mut new[start..];
+                        new.copy_from_slice(&bytes[..new.len()]);
+                    }
+                }
             }
         }
         (far.is_empty() && bit.div_ceil(8) == lower.len()).then_some(())
@@ -438,7 +577,7 @@ pub fn take<W: Word>(
     new: &mut [u8],
     scratch: &mut Scratch,
 ) -> Result<()> {
-    let (form, word) = (Form::of(dtype), std::marker::PhantomData);
+    let (form, word) = (Form::of(dtype), PhantomData);
     bits::run(level, Take::<W> { stored, old, new, form, scratch, word })
         .ok_or_else(|| Error::artifact("a chunk of distances is malformed"))
 }

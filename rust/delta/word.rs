@@ -10,6 +10,9 @@ pub trait Word: Copy + Eq + Default + Send + Sync {
     /// From little-endian bytes.
     fn read(bytes: &[u8]) -> Self;
 
+    /// The number of which this is the little-endian form, and the other way round.
+    fn from_little_endian(self) -> Self;
+
     /// To little-endian bytes.
     fn write(self, bytes: &mut [u8]);
 
@@ -34,8 +37,8 @@ pub trait Word: Copy + Eq + Default + Send + Sync {
     /// The bits from `from` on that `mask` has room for: a float's exponent.
     fn field(self, from: u32, mask: u16) -> Self;
 
-    /// `scale` less this exponent, from 0 to what [`Word::SPLIT`] allows.
-    fn below(self, scale: u16) -> Self;
+    /// `scale` less this exponent, from 0 to `most`.
+    fn below(self, scale: u16, most: u8) -> Self;
 
     /// The position of the highest one, plus 127; of zero 0.
     fn magnitude(self) -> u32;
@@ -51,12 +54,6 @@ pub trait Word: Copy + Eq + Default + Send + Sync {
 
     /// Whether bit `i` is one.
     fn bit(self, i: u32) -> bool;
-
-    /// Eight bytes of words as one number, the first lowest.
-    fn joined(words: &[Self]) -> u64;
-
-    /// Undoes [`Word::joined`].
-    fn parted(joined: u64, words: &mut [Self]);
 
     /// The number itself, which is small.
     fn small(self) -> u32;
@@ -83,6 +80,11 @@ macro_rules! words {
             #[inline(always)]
             fn read(bytes: &[u8]) -> Self {
                 Self::from_le_bytes(bytes.try_into().expect("a word's bytes"))
+            }
+
+            #[inline(always)]
+            fn from_little_endian(self) -> Self {
+                Self::from_le(self)
             }
 
             #[inline(always)]
@@ -133,9 +135,9 @@ macro_rules! words {
             }
 
             #[inline(always)]
-            fn below(self, scale: u16) -> Self {
+            fn below(self, scale: u16, most: u8) -> Self {
                 let scale = if Self::BYTES == 1 { scale.min(255) } else { scale };
-                (scale as Self).saturating_sub(self).min(Self::SPLIT as Self)
+                (scale as Self).saturating_sub(self).min(most as Self)
             }
 
             #[inline(always)]
@@ -161,22 +163,6 @@ macro_rules! words {
             #[inline(always)]
             fn bit(self, i: u32) -> bool {
                 self >> i & 1 == 1
-            }
-
-            #[inline(always)]
-            fn joined(words: &[Self]) -> u64 {
-                let mut joined = 0;
-                for i in 0..8 / Self::BYTES {
-                    joined |= (words[i] as u64) << (8 * Self::BYTES * i);
-                }
-                joined
-            }
-
-            #[inline(always)]
-            fn parted(joined: u64, words: &mut [Self]) {
-                for i in 0..8 / Self::BYTES {
-                    words[i] = (joined >> (8 * Self::BYTES * i)) as Self;
-                }
             }
 
             #[inline(always)]
