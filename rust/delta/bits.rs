@@ -150,7 +150,8 @@ impl<'a> Writer<'a> {
     #[inline(always)]
     pub fn put(&mut self, bits: u64, count: u32) {
         self.waiting |= bits << self.count;
-        self.out[self.at..self.at + 8].copy_from_slice(&self.waiting.to_le_bytes());
+        // An array and no slice: eight bytes are no reason to call a function.
+        *self.out[self.at..].first_chunk_mut().expect("room for a word") = self.waiting.to_le_bytes();
         let all = self.count + count;
         self.at += (all >> 3) as usize;
         self.waiting >>= all & !7;

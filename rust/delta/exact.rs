@@ -25,6 +25,9 @@ const FEW: usize = 16;
 /// Where fewer than one element in so many changed, gaps are worth a try.
 const NOT_MANY: usize = 5;
 
+/// Bytes of a chunk's heads and tables, about.
+const SMALL: usize = 4096;
+
 /// Bytes of a chunk's head.
 const HEAD: usize = 5;
 
@@ -295,9 +298,12 @@ impl<'a, W: Word> Chunk<'a, W> {
                 (kind, bytes) = (Kind::Sparse, self.sparse(old, new));
             } else {
                 let plan = scaled::plan::<W>(level, old, new, dtype, changes, &self.scratch.scaled);
-                kind = best(plan.bits / count as f64, sample::<W>(old, new));
+                let bits = plan.bits / count as f64;
+                // Where distances take so little, nothing else is worth a look.
+                kind = if bits < 2.0 * W::BYTES as f64 { Kind::Distance } else { best(bits, sample::<W>(old, new)) };
                 match kind {
                     Kind::Distance => {
+                        bytes.reserve_exact((plan.bits / 7.5) as usize + SMALL);
                         scaled::put::<W>(level, old, new, dtype, changes, plan, &mut self.scratch.scaled, &mut bytes);
                     }
                     _ => self.put_planes(kind, old, new, &mut bytes),

@@ -486,7 +486,7 @@ fn each_chunk(dtype: Dtype, tensors: [&[u8]; 3], mut f: impl FnMut([f32; 3])) {
 /// ‖new - old‖ / ‖new‖ over runs of elements in regular places; `None` where that means nothing.
 fn relative_change(old: &[u8], new: &[u8], dtype: Dtype) -> Option<f64> {
     const RUN: usize = 64;
-    const RUNS: usize = 32;
+    const RUNS: usize = 16;
     if !dtype.is_weight() || old.is_empty() {
         return None;
     }

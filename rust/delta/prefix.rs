@@ -26,6 +26,9 @@ const WINDOW: u32 = 10;
 /// The most symbols that one look-up finds: they and their number fill eight bytes.
 const AT_ONCE: usize = 7;
 
+/// Symbols below which to find many at once takes longer than to find each.
+const WORTH_WINDOWS: usize = 1 << 13;
+
 /// Bytes before the lanes.
 const HEAD: usize = SYMBOLS / 2 + 4 * LANES;
 
@@ -144,13 +147,17 @@ struct Table {
 }
 
 impl Table {
-    fn new(lengths: &Lengths) -> Table {
+    /// The windows' symbols only where there are enough of them to repay it.
+    fn new(lengths: &Lengths, count: usize) -> Table {
         let mut one = [0; 1 << LONGEST];
         for (symbol, (code, length)) in lengths.codes().into_iter().zip(lengths.0).enumerate() {
             if length > 0 {
                 let places = one.iter_mut().skip(usize::from(code)).step_by(1 << length);
                 places.for_each(|entry| *entry = (symbol as u8) << 4 | length);
             }
+        }
+        if count < WORTH_WINDOWS {
+            return Table { many: Vec::new(), one };
         }
         // The symbols of a window are its first and those of the shorter window behind it: `many` holds all windows
         // of n bits from 2^n on.
@@ -162,12 +169,13 @@ impl Table {
                 if length > bits {
                     continue;
                 }
+                let mut rest = bits - length;
+                let mut behind = many[(1 << rest) + (window >> length)];
                 // Where that would be one too many, the window behind is taken for a shorter one.
-                let behind = (0..=bits - length)
-                    .rev()
-                    .map(|bits| many[(1 << bits) + (window >> length & ((1 << bits) - 1))])
-                    .find(|behind| behind >> 60 < AT_ONCE as u64)
-                    .unwrap_or_default();
+                while behind >> 60 >= AT_ONCE as u64 {
+                    rest -= 1;
+                    behind = many[(1 << rest) + (window >> length & ((1 << rest) - 1))];
+                }
                 let about = (behind >> 56) + (1 << 4) + u64::from(length);
                 many[(1 << bits) + window] = symbol | behind << 8 & (u64::MAX >> 8) | about << 56;
             }
@@ -202,18 +210,21 @@ pub fn take(stored: &mut &[u8], symbols: &mut [u8]) -> Result<u8> {
         rest = after;
     }
     *stored = rest;
-    let table = Table::new(&lengths);
-    let many: &[u64; 1 << WINDOW] = table.many.as_slice().try_into().expect("all windows");
-    // Five windows of ten bits are within what one read gives.
-    while lanes.iter().all(Lane::has_room) {
+    let table = Table::new(&lengths, symbols.len());
+    if let Ok(many) = table.many.as_slice().try_into() {
+        // Five windows of ten bits are within what one read gives.
+        while lanes.iter().all(Lane::has_room) {
+            for lane in &mut lanes {
+                lane.step(many, symbols);
+            }
+        }
         for lane in &mut lanes {
-            lane.step(many, symbols);
+            while lane.has_room() {
+                lane.step(many, symbols);
+            }
         }
     }
     for lane in &mut lanes {
-        while lane.has_room() {
-            lane.step(many, symbols);
-        }
         lane.finish(&table.one, symbols);
         if lane.bit.div_ceil(8) * 8 != lane.end_bit {
             return Err(malformed());

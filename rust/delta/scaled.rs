@@ -271,7 +271,10 @@ impl<W: Word> Kernel for Sample<'_, W> {
         let (olds, news) = (Blocks::<W>::new(self.old), Blocks::<W>::new(self.new));
         let mut strip = Strip::<W>::new();
         let mut upper = [0u8; BLOCK];
-        for (i, _) in self.scratch.changed.iter().enumerate().filter(|(_, n)| **n > 0) {
+        for i in 0..self.scratch.changed.len() {
+            if self.scratch.changed[i] == 0 {
+                continue;
+            }
             live += 1;
             // The first of every eight, so that a single one is looked at too.
             if live % SAMPLED != 1 {
@@ -288,10 +291,8 @@ impl<W: Word> Kernel for Sample<'_, W> {
                 wide += usize::from(split.small() > u32::from(NARROW));
             }
             // Four counts of each, for to add to one waits for what was added before.
-            for four in upper.as_chunks::<4>().0 {
-                for (counts, u) in quarters.iter_mut().zip(four) {
-                    counts[(u & FAR) as usize] += 1;
-                }
+            for j in 0..BLOCK {
+                quarters[j % 4][usize::from(upper[j] & FAR)] += 1;
             }
             lower += u64::from(bits);
         }
@@ -351,7 +352,11 @@ impl<W: Word> Kernel for Put<'_, W> {
         room(&mut scratch.lower, news.count() * BLOCK * W::BYTES + Writer::ROOM);
         scratch.far.clear();
         scratch.live.clear();
-        scratch.live.extend((0u32..).zip(&scratch.changed).filter(|(_, n)| **n > 0).map(|(i, _)| i));
+        for i in 0..scratch.changed.len() {
+            if scratch.changed[i] > 0 {
+                scratch.live.push(i as u32);
+            }
+        }
         let mut lower = std::mem::take(&mut scratch.lower);
         let mut writer = Writer::new(&mut lower);
         let uppers = scratch.upper.as_chunks_mut::<BLOCK>().0;
@@ -376,10 +381,12 @@ impl<W: Word> Kernel for Put<'_, W> {
                     split[j] = split[j].ones();
                 }
                 if largest >= last {
-                    for (folded, _) in folded.iter().zip(&*upper).filter(|(_, u)| **u == last) {
-                        let at = scratch.far.len();
-                        scratch.far.resize(at + W::BYTES, 0);
-                        folded.write(&mut scratch.far[at..]);
+                    for j in 0..BLOCK {
+                        if upper[j] == last {
+                            let at = scratch.far.len();
+                            scratch.far.resize(at + W::BYTES, 0);
+                            folded[j].write(&mut scratch.far[at..]);
+                        }
                     }
                 }
                 let (lower, masks) = (&mut strip.lower[k], &mut strip.masks[k]);
@@ -423,6 +430,7 @@ struct Scales {
 }
 
 impl Scales {
+    #[inline(always)]
     fn push(&mut self, block: usize, scale: u16) {
         self.symbols.resize(block, 0);
         let step = scale.wrapping_sub(self.before).cast_signed();
@@ -481,8 +489,13 @@ impl<W: Word> Kernel for Take<'_, W> {
         scratch.scales.resize(olds.count(), 0);
         prefix::take(&mut rest, &mut scratch.scales).ok()?;
         scratch.live.clear();
-        scratch.live.extend((0u32..).zip(&scratch.scales).filter(|(_, s)| **s > 0).map(|(i, _)| i));
-        let far = scratch.scales.iter().filter(|&&s| s == FAR).count();
+        let mut far = 0;
+        for i in 0..scratch.scales.len() {
+            if scratch.scales[i] > 0 {
+                scratch.live.push(i as u32);
+            }
+            far += usize::from(scratch.scales[i] == FAR);
+        }
         let (mut steps, mut rest) = rest.split_at_checked(2 * far)?;
         let len = scratch.live.len() * BLOCK;
         if scratch.upper.len() < len {
@@ -539,10 +552,12 @@ impl<W: Word> Kernel for Take<'_, W> {
                     largest = upper[j].max(largest);
                 }
                 if largest >= last {
-                    for (folded, _) in folded.iter_mut().zip(upper).filter(|(_, u)| **u == last) {
-                        let (word, after) = far.split_at_checked(W::BYTES)?;
-                        *folded = W::read(word);
-                        far = after;
+                    for j in 0..BLOCK {
+                        if upper[j] == last {
+                            let (word, after) = far.split_at_checked(W::BYTES)?;
+                            folded[j] = W::read(word);
+                            far = after;
+                        }
                     }
                 }
                 let old = olds.get(i as usize);
