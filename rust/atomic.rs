@@ -99,7 +99,12 @@ impl AtomicFile {
     /// # Errors
     /// An I/O error that names the target.
     pub fn place(&self, at: u64, bytes: &[u8]) -> Result<()> {
-        self.open().and_then(|file| write_at(file, at, bytes)).map_err(|e| self.error(&e))
+        let placed = self.open().and_then(|file| {
+            write_at(file, at, bytes)?;
+            start_sync(file, at, bytes.len());
+            Ok(())
+        });
+        placed.map_err(|e| self.error(&e))
     }
 
     fn open(&self) -> io::Result<&File> {
@@ -157,6 +162,21 @@ impl Drop for AtomicFile {
 #[cfg(unix)]
 fn write_at(file: &File, at: u64, bytes: &[u8]) -> io::Result<()> {
     std::os::unix::fs::FileExt::write_all_at(file, bytes, at)
+}
+
+/// Has the system start to put bytes on the disk, so that [`AtomicFile::commit`] need not wait for all of them.
+fn start_sync(file: &File, at: u64, len: usize) {
+    #[cfg(target_os = "linux")]
+    {
+        use std::os::fd::AsRawFd;
+        // SAFETY: the file is open; the call touches no memory of ours. Failure is harmless: `commit` waits for all.
+        let _ = unsafe {
+            let (at, len) = (at.cast_signed(), len as libc::off64_t);
+            libc::sync_file_range(file.as_raw_fd(), at, len, libc::SYNC_FILE_RANGE_WRITE)
+        };
+    }
+    #[cfg(not(target_os = "linux"))]
+    let _ = (file, at, len);
 }
 
 #[cfg(windows)]

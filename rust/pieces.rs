@@ -70,8 +70,9 @@ mod tests {
 
     #[test]
     fn pieces_give_what_the_whole_gives() {
-        let bytes: Vec<u8> = (0..9 * PIECE + 77).map(|i| (i * i >> 7) as u8).collect();
-        for len in [0, 1, 1024, PIECE - 1, PIECE, PIECE + 1, 2 * PIECE, 3 * PIECE, 5 * PIECE + 1, bytes.len()] {
+        let bytes: Vec<u8> = (0..9 * PIECE + 77).map(|i| ((i * i) >> 7) as u8).collect();
+        for len in [0, 1, 1024, PIECE - 1, PIECE, PIECE + 1, 2 * PIECE, 3 * PIECE, 5 * PIECE + 1, bytes.len()]
+        {
             let bytes = &bytes[..len];
             assert_eq!(digest(bytes), *blake3::hash(bytes).as_bytes(), "{len}");
             let hashes: Vec<_> =

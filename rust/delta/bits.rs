@@ -112,7 +112,8 @@ mod x86 {
             // SAFETY: the processor has AVX2, so SSSE3 too, and the table has sixteen bytes.
             unsafe {
                 let table = _mm_loadu_si128(table.as_ptr().cast());
-                _mm_cvtsi128_si64(_mm_shuffle_epi8(table, _mm_cvtsi64_si128(bytes.cast_signed()))).cast_unsigned()
+                _mm_cvtsi128_si64(_mm_shuffle_epi8(table, _mm_cvtsi64_si128(bytes.cast_signed())))
+                    .cast_unsigned()
             }
         }
     }

@@ -300,11 +300,24 @@ impl<'a, W: Word> Chunk<'a, W> {
                 let plan = scaled::plan::<W>(level, old, new, dtype, changes, &self.scratch.scaled);
                 let bits = plan.bits / count as f64;
                 // Where distances take so little, nothing else is worth a look.
-                kind = if bits < 2.0 * W::BYTES as f64 { Kind::Distance } else { best(bits, sample::<W>(old, new)) };
+                kind = if bits < 2.0 * W::BYTES as f64 {
+                    Kind::Distance
+                } else {
+                    best(bits, sample::<W>(old, new))
+                };
                 match kind {
                     Kind::Distance => {
                         bytes.reserve_exact((plan.bits / 7.5) as usize + SMALL);
-                        scaled::put::<W>(level, old, new, dtype, changes, plan, &mut self.scratch.scaled, &mut bytes);
+                        scaled::put::<W>(
+                            level,
+                            old,
+                            new,
+                            dtype,
+                            changes,
+                            plan,
+                            &mut self.scratch.scaled,
+                            &mut bytes,
+                        );
                     }
                     _ => self.put_planes(kind, old, new, &mut bytes),
                 }

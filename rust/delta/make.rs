@@ -8,9 +8,12 @@ use super::{Mode, bit1, exact, make_codes};
 use crate::artifact::{DeltaRef, Finished, HexDigest, NewEntry, Writer};
 use crate::error::{Error, Result};
 use crate::input::{Model, Sidecar, TensorInfo, content_digest, digest_of, digests};
-use crate::pipeline::{Progress, check_running, hex, named, plain, refuse_overwriting_input, supervised};
+use crate::pipeline::{
+    Progress, check_running, hex, named, plain, pool, refuse_overwriting_input, supervised_on,
+};
 use crate::runner::Meter;
 use crate::tensor::{Dtype, Encoding};
+use rayon::ThreadPool;
 use rayon::prelude::*;
 use std::collections::{BTreeMap, HashMap};
 use std::ops::Range;
@@ -49,7 +52,8 @@ pub fn delta(
 ) -> Result<DeltaReport> {
     let start = Instant::now();
     let unknown = |_: u64, _: u64| progress(0, 1);
-    let chain = supervised(options.threads, 0, &unknown, |_| chain::open(base, Trust::Base))?;
+    let pool = pool(options.threads)?;
+    let chain = supervised_on(&pool, 0, &unknown, |_| chain::open(base, Trust::Base))?;
     if chain.depth >= chain::MAX_DEPTH {
         return Err(Error::usage(format!(
             "the base has {} deltas on it already, the most allowed: materialise it first",
@@ -61,14 +65,16 @@ pub fn delta(
     refuse_overwriting_input(target, &inputs)?;
     let made = match (options.mode, chain.content) {
         (Mode::Codes, Content::Stored(stored)) => {
-            make_codes::make(&*stored, model, target, options, progress)?
+            make_codes::make(&*stored, model, target, options, &pool, progress)?
         }
         (Mode::Codes, Content::Model(_)) => {
             return Err(Error::usage(
                 "mode codes needs a quantised base: give a .tenpak file, or choose mode exact or bit1",
             ));
         }
-        (_, content) => make(&*content.into_model()?, chain.identity, model, target, options, progress)?,
+        (_, content) => {
+            make(&*content.into_model()?, chain.identity, model, target, options, &pool, progress)?
+        }
     };
     Ok(made.report(options.mode, start))
 }
@@ -199,6 +205,7 @@ fn make(
     model: &dyn Model,
     target: &Path,
     options: &Options,
+    pool: &ThreadPool,
     progress: Progress<'_>,
 ) -> Result<Made> {
     let infos: Vec<TensorInfo> = model
@@ -208,7 +215,7 @@ fn make(
         .collect();
     let weights: u64 = infos.iter().map(elements).sum();
     let mut writer = Writer::create_delta(target, options.force, options.mode.name(), options.mode.name())?;
-    supervised(options.threads, weights, progress, |meter| {
+    supervised_on(pool, weights, progress, |meter| {
         let base = Base::new(base)?;
         let job = Job { base: &base, model, infos: &infos, mode: options.mode };
         let mut made = job.code_all(&mut writer, meter)?;
@@ -246,9 +253,8 @@ pub(super) fn write_while_coding(
 ) -> Result<()> {
     std::thread::scope(|scope| {
         let (send, receive) = sync_channel::<Ready>(0);
-        let written = scope.spawn(move || -> Result<()> {
-            receive.into_iter().try_for_each(|ready| ready.write(writer))
-        });
+        let written = scope
+            .spawn(move || -> Result<()> { receive.into_iter().try_for_each(|ready| ready.write(writer)) });
         let mut coded = Ok(());
         for i in 0..count {
             match code(i) {
@@ -308,7 +314,8 @@ impl Job<'_> {
             let code = |i: usize| {
                 check_running(meter)?;
                 let info = &self.infos[i];
-                let at = |e: Error| if e.kind() == crate::Kind::Interrupted { e } else { named(e, &info.name) };
+                let at =
+                    |e: Error| if e.kind() == crate::Kind::Interrupted { e } else { named(e, &info.name) };
                 let coded = self.code(info, &plain(self.model.read(i)?)).map_err(at)?;
                 meter.add(elements(info));
                 Ok(coded)
@@ -360,7 +367,8 @@ impl Job<'_> {
                     about.push(("relative_change", format!("{change:.2e}").into()));
                 }
                 let from = coded.from.as_ref();
-                let entry = entry::entry(coded.method, &info.name, &info.shape, dtype, coded.b3, from, &about);
+                let entry =
+                    entry::entry(coded.method, &info.name, &info.shape, dtype, coded.b3, from, &about);
                 before.push(Ready { entry, parts: coded.parts });
             }
         }

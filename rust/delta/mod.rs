@@ -8,8 +8,8 @@
 //! A delta is an artifact with a bit in its header: docs/delta.md specifies what its entries hold.
 
 mod apply;
-mod bits;
 pub mod bit1;
+mod bits;
 mod chain;
 pub mod codes;
 mod entry;

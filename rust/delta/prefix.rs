@@ -84,7 +84,8 @@ impl Lengths {
     /// Whether every word has one meaning.
     fn complete(&self) -> bool {
         let used = self.0.iter().filter(|&&l| l > 0);
-        self.0.iter().all(|&l| l <= LONGEST) && used.map(|&l| 1u32 << (LONGEST - l)).sum::<u32>() == 1 << LONGEST
+        self.0.iter().all(|&l| l <= LONGEST)
+            && used.map(|&l| 1u32 << (LONGEST - l)).sum::<u32>() == 1 << LONGEST
     }
 }
 
@@ -247,7 +248,7 @@ impl Lane<'_> {
 
     #[inline(always)]
     fn has_room(&self) -> bool {
-        self.at + Self::READS * AT_ONCE + 1 <= self.end && (self.bit >> 3) + 8 <= self.bytes.len()
+        self.at + Self::READS * AT_ONCE < self.end && (self.bit >> 3) + 8 <= self.bytes.len()
     }
 
     #[inline(always)]
@@ -326,7 +327,9 @@ mod tests {
                 assert!(written.windows(2).all(|w| w[0] == w[1]));
                 let bits = super::super::plane::bits(&counts, len.max(1)) * f64::from(len);
                 // A code has whole bits, and no word is longer than seven.
-                assert!((written[0].len() as f64) < HEAD as f64 + 4.0 + 1.08 * bits.max(f64::from(len)) / 8.0);
+                assert!(
+                    (written[0].len() as f64) < HEAD as f64 + 4.0 + 1.08 * bits.max(f64::from(len)) / 8.0
+                );
             }
         }
     }

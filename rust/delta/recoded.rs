@@ -127,7 +127,9 @@ impl Recoded {
             }
             out.push(bytes);
         }
-        for (part, bytes) in layout.parts.iter().zip(&mut out).filter(|(p, _)| matches!(p.per, Per::Weight(_))) {
+        for (part, bytes) in
+            layout.parts.iter().zip(&mut out).filter(|(p, _)| matches!(p.per, Per::Weight(_)))
+        {
             *bytes = room(rows.count() * part.row_bytes(rows.cols))?;
         }
         let mut codes = room(rows.len())?;

@@ -118,7 +118,7 @@ impl<W: Word> Block<'_, W> {
     fn word(&self, i: usize) -> W {
         assert!(i < BLOCK);
         // SAFETY: `Blocks::get`, which alone makes blocks, gives them the bytes of that many integers.
-        unsafe { self.0.as_ptr().cast::<W>().add(i).read_unaligned() }.from_little_endian()
+        unsafe { self.0.as_ptr().cast::<W>().add(i).read_unaligned() }.little_endian()
     }
 }
 
@@ -562,11 +562,12 @@ impl<W: Word> Kernel for Take<'_, W> {
                 }
                 let old = olds.get(i as usize);
                 for j in 0..BLOCK {
-                    folded[j] = W::climbed(folded[j], zeros, old.word(j), form.float).from_little_endian();
+                    folded[j] = W::climbed(folded[j], zeros, old.word(j), form.float).little_endian();
                 }
                 let start = i as usize * BLOCK * W::BYTES;
                 // SAFETY: the array has that many bytes, and any are bytes.
-                let bytes = unsafe { std::slice::from_raw_parts(folded.as_ptr().cast::<u8>(), BLOCK * W::BYTES) };
+                let bytes =
+                    unsafe { std::slice::from_raw_parts(folded.as_ptr().cast::<u8>(), BLOCK * W::BYTES) };
                 match new.get_mut(start..start + BLOCK * W::BYTES) {
                     Some(new) => new.copy_from_slice(bytes),
                     None => {
@@ -615,7 +616,9 @@ mod tests {
         let near = |few: usize, bits: u8| {
             let mut new = old.clone();
             let changes = noise(2, count);
-            for (i, word) in new.chunks_mut(W::BYTES).enumerate().filter(|(i, _)| i / few % few == 0) {
+            for (i, word) in
+                new.chunks_mut(W::BYTES).enumerate().filter(|(i, _)| (i / few).is_multiple_of(few))
+            {
                 word[0] ^= changes[i] >> (8 - bits);
             }
             new

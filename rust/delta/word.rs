@@ -10,8 +10,8 @@ pub trait Word: Copy + Eq + Default + Send + Sync {
     /// From little-endian bytes.
     fn read(bytes: &[u8]) -> Self;
 
-    /// The number of which this is the little-endian form, and the other way round.
-    fn from_little_endian(self) -> Self;
+    /// The number that these bits are in little-endian order, and the other way round.
+    fn little_endian(self) -> Self;
 
     /// To little-endian bytes.
     fn write(self, bytes: &mut [u8]);
@@ -83,7 +83,7 @@ macro_rules! words {
             }
 
             #[inline(always)]
-            fn from_little_endian(self) -> Self {
+            fn little_endian(self) -> Self {
                 Self::from_le(self)
             }
 

@@ -81,7 +81,8 @@ impl ModelWriter for Writer {
     }
 
     fn fill(&mut self, fill: Fill<'_>) -> Result<bool> {
-        let mut open: Vec<safetensors::Writer> = self.open.take().into_iter().map(|(_, shard)| shard).collect();
+        let mut open: Vec<safetensors::Writer> =
+            self.open.take().into_iter().map(|(_, shard)| shard).collect();
         for (range, name) in &self.shards[1..] {
             let items = &self.progress.items[range.clone()];
             open.push(safetensors::Writer::create(&self.staging.path.join(name), items, false)?);
