@@ -22,7 +22,7 @@ SHAPES = (
     (1 << 31, ((2, 1, 256), (2, 2, 128), (3, 1, 128), (2, 1, 128))),
 )
 #: Parameters that two tiles share, or that go beyond tiles: bytes of one tile where they are not half of two.
-ONE_TILE = {"int4_g128_fp16": 576, "int4_lut16": 608}
+ONE_TILE = {"int4_g128_fp16": 576, "int4_lut16": 608, "int4_lut32": 608}
 MOST_STAGES = 10
 #: Bytes a cycle and multiprocessor: of weights from memory, of sums through L2, of shared memory.
 MEMORY_SPEED, L2_SPEED, SHARED_SPEED = 18.0, 20.0, 128.0
