@@ -1,7 +1,13 @@
 """Gathers what a model's linear layers read: the statistics that calibrated encoders heed.
 
-A model goes through layer by layer, all windows of the text through one layer before the next, so that the
-statistics and weights of one layer are in memory at a time, beside the windows' hidden states.
+A model is gone through layer by layer, all windows of the text through one layer before the next, so that the
+statistics and weights of one layer are in memory at a time, beside the windows' hidden states: those of all layers
+where gradients are wanted, of one layer else.
+
+Gradients are those of the loss that the model expects of itself, at tokens that it samples, so that their second
+moments are its Fisher information: as far as that is a Kronecker product, a layer's weights [out, in] that are off by E
+add tr(G E H Eᵀ) to the divergence, with H = E[|g|² x xᵀ] over inputs x and G = E[|x|² g gᵀ] over gradients g at the
+outputs (Tseng et al. 2025, "Model-preserving adaptive rounding"). Both are divided by what they are weighted with.
 """
 
 from __future__ import annotations
@@ -18,9 +24,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tenpak import arrays
-from tenpak.decoder import Block, Decoder, Linear
+from tenpak.decoder import Block, Decoder, Head, Linear
+from tenpak.decoder.gradients import norm_backward
 from tenpak.errors import UsageError
-from tenpak.evaluate import Device, array_module, tokens_of, windows_of
+from tenpak.evaluate import POSITIONS, Device, array_module, tokens_of, windows_of
 from tenpak.sampling import checked_seed
 from tenpak.statistics import StatisticsWriter
 
@@ -33,6 +40,10 @@ SAMPLED_WINDOWS = 64
 
 #: Tokens that are computed at once.
 TOKENS_AT_ONCE = 4096
+#: Of so many batches one gives gradients' second moments: of all they would cost as much as everything else.
+BATCHES_A_GRADIENT = 4
+#: Outputs of a layer above which no second moment of their gradients is gathered: it would be more than 1 GiB.
+MOST_OUTPUTS = 1 << 14
 
 
 @dataclass(frozen=True)
@@ -69,6 +80,7 @@ def calibrate(
     context: int | None = None,
     seed: int = 0,
     diagonal: bool = False,
+    gradients: bool = True,
     sequential: str | None = None,
     encoder: str = "gptq",
     device: Device = "cpu",
@@ -86,8 +98,11 @@ def calibrate(
             or 64 samples.
         context: Tokens in a window; None for 1024, or as many as the model was made for.
         seed: For sampling.
-        diagonal: Only E[x_j²], which takes little space and suits the encoder `diag`.
-        sequential: A codec: each layer's statistics are gathered with all layers before it quantised under it.
+        diagonal: Only E[x_j²], which takes little space and suits the encoder `diag`; no gradients.
+        gradients: Go through the model backwards too, and weigh tokens and outputs by how much they matter. It takes
+            about as long again, and memory for the hidden states of all layers.
+        sequential: A codec: each layer's statistics are gathered with all layers before it quantised under it, and
+            without gradients.
         encoder: For `sequential`: `gptq` or `diag`.
         device: Where to compute, for a model that is not open yet; `cuda` needs CuPy.
         force: Replace an existing output.
@@ -117,7 +132,11 @@ def calibrate(
         else:
             tokens = _spread(windows_of(tokens_of(decoder, text), context, None), windows)
         weights = inputs = 0
-        for gathered in _walk(decoder, tokens, diagonal, sequential, encoder, progress):
+        if gradients and not diagonal and sequential is None:
+            walk = _walk_backward(decoder, tokens, seed, progress)
+        else:
+            walk = _walk(decoder, tokens, diagonal, sequential, encoder, progress)
+        for gathered in walk:
             writer.add(*gathered)
             inputs += 1
             weights += len(gathered[0])
@@ -158,15 +177,19 @@ def sample(
     cache = decoder.cache()
     for step in range(1, context):
         logits = decoder.logits(tokens[:, step - 1 : step], cache)[:, -1]
-        # The inverse of the distribution function, at one uniform number a window.
         logits -= logits.max(axis=-1, keepdims=True)
-        sums = xp.cumsum(xp.exp(logits), axis=-1, dtype=np.float64)
-        below = sums < xp.asarray(random.random(windows))[:, None] * sums[:, -1:]
-        chosen = below.sum(axis=-1)
+        chosen = _drawn(xp.exp(logits, out=logits), random, xp)
         tokens[:, step] = chosen if xp is np else xp.asnumpy(chosen)
         if progress is not None:
             progress(step, context - 1, "sampling text")
     return tokens
+
+
+def _drawn(weights: Any, random: np.random.Generator, xp: Any) -> Any:
+    """One index for each row of weights [n, choices], drawn with their probabilities."""
+    # The inverse of the distribution function, at one uniform number a row.
+    sums = xp.cumsum(weights, axis=-1, dtype=np.float64)
+    return (sums < xp.asarray(random.random(len(weights)))[:, None] * sums[:, -1:]).sum(axis=-1)
 
 
 #: Names of the weights that read an input, tokens seen, E[x_j²], and E[x xᵀ].
@@ -217,6 +240,104 @@ def _walk(
             sums.add((head.linear.name,), head.norm(h))
             step()
         yield from sums.means()
+
+
+def _walk_backward(decoder: Decoder, tokens: NDArray[np.int64], seed: int, progress: Progress | None) -> Any:
+    """Yields the statistics of one input after another, and of the outputs of what reads it, the last layer's first."""
+    xp, layers, at_once = decoder.xp, decoder.config.layers, max(1, TOKENS_AT_ONCE // tokens.shape[1])
+    hidden = [[decoder.embed(tokens[i : i + at_once]) for i in range(0, len(tokens), at_once)]]
+    batches = len(hidden[0])
+    total, done = (2 * layers + 1) * batches, 0
+
+    def step() -> None:
+        nonlocal done
+        done += 1
+        if progress is not None:
+            progress(done, total, "gathering statistics")
+
+    for index in range(layers):
+        block = decoder.block(index)
+        hidden.append([])
+        for h in hidden[index]:
+            hidden[-1].append(block(h))
+            step()
+    head, random = decoder.head, np.random.default_rng(checked_seed(seed))
+    sums = _Sums(xp, diagonal=False)
+    gradients = []
+    for h in hidden.pop():
+        if isinstance(head.linear, Linear):
+            sums.add((head.linear.name,), head.norm(h))
+        gradients.append(_loss_backward(head, h, random, xp))
+        step()
+    yield from sums.means()
+    for index in reversed(range(layers)):
+        block, moments = decoder.block(index), _Moments(xp)
+        for i, h in enumerate(hidden.pop()):
+            moments.with_outputs = i % BATCHES_A_GRADIENT == 0
+            gradients[i] = block.backward(h, gradients[i], moments.add)
+            step()
+        del block
+        yield from moments.means()
+
+
+def _loss_backward(head: Head, h: Any, random: np.random.Generator, xp: Any) -> Any:
+    """The gradient at hidden states [batch, T, width] of the loss at a token that is sampled for each of them."""
+    flat = h.reshape(-1, h.shape[-1])
+    d = xp.empty_like(flat)
+    for first in range(0, len(flat), POSITIONS):
+        here = flat[first : first + POSITIONS]
+        p = head(here)
+        p -= p.max(axis=-1, keepdims=True)
+        xp.exp(p, out=p)
+        chosen = _drawn(p, random, xp)
+        p /= p.sum(axis=-1, keepdims=True)
+        p[xp.arange(len(p)), chosen] -= 1
+        d[first : first + POSITIONS] = norm_backward(head.norm, here, p @ head.linear.weight, xp=xp)
+    return d.reshape(h.shape)
+
+
+class _Moments:
+    """Σ |g|² x xᵀ of every distinct input, Σ |x|² g gᵀ of every weight's outputs, and the sums of their weights."""
+
+    def __init__(self, xp: Any) -> None:
+        self._xp = xp
+        #: Whether what is added next counts for outputs too.
+        self.with_outputs = True
+        self._inputs: dict[tuple[str, ...], list[Any]] = {}
+        self._outputs: dict[str, list[Any]] = {}
+        self._tokens: dict[tuple[str, ...], list[int]] = {}
+
+    def add(self, names: tuple[str, ...], x: Any, gradients: list[Any]) -> None:
+        x = x.reshape(-1, x.shape[-1])
+        gradients = [g.reshape(-1, g.shape[-1]) for g in gradients]
+        weights = sum(self._xp.einsum("ij,ij->i", g, g) for g in gradients)
+        self._sum(self._inputs, names, x, weights)
+        tokens = self._tokens.setdefault(names, [0, 0])
+        tokens[0] += len(x)
+        if self.with_outputs:
+            tokens[1] += len(x)
+            squares = self._xp.einsum("ij,ij->i", x, x)
+            for name, g in zip(names, gradients, strict=True):
+                if g.shape[1] <= MOST_OUTPUTS:
+                    self._sum(self._outputs, name, g, squares)
+
+    def _sum(self, sums: dict[Any, list[Any]], key: Any, x: Any, weights: Any) -> None:
+        x = x * self._xp.sqrt(weights)[:, None]
+        new = [x.T @ x, weights.sum(dtype=np.float64)]
+        sums[key] = [a + b for a, b in zip(sums[key], new, strict=True)] if key in sums else new
+
+    def means(self) -> Any:
+        for names, (total, weight) in self._inputs.items():
+            moment = self._mean(total, weight)
+            outputs = {name: self._mean(*self._outputs[name]) for name in names if name in self._outputs}
+            seen, of_outputs = self._tokens[names]
+            yield names, seen, np.diagonal(moment).copy(), moment, outputs, of_outputs
+
+    def _mean(self, total: Any, weight: Any) -> NDArray[np.float32]:
+        # Where nothing matters, everything is zero.
+        mean = total / np.float32(max(float(weight), np.finfo(np.float32).tiny))
+        array: NDArray[np.float32] = mean if self._xp is np else self._xp.asnumpy(mean)
+        return array
 
 
 class _Sums:
