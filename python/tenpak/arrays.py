@@ -74,7 +74,7 @@ def encode(
         second_moment: H = E[x xᵀ] of the layer's input, [in, in] float32: codes are chosen column by column, each
             making good what those before it have lost (GPTQ, Frantar et al. 2022). `importance` is then H's
             diagonal unless it is given.
-        output_moment: With `second_moment`, E[g gᵀ] of the gradients at the layer's outputs, [out, out] float32: outputs,
+        output_moment: With `second_moment`, E[g gᵀ] of gradients at the layer's outputs, [out, out] float32: outputs,
             too, then make good what others have lost, and `output_error` is of what they were to be (YAQA, Tseng
             et al. 2025).
         tokens: How many tokens moments are a mean of: they are trusted less where they were few.

@@ -38,7 +38,7 @@ def defines_of(name: str, layout: str) -> list[dict[str, object]]:
     if name == "dense.cu":
         return [{"LAYOUT": layout, "BF16": bf16} for bf16 in (0, 1)]
     if name == "skinny.cu":
-        configurations = SKINNY + INTEGER if layout == "int4_lut16" else SKINNY
+        configurations = SKINNY + INTEGER if layout in plans.INTEGER else SKINNY
         return [{"LAYOUT": layout, "BF16": i % 2, **defines} for i, defines in enumerate(configurations)]
     configurations = WIDE if name == "wide.cu" else PREFILL
     return [{"LAYOUT": layout, "BF16": bf16, **defines} for bf16 in (0, 1) for defines in configurations]
@@ -100,13 +100,6 @@ def test_the_encoder_compiles_for_every_group(arch):
         for kind in (32, 16, 116) if width <= 16 else (32,):
             cubin = kernels.compile_to_cubin("encode.cu", {"WIDTH": width, "IN": kind}, arch)
             assert cubin.startswith(b"\x7fELF")
-
-
-def test_tables_can_be_looked_up_in_halves():
-    """What cuda/layouts.cuh asks of them: entries at the same place of both halves have the same sign, none is -1."""
-    for table in _core.lut16_tables():
-        assert all(entry < -1 for entry in table[:8])
-        assert all(entry >= 0 for entry in table[8:])
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
@@ -269,4 +262,4 @@ def test_layouts_have_one_list():
     for codec in tenpak.codecs():
         if codec.layout in LAYOUTS:
             layout = layouts.find(codec.layout)
-            assert (layout.group or None, layout.code_bits) == (codec.group, codec.code_bits)
+            assert (layout.group * layout.repeat or None, layout.code_bits) == (codec.group, codec.code_bits)

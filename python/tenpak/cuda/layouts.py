@@ -202,7 +202,7 @@ def pack(
         joined = np.zeros(fields[0].shape, layout.param)
         for i, field in enumerate(fields):
             joined |= field.astype(layout.param) << layout.param.type(8 * field.itemsize * i)
-        joined = np.repeat(joined, layout.repeat, axis=1)
+        joined = np.repeat(joined, layout.repeat, axis=1)[:, : _up(k, layout.group)]
         if layout.group <= 32:
             subgroups = 32 // layout.group
             groups = padded(joined, tiles * 2 * subgroups).reshape(matrix_count, strips, 2, 8, tiles, 2, subgroups)
