@@ -1,19 +1,22 @@
 """Gathers what a model's linear layers read: the statistics that calibrated encoders heed.
 
 A model is gone through layer by layer, all windows of the text through one layer before the next, so that the
-statistics and weights of one layer are in memory at a time, beside the windows' hidden states: those of all layers
-where gradients are wanted, of one layer else.
+statistics and weights of one layer are in memory at a time, beside the windows' hidden states. Where gradients are
+wanted, those of all layers are kept, in a file beside the output if they are many.
 
 Gradients are those of the loss that the model expects of itself, at tokens that it samples, so that their second
 moments are its Fisher information: as far as that is a Kronecker product, a layer's weights [out, in] that are off by E
 add tr(G E H Eᵀ) to the divergence, with H = E[|g|² x xᵀ] over inputs x and G = E[|x|² g gᵀ] over gradients g at the
-outputs (Tseng et al. 2025, "Model-preserving adaptive rounding"). Both are divided by what they are weighted with.
+outputs (Tseng et al. 2025, "Model-preserving adaptive rounding"). Few tokens have most of those weights, so that half
+of them is given to all tokens alike.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 import os
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -42,6 +45,8 @@ SAMPLED_WINDOWS = 64
 TOKENS_AT_ONCE = 4096
 #: Of so many batches one gives gradients' second moments: of all they would cost as much as everything else.
 BATCHES_A_GRADIENT = 4
+#: Bytes of hidden states above which they are kept in a file.
+MEMORY = 4 << 30
 #: Outputs of a layer above which no second moment of their gradients is gathered: it would be more than 1 GiB.
 MOST_OUTPUTS = 1 << 14
 
@@ -100,7 +105,7 @@ def calibrate(
         seed: For sampling.
         diagonal: Only E[x_j²], which takes little space and suits the encoder `diag`; no gradients.
         gradients: Go through the model backwards too, and weigh tokens and outputs by how much they matter. It takes
-            about as long again, and memory for the hidden states of all layers.
+            about as long again, and room for the hidden states of all layers.
         sequential: A codec: each layer's statistics are gathered with all layers before it quantised under it, and
             without gradients.
         encoder: For `sequential`: `gptq` or `diag`.
@@ -133,7 +138,7 @@ def calibrate(
             tokens = _spread(windows_of(tokens_of(decoder, text), context, None), windows)
         weights = inputs = 0
         if gradients and not diagonal and sequential is None:
-            walk = _walk_backward(decoder, tokens, seed, progress)
+            walk = _walk_backward(decoder, tokens, seed, Path(output).parent, progress)
         else:
             walk = _walk(decoder, tokens, diagonal, sequential, encoder, progress)
         for gathered in walk:
@@ -242,12 +247,13 @@ def _walk(
         yield from sums.means()
 
 
-def _walk_backward(decoder: Decoder, tokens: NDArray[np.int64], seed: int, progress: Progress | None) -> Any:
+def _walk_backward(
+    decoder: Decoder, tokens: NDArray[np.int64], seed: int, folder: Path, progress: Progress | None
+) -> Any:
     """Yields the statistics of one input after another, and of the outputs of what reads it, the last layer's first."""
     xp, layers, at_once = decoder.xp, decoder.config.layers, max(1, TOKENS_AT_ONCE // tokens.shape[1])
-    hidden = [[decoder.embed(tokens[i : i + at_once]) for i in range(0, len(tokens), at_once)]]
-    batches = len(hidden[0])
-    total, done = (2 * layers + 1) * batches, 0
+    batches = [slice(i, i + at_once) for i in range(0, len(tokens), at_once)]
+    total, done = (2 * layers + 1) * len(batches), 0
 
     def step() -> None:
         nonlocal done
@@ -255,29 +261,47 @@ def _walk_backward(decoder: Decoder, tokens: NDArray[np.int64], seed: int, progr
         if progress is not None:
             progress(done, total, "gathering statistics")
 
+    shape = (*tokens.shape, decoder.config.width)
+    in_file = 4 * (layers + 1) * math.prod(shape) > MEMORY
+    hidden = [_room(shape, folder if in_file else None) for _ in range(layers + 1)]
+    for batch in batches:
+        hidden[0][batch] = _on_host(decoder.embed(tokens[batch]), xp)
     for index in range(layers):
         block = decoder.block(index)
-        hidden.append([])
-        for h in hidden[index]:
-            hidden[-1].append(block(h))
+        for batch in batches:
+            hidden[index + 1][batch] = _on_host(block(xp.asarray(hidden[index][batch])), xp)
             step()
     head, random = decoder.head, np.random.default_rng(checked_seed(seed))
     sums = _Sums(xp, diagonal=False)
-    gradients = []
-    for h in hidden.pop():
+    last, gradients = hidden.pop(), []
+    for batch in batches:
+        h = xp.asarray(last[batch])
         if isinstance(head.linear, Linear):
             sums.add((head.linear.name,), head.norm(h))
         gradients.append(_loss_backward(head, h, random, xp))
         step()
     yield from sums.means()
     for index in reversed(range(layers)):
-        block, moments = decoder.block(index), _Moments(xp)
-        for i, h in enumerate(hidden.pop()):
+        block, moments, before = decoder.block(index), _Moments(xp), hidden.pop()
+        for i, batch in enumerate(batches):
             moments.with_outputs = i % BATCHES_A_GRADIENT == 0
-            gradients[i] = block.backward(h, gradients[i], moments.add)
+            gradients[i] = block.backward(xp.asarray(before[batch]), gradients[i], moments.add)
             step()
         del block
         yield from moments.means()
+
+
+def _room(shape: tuple[int, ...], folder: Path | None) -> NDArray[np.float32]:
+    """An array in memory, or in a file without a name."""
+    if folder is None:
+        return np.empty(shape, np.float32)
+    with tempfile.TemporaryFile(dir=folder) as file:
+        return np.memmap(file, np.float32, "w+", shape=shape)
+
+
+def _on_host(array: Any, xp: Any) -> NDArray[np.float32]:
+    host: NDArray[np.float32] = array if xp is np else xp.asnumpy(array)
+    return host
 
 
 def _loss_backward(head: Head, h: Any, random: np.random.Generator, xp: Any) -> Any:
@@ -297,47 +321,48 @@ def _loss_backward(head: Head, h: Any, random: np.random.Generator, xp: Any) -> 
 
 
 class _Moments:
-    """Σ |g|² x xᵀ of every distinct input, Σ |x|² g gᵀ of every weight's outputs, and the sums of their weights."""
+    """E[x xᵀ] of every distinct input and E[g gᵀ] of every weight's outputs, in FP32, over tokens by their weights."""
 
     def __init__(self, xp: Any) -> None:
         self._xp = xp
         #: Whether what is added next counts for outputs too.
         self.with_outputs = True
-        self._inputs: dict[tuple[str, ...], list[Any]] = {}
-        self._outputs: dict[str, list[Any]] = {}
+        self._inputs: dict[tuple[str, ...], Any] = {}
+        self._outputs: dict[str, Any] = {}
+        #: Tokens that were seen, and those that counted for outputs.
         self._tokens: dict[tuple[str, ...], list[int]] = {}
 
     def add(self, names: tuple[str, ...], x: Any, gradients: list[Any]) -> None:
-        x = x.reshape(-1, x.shape[-1])
-        gradients = [g.reshape(-1, g.shape[-1]) for g in gradients]
-        weights = sum(self._xp.einsum("ij,ij->i", g, g) for g in gradients)
-        self._sum(self._inputs, names, x, weights)
+        x, *gradients = (array.reshape(-1, array.shape[-1]) for array in (x, *gradients))
+        squares = sum(self._xp.einsum("ij,ij->i", g, g) for g in gradients)
+        self._sum(self._inputs, names, x, squares)
         tokens = self._tokens.setdefault(names, [0, 0])
         tokens[0] += len(x)
-        if self.with_outputs:
-            tokens[1] += len(x)
-            squares = self._xp.einsum("ij,ij->i", x, x)
-            for name, g in zip(names, gradients, strict=True):
-                if g.shape[1] <= MOST_OUTPUTS:
-                    self._sum(self._outputs, name, g, squares)
+        if not self.with_outputs:
+            return
+        tokens[1] += len(x)
+        squares = self._xp.einsum("ij,ij->i", x, x)
+        for name, g in zip(names, gradients, strict=True):
+            if g.shape[1] <= MOST_OUTPUTS:
+                self._sum(self._outputs, name, g, squares)
 
-    def _sum(self, sums: dict[Any, list[Any]], key: Any, x: Any, weights: Any) -> None:
-        x = x * self._xp.sqrt(weights)[:, None]
-        new = [x.T @ x, weights.sum(dtype=np.float64)]
-        sums[key] = [a + b for a, b in zip(sums[key], new, strict=True)] if key in sums else new
+    def _sum(self, sums: dict[Any, Any], key: Any, x: Any, squares: Any) -> None:
+        """Adds Σ x xᵀ; half of each token's weight is `squares` over their mean."""
+        # Where nothing matters, every token is like the others.
+        mean = self._xp.maximum(squares.mean(), np.float32(np.finfo(np.float32).tiny))
+        x = x * self._xp.sqrt(np.float32(0.5) * (1 + squares / mean))[:, None]
+        new = x.T @ x
+        sums[key] = sums[key] + new if key in sums else new
 
     def means(self) -> Any:
-        for names, (total, weight) in self._inputs.items():
-            moment = self._mean(total, weight)
-            outputs = {name: self._mean(*self._outputs[name]) for name in names if name in self._outputs}
-            seen, of_outputs = self._tokens[names]
-            yield names, seen, np.diagonal(moment).copy(), moment, outputs, of_outputs
+        def mean(total: Any, tokens: int) -> NDArray[np.float32]:
+            return _on_host(total / np.float32(tokens), self._xp)
 
-    def _mean(self, total: Any, weight: Any) -> NDArray[np.float32]:
-        # Where nothing matters, everything is zero.
-        mean = total / np.float32(max(float(weight), np.finfo(np.float32).tiny))
-        array: NDArray[np.float32] = mean if self._xp is np else self._xp.asnumpy(mean)
-        return array
+        for names, total in self._inputs.items():
+            seen, of_outputs = self._tokens[names]
+            moment = mean(total, seen)
+            outputs = {name: mean(self._outputs[name], of_outputs) for name in names if name in self._outputs}
+            yield names, seen, np.diagonal(moment).copy(), moment, outputs, of_outputs
 
 
 class _Sums:
@@ -359,8 +384,7 @@ class _Sums:
 
     def means(self) -> Any:
         for names, total in self._sums.items():
-            mean = total / np.float32(self._tokens[names])
-            array = mean if self._xp is np else self._xp.asnumpy(mean)
+            array = _on_host(total / np.float32(self._tokens[names]), self._xp)
             if self._diagonal:
                 yield names, self._tokens[names], array, None
             else:

@@ -57,13 +57,17 @@ def test_gradients_weigh_tokens_and_outputs(tmp_path, llama, monkeypatch):
     """Both moments by their definitions, from a backward pass of its own over the same samples."""
     path = tmp_path / "s.safetensors"
     tokens = np.random.default_rng(0).integers(0, 2048, (3, 40))
-    monkeypatch.setattr(sys.modules["tenpak.calibrate"], "BATCHES_A_GRADIENT", 1)
+    module = sys.modules["tenpak.calibrate"]
     tenpak.calibrate(llama, path, tokens.reshape(-1), windows=3, context=40, seed=7)
+    in_memory = path.read_bytes()
+    monkeypatch.setattr(module, "MEMORY", 0)
+    tenpak.calibrate(llama, path, tokens.reshape(-1), windows=3, context=40, seed=7, force=True)
+    assert path.read_bytes() == in_memory
+    assert files_in(tmp_path) == {"s.safetensors"}
     decoder, seen = Decoder.open(llama), {}
     hidden = [decoder.embed(tokens)]
     for block in decoder.blocks:
         hidden.append(block(hidden[-1]))
-    module = sys.modules["tenpak.calibrate"]
     d = module._loss_backward(decoder.head, hidden.pop(), np.random.default_rng(7), np)
     for block in reversed(decoder.blocks):
         d = block.backward(hidden.pop(), d, lambda names, x, gradients: seen.update({names: (x, gradients)}))
@@ -72,14 +76,14 @@ def test_gradients_weigh_tokens_and_outputs(tmp_path, llama, monkeypatch):
         name = names[0].removesuffix(".weight")
         assert inputs[name] == {"tokens": 120, "weights": list(names), "output_tokens": 120}
         x, gradients = x.reshape(120, -1).astype(np.float64), [g.reshape(120, -1).astype(np.float64) for g in gradients]
-        weights = sum(np.square(g).sum(1) for g in gradients)
-        wanted = (x * weights[:, None]).T @ x / weights.sum()
+        squares = sum(np.square(g).sum(1) for g in gradients)
+        wanted = (x * (0.5 + 0.5 * squares / squares.mean())[:, None]).T @ x / 120
         np.testing.assert_allclose(
             tensors[f"{name}.second_moment"], wanted, rtol=1e-3, atol=1e-5 * np.abs(wanted).max()
         )
         squares = np.square(x).sum(1)
         for weight, g in zip(names, gradients, strict=True):
-            wanted = (g * squares[:, None]).T @ g / squares.sum()
+            wanted = (g * (0.5 + 0.5 * squares / squares.mean())[:, None]).T @ g / 120
             moment = tensors[f"{weight.removesuffix('.weight')}.output_moment"]
             np.testing.assert_allclose(moment, wanted, rtol=1e-3, atol=1e-5 * np.abs(wanted).max())
 
