@@ -103,7 +103,10 @@ def encode(
             raise UsageError(f"out holds {out.codec} of shape {out.shape}, not {codec} of shape {tuple(shape)}")
     if output_moment is not None and second_moment is None:
         raise UsageError("output_moment is of use beside a second_moment only")
-    moments = [None if m is None else np.ascontiguousarray(m, np.float32) for m in (second_moment, output_moment)]
+
+    def moment(given: ArrayLike | None) -> NDArray[np.uint8] | None:
+        return None if given is None else np.ascontiguousarray(given, np.float32).reshape(-1).view(np.uint8)
+
     weights = None if importance is None else np.asarray(importance, np.float32).reshape(-1).tolist()
     buffers = [part.reshape(-1).view(np.uint8) for part in parts.values()]
     exponent, error, norm, output = _core.encode(
@@ -113,7 +116,8 @@ def encode(
         position,
         codec,
         weights,
-        *(None if m is None else m.reshape(-1).view(np.uint8) for m in moments),
+        moment(second_moment),
+        moment(output_moment),
         tokens,
         measure,
         checked_threads(threads),

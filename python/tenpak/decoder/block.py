@@ -75,8 +75,8 @@ class Block(ABC):
         xp, config = self._xp, self._config
         x = self.attention_norm(h)
         q, k, v = self._split(self._project(self.qkv, x, None))
-        rotated = [t if self._rotary is None else self._rotary(t, 0) for t in self._normed(q, k)]
-        mixed = attention(*rotated, v, self._score_scale, self._window, xp=xp)
+        rotated_q, rotated_k = (t if self._rotary is None else self._rotary(t, 0) for t in self._normed(q, k))
+        mixed = attention(rotated_q, rotated_k, v, self._score_scale, self._window, xp=xp)
         after = h + self.linears[self.out[0]](mixed)
         y = self.mlp_norm(after)
         upper = self._project(self.up, y, None)
@@ -93,7 +93,7 @@ class Block(ABC):
         d = d + norm_backward(self.mlp_norm, after, self._back(self.up, d_upper), xp=xp)
         observe(self.out, mixed, [d])
         d_mixed = self._back(self.out, [d])
-        d_q, d_k, d_v = attention_backward(*rotated, v, d_mixed, self._score_scale, self._window, xp=xp)
+        d_q, d_k, d_v = attention_backward(rotated_q, rotated_k, v, d_mixed, self._score_scale, self._window, xp=xp)
         if self._rotary is not None:
             d_q, d_k = (self._rotary(t, 0, back=True) for t in (d_q, d_k))
         if self.q_norm is not None and self.k_norm is not None:
@@ -116,10 +116,10 @@ class Block(ABC):
             qkv = xp.split(qkv[0], 3, axis=-1)
         return [self._heads(t, n) for t, n in zip(qkv, (config.heads, config.kv_heads, config.kv_heads), strict=True)]
 
-    def _normed(self, q: Any, k: Any) -> list[Any]:
+    def _normed(self, q: Any, k: Any) -> tuple[Any, Any]:
         if self.q_norm is None or self.k_norm is None:
-            return [q, k]
-        return [self.q_norm(q), self.k_norm(k)]
+            return q, k
+        return self.q_norm(q), self.k_norm(k)
 
     def _add(self, linear: Linear) -> str:
         self.linears[linear.name] = linear

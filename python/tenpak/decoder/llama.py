@@ -41,7 +41,8 @@ class LlamaBlock(Block):
 
     def __call__(self, h: Any, start: int = 0, cache: Cache | None = None, observe: Observe | None = None) -> Any:
         q, k, v = self._split(self._project(self.qkv, self.attention_norm(h), observe))
-        mixed = self._attend(*self._normed(q, k), v, start, cache)
+        q, k = self._normed(q, k)
+        mixed = self._attend(q, k, v, start, cache)
         (y,) = self._project(self.out, mixed, observe)
         h = h + y
         gate, up = self._project(self.up, self.mlp_norm(h), observe)
