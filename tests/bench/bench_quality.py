@@ -5,11 +5,11 @@
 
 Every model is compressed to an artifact on disk, opened again and evaluated beside the original, over all windows of
 1,024 tokens of text/dev.txt under TENPAK_REFERENCE (../shared). Statistics come from 160 windows of
-text/calibration.txt, or from as much text as `tenpak calibrate --self` lets the model sample. Other tools' formats go through the same evaluation, their
-weights quantised and rebuilt layer by layer. Linear layers only, embeddings and heads as they are, but for the rows
-`whole model`. Results go to results/quality.json, from which quality_page.py makes docs/quality.md. Several runs, each
-with rows (--only) and results (--results) of its own, may share statistics (--folder) and a GPU; --merge puts the
-`.rows` files that they leave into the results.
+text/calibration.txt, or from as much text as `tenpak calibrate --self` lets the model sample. Other tools' formats go
+through the same evaluation, their weights quantised and rebuilt layer by layer. Linear layers only, embeddings and
+heads as they are, but for the rows `whole model`. Results go to results/quality.json, from which quality_page.py makes
+docs/quality.md. Several runs, each with rows (--only) and results (--results) of its own, may share statistics
+(--folder) and a GPU; --merge puts the `.rows` files that they leave into the results.
 """
 
 from __future__ import annotations
