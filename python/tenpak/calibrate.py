@@ -2,17 +2,18 @@
 
 A model is gone through layer by layer, all windows of the text through one layer before the next, so that the
 statistics and weights of one layer are in memory at a time, beside the windows' hidden states. Where gradients are
-wanted, those of all layers are kept, in a file beside the output if they are many.
+wanted, some windows then go backwards, for which what all layers were given is set aside, in a file if it is much.
 
 Gradients are those of the loss that the model expects of itself, at tokens that it samples, so that their second
 moments are its Fisher information: as far as that is a Kronecker product, a layer's weights [out, in] that are off by E
 add tr(G E H Eᵀ) to the divergence, with H = E[|g|² x xᵀ] over inputs x and G = E[|x|² g gᵀ] over gradients g at the
-outputs (Tseng et al. 2025, "Model-preserving adaptive rounding"). Few tokens have most of those weights, so that half
-of them is given to all tokens alike.
+outputs (Tseng et al. 2025, "Model-preserving adaptive rounding"). Few tokens have most of those weights, so that H is
+better off with windows that count all tokens alike beside those.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import math
 import os
@@ -43,9 +44,9 @@ SAMPLED_WINDOWS = 64
 
 #: Tokens that are computed at once.
 TOKENS_AT_ONCE = 4096
-#: Of so many batches one gives gradients' second moments: of all they would cost as much as everything else.
-BATCHES_A_GRADIENT = 4
-#: Bytes of hidden states above which they are kept in a file.
+#: Of so many batches one goes backwards, which takes three times as long.
+BACKWARD_EVERY = 2
+#: Bytes of what is set aside in memory.
 MEMORY = 4 << 30
 #: Outputs of a layer above which no second moment of their gradients is gathered: it would be more than 1 GiB.
 MOST_OUTPUTS = 1 << 14
@@ -104,8 +105,8 @@ def calibrate(
         context: Tokens in a window; None for 1024, or as many as the model was made for.
         seed: For sampling.
         diagonal: Only E[x_j²], which takes little space and suits the encoder `diag`; no gradients.
-        gradients: Go through the model backwards too, and weigh tokens and outputs by how much they matter. It takes
-            about as long again, and room for the hidden states of all layers.
+        gradients: Let some windows go backwards too, and weigh tokens and outputs by how much they matter. It takes
+            twice as long, and room for what all layers were given in those windows.
         sequential: A codec: each layer's statistics are gathered with all layers before it quantised under it, and
             without gradients.
         encoder: For `sequential`: `gptq` or `diag`.
@@ -252,51 +253,81 @@ def _walk_backward(
 ) -> Any:
     """Yields the statistics of one input after another, and of the outputs of what reads it, the last layer's first."""
     xp, layers, at_once = decoder.xp, decoder.config.layers, max(1, TOKENS_AT_ONCE // tokens.shape[1])
-    batches = [slice(i, i + at_once) for i in range(0, len(tokens), at_once)]
-    total, done = (2 * layers + 1) * len(batches), 0
+    hidden = [decoder.embed(tokens[i : i + at_once]) for i in range(0, len(tokens), at_once)]
+    total, done = (layers + 1) * len(hidden) + 2 * layers * len(hidden[::BACKWARD_EVERY]), 0
 
-    def step() -> None:
+    def step(steps: int = 1) -> None:
         nonlocal done
-        done += 1
+        done += steps
         if progress is not None:
             progress(done, total, "gathering statistics")
 
-    shape = (*tokens.shape, decoder.config.width)
-    in_file = 4 * (layers + 1) * math.prod(shape) > MEMORY
-    hidden = [_room(shape, folder if in_file else None) for _ in range(layers + 1)]
-    for batch in batches:
-        hidden[0][batch] = _on_host(decoder.embed(tokens[batch]), xp)
-    for index in range(layers):
-        block = decoder.block(index)
-        for batch in batches:
-            hidden[index + 1][batch] = _on_host(block(xp.asarray(hidden[index][batch])), xp)
-            step()
-    head, random = decoder.head, np.random.default_rng(checked_seed(seed))
-    sums = _Sums(xp, diagonal=False)
-    last, gradients = hidden.pop(), []
-    for batch in batches:
-        h = xp.asarray(last[batch])
-        if isinstance(head.linear, Linear):
-            sums.add((head.linear.name,), head.norm(h))
-        gradients.append(_loss_backward(head, h, random, xp))
-        step()
-    yield from sums.means()
-    for index in reversed(range(layers)):
-        block, moments, before = decoder.block(index), _Moments(xp), hidden.pop()
-        for i, batch in enumerate(batches):
-            moments.with_outputs = i % BATCHES_A_GRADIENT == 0
-            gradients[i] = block.backward(xp.asarray(before[batch]), gradients[i], moments.add)
-            step()
+    with _Shelf(folder, xp) as shelf:
+        given: list[list[Any]] = []
+        moments: list[_Moments] = []
+        for index in range(layers):
+            block = decoder.block(index)
+            given.append([shelf.put(h) for h in hidden[::BACKWARD_EVERY]])
+            moments.append(_Moments(xp))
+            for i, h in enumerate(hidden):
+                hidden[i] = block(h, observe=moments[-1].add if i % BACKWARD_EVERY else None)
+                step()
+            moments[-1].set_aside(shelf)
         del block
-        yield from moments.means()
+        head, random = decoder.head, np.random.default_rng(checked_seed(seed))
+        if isinstance(head.linear, Linear):
+            sums = _Sums(xp, diagonal=False)
+            for h in hidden:
+                sums.add((head.linear.name,), head.norm(h))
+            yield from sums.means()
+        gradients = []
+        for i in range(len(hidden)):
+            h, hidden[i] = hidden[i], None
+            if i % BACKWARD_EVERY == 0:
+                gradients.append(_loss_backward(head, h, random, xp))
+            step()
+        for index in reversed(range(layers)):
+            block, here = decoder.block(index), moments.pop()
+            here.take_back(shelf)
+            for i, h in enumerate(given.pop()):
+                gradients[i] = block.backward(shelf.get(h), gradients[i], here.add_backward)
+                step(2)
+            del block
+            yield from here.means()
 
 
-def _room(shape: tuple[int, ...], folder: Path | None) -> NDArray[np.float32]:
-    """An array in memory, or in a file without a name."""
-    if folder is None:
-        return np.empty(shape, np.float32)
-    with tempfile.TemporaryFile(dir=folder) as file:
-        return np.memmap(file, np.float32, "w+", shape=shape)
+class _Shelf:
+    """FP32 arrays set aside: in memory, and beyond `MEMORY` bytes in a file without a name."""
+
+    def __init__(self, folder: Path, xp: Any) -> None:
+        self._folder, self._xp = folder, xp
+        self._room, self._stack = MEMORY, contextlib.ExitStack()
+        self._file: Any = None
+
+    def put(self, array: Any) -> Any:
+        """What `get` wants for it."""
+        host = _on_host(array, self._xp)
+        self._room -= host.nbytes
+        if self._room >= 0:
+            return host
+        if self._file is None:
+            self._file = self._stack.enter_context(tempfile.TemporaryFile(dir=self._folder))
+        at = self._file.seek(0, os.SEEK_END)
+        self._file.write(np.ascontiguousarray(host).data)
+        return at, host.shape
+
+    def get(self, kept: Any) -> Any:
+        if not isinstance(kept, np.ndarray):
+            at, shape = kept
+            self._file.seek(at)
+            kept = np.frombuffer(self._file.read(4 * math.prod(shape)), np.float32).reshape(shape)
+        return self._xp.asarray(kept)
+
+    def __enter__(self) -> _Shelf:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
 
 
 def _on_host(array: Any, xp: Any) -> NDArray[np.float32]:
@@ -321,38 +352,36 @@ def _loss_backward(head: Head, h: Any, random: np.random.Generator, xp: Any) -> 
 
 
 class _Moments:
-    """E[x xᵀ] of every distinct input and E[g gᵀ] of every weight's outputs, in FP32, over tokens by their weights."""
+    """E[x xᵀ] of every distinct input and E[g gᵀ] of every weight's outputs, in FP32."""
 
     def __init__(self, xp: Any) -> None:
         self._xp = xp
-        #: Whether what is added next counts for outputs too.
-        self.with_outputs = True
         self._inputs: dict[tuple[str, ...], Any] = {}
         self._outputs: dict[str, Any] = {}
-        #: Tokens that were seen, and those that counted for outputs.
+        #: Tokens that were seen, and those that went backwards.
         self._tokens: dict[tuple[str, ...], list[int]] = {}
 
-    def add(self, names: tuple[str, ...], x: Any, gradients: list[Any]) -> None:
+    def add(self, names: tuple[str, ...], x: Any) -> None:
+        """Every token as much as the others."""
+        self._sum(self._inputs, names, x.reshape(-1, x.shape[-1]))
+        self._count(names, x, backward=False)
+
+    def add_backward(self, names: tuple[str, ...], x: Any, gradients: list[Any]) -> None:
+        """Inputs by the squares of gradients, and gradients by those of inputs, each over their mean."""
         x, *gradients = (array.reshape(-1, array.shape[-1]) for array in (x, *gradients))
-        squares = sum(self._xp.einsum("ij,ij->i", g, g) for g in gradients)
-        self._sum(self._inputs, names, x, squares)
-        tokens = self._tokens.setdefault(names, [0, 0])
-        tokens[0] += len(x)
-        if not self.with_outputs:
-            return
-        tokens[1] += len(x)
-        squares = self._xp.einsum("ij,ij->i", x, x)
+        self._sum(self._inputs, names, x, sum(map(self._squares, gradients)))
+        squares = self._squares(x)
         for name, g in zip(names, gradients, strict=True):
             if g.shape[1] <= MOST_OUTPUTS:
                 self._sum(self._outputs, name, g, squares)
+        self._count(names, x, backward=True)
 
-    def _sum(self, sums: dict[Any, Any], key: Any, x: Any, squares: Any) -> None:
-        """Adds Σ x xᵀ; half of each token's weight is `squares` over their mean."""
-        # Where nothing matters, every token is like the others.
-        mean = self._xp.maximum(squares.mean(), np.float32(np.finfo(np.float32).tiny))
-        x = x * self._xp.sqrt(np.float32(0.5) * (1 + squares / mean))[:, None]
-        new = x.T @ x
-        sums[key] = sums[key] + new if key in sums else new
+    def set_aside(self, shelf: _Shelf) -> None:
+        """Until `take_back`."""
+        self._inputs = {names: shelf.put(total) for names, total in self._inputs.items()}
+
+    def take_back(self, shelf: _Shelf) -> None:
+        self._inputs = {names: shelf.get(total) for names, total in self._inputs.items()}
 
     def means(self) -> Any:
         def mean(total: Any, tokens: int) -> NDArray[np.float32]:
@@ -363,6 +392,24 @@ class _Moments:
             moment = mean(total, seen)
             outputs = {name: mean(self._outputs[name], of_outputs) for name in names if name in self._outputs}
             yield names, seen, np.diagonal(moment).copy(), moment, outputs, of_outputs
+
+    def _squares(self, x: Any) -> Any:
+        return self._xp.einsum("ij,ij->i", x, x)
+
+    def _sum(self, sums: dict[Any, Any], key: Any, x: Any, squares: Any = None) -> None:
+        """Adds Σ x xᵀ, each token by its part of `squares`."""
+        if squares is not None:
+            # Where nothing matters, nothing counts.
+            mean = self._xp.maximum(squares.mean(), np.float32(np.finfo(np.float32).tiny))
+            x = x * self._xp.sqrt(squares / mean)[:, None]
+        new = x.T @ x
+        sums[key] = sums[key] + new if key in sums else new
+
+    def _count(self, names: tuple[str, ...], x: Any, backward: bool) -> None:
+        tokens = self._tokens.setdefault(names, [0, 0])
+        count = x.size // x.shape[-1]
+        tokens[0] += count
+        tokens[1] += count * backward
 
 
 class _Sums:

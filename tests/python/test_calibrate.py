@@ -54,38 +54,54 @@ def test_statistics_are_the_moments_of_what_linear_layers_read(tmp_path, model):
 
 
 def test_gradients_weigh_tokens_and_outputs(tmp_path, llama, monkeypatch):
-    """Both moments by their definitions, from a backward pass of its own over the same samples."""
-    path = tmp_path / "s.safetensors"
+    """Both moments by their definitions, from passes of its own over the same samples."""
+    module, path = sys.modules["tenpak.calibrate"], tmp_path / "s.safetensors"
     tokens = np.random.default_rng(0).integers(0, 2048, (3, 40))
-    module = sys.modules["tenpak.calibrate"]
+    monkeypatch.setattr(module, "TOKENS_AT_ONCE", 40)
     tenpak.calibrate(llama, path, tokens.reshape(-1), windows=3, context=40, seed=7)
     in_memory = path.read_bytes()
     monkeypatch.setattr(module, "MEMORY", 0)
     tenpak.calibrate(llama, path, tokens.reshape(-1), windows=3, context=40, seed=7, force=True)
     assert path.read_bytes() == in_memory
     assert files_in(tmp_path) == {"s.safetensors"}
-    decoder, seen = Decoder.open(llama), {}
-    hidden = [decoder.embed(tokens)]
+
+    decoder, plain, seen = Decoder.open(llama), {}, {}
+    random, flat = np.random.default_rng(7), lambda x: x.reshape(-1, x.shape[-1]).astype(np.float64)
+    h = decoder.embed(tokens[1:2])
     for block in decoder.blocks:
-        hidden.append(block(hidden[-1]))
-    d = module._loss_backward(decoder.head, hidden.pop(), np.random.default_rng(7), np)
-    for block in reversed(decoder.blocks):
-        d = block.backward(hidden.pop(), d, lambda names, x, gradients: seen.update({names: (x, gradients)}))
+        h = block(h, observe=lambda names, x: plain.update({names: flat(x)}))
+    # Windows 0 and 2 go backwards.
+    for window in (tokens[:1], tokens[2:]):
+        hidden = [decoder.embed(window)]
+        for block in decoder.blocks:
+            hidden.append(block(hidden[-1]))
+        d = module._loss_backward(decoder.head, hidden.pop(), random, np)
+        for block in reversed(decoder.blocks):
+            d = block.backward(
+                hidden.pop(),
+                d,
+                lambda names, x, gs: seen.setdefault(names, []).append((flat(x), [flat(g) for g in gs])),
+            )
+
+    def close(found, wanted):
+        np.testing.assert_allclose(found, wanted, rtol=1e-3, atol=1e-5 * np.abs(wanted).max())
+
     tensors, inputs = load_file(path), about(path)["inputs"]
-    for names, (x, gradients) in seen.items():
+    assert plain.keys() == seen.keys()
+    for names, windows in seen.items():
         name = names[0].removesuffix(".weight")
-        assert inputs[name] == {"tokens": 120, "weights": list(names), "output_tokens": 120}
-        x, gradients = x.reshape(120, -1).astype(np.float64), [g.reshape(120, -1).astype(np.float64) for g in gradients]
-        squares = sum(np.square(g).sum(1) for g in gradients)
-        wanted = (x * (0.5 + 0.5 * squares / squares.mean())[:, None]).T @ x / 120
-        np.testing.assert_allclose(
-            tensors[f"{name}.second_moment"], wanted, rtol=1e-3, atol=1e-5 * np.abs(wanted).max()
-        )
-        squares = np.square(x).sum(1)
-        for weight, g in zip(names, gradients, strict=True):
-            wanted = (g * (0.5 + 0.5 * squares / squares.mean())[:, None]).T @ g / 120
-            moment = tensors[f"{weight.removesuffix('.weight')}.output_moment"]
-            np.testing.assert_allclose(moment, wanted, rtol=1e-3, atol=1e-5 * np.abs(wanted).max())
+        assert inputs[name] == {"tokens": 120, "weights": list(names), "output_tokens": 80}
+        total = plain[names].T @ plain[names]
+        for x, gradients in windows:
+            squares = sum(np.square(g).sum(1) for g in gradients)
+            total += (x * (squares / squares.mean())[:, None]).T @ x
+        close(tensors[f"{name}.second_moment"], total / 120)
+        for i, weight in enumerate(names):
+            total = 0
+            for x, gradients in windows:
+                squares = np.square(x).sum(1)
+                total += (gradients[i] * (squares / squares.mean())[:, None]).T @ gradients[i]
+            close(tensors[f"{weight.removesuffix('.weight')}.output_moment"], total / 80)
 
 
 def test_the_gradient_of_a_loss_is_that_of_differences(llama):

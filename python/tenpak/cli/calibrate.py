@@ -7,8 +7,8 @@ examples:
   tenpak compress --input model-folder --output model.tenpak --calibration statistics.safetensors
 
 The text should be of the kind that the model will be used for; --self needs none, since the model samples its own.
-The model also goes backwards through its layers, to weigh tokens and outputs by how much they matter; --inputs-only
-leaves that out, in half the time and less memory, but codes are then chosen less well.
+Half of the windows also go backwards through the model, to weigh tokens and outputs by how much they matter;
+--inputs-only leaves that out, in half the time and less memory, but codes are then chosen less well.
 Statistics serve every codec and both encoders, but those of --sequential, which are of inputs only, just the codec that
 they name. --diagonal keeps mean squares of inputs alone: small, and enough for --encoder diag. Models are those that
 `tenpak eval` reads; `tenpak.torch.collect_statistics` gathers from any other, in PyTorch, of inputs only.
