@@ -13,7 +13,6 @@ better off with windows that count all tokens alike beside those.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import math
 import os
@@ -301,7 +300,7 @@ class _Shelf:
 
     def __init__(self, folder: Path, xp: Any) -> None:
         self._folder, self._xp = folder, xp
-        self._room, self._stack = MEMORY, contextlib.ExitStack()
+        self._room = MEMORY
         self._file: Any = None
 
     def put(self, array: Any) -> Any:
@@ -311,7 +310,8 @@ class _Shelf:
         if self._room >= 0:
             return host
         if self._file is None:
-            self._file = self._stack.enter_context(tempfile.TemporaryFile(dir=self._folder))
+            # Closed by __exit__.
+            self._file = tempfile.TemporaryFile(dir=self._folder)  # noqa: SIM115
         at = self._file.seek(0, os.SEEK_END)
         self._file.write(np.ascontiguousarray(host).data)
         return at, host.shape
@@ -327,7 +327,8 @@ class _Shelf:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._stack.close()
+        if self._file is not None:
+            self._file.close()
 
 
 def _on_host(array: Any, xp: Any) -> NDArray[np.float32]:
