@@ -28,10 +28,12 @@ MOST_STAGES = 10
 CLUSTER = 2
 #: Bytes a cycle and multiprocessor: of weights from memory, of sums through L2, of shared memory.
 MEMORY_SPEED, L2_SPEED, SHARED_SPEED = 18.0, 20.0, 128.0
+#: What tiles that are cut evenly take longer than whole ones.
+CUT = 1.03
 #: Cycles to begin and end a tile, to wait for other blocks' sums, and for those of a cluster.
 TILE_CYCLES, SHARE_CYCLES, CLUSTER_CYCLES = 1500.0, 3000.0, 1500.0
 #: What products of at least so many tokens reach of the tensor cores' speed: fewer use an unpacked weight less often.
-PRODUCTS = ((256, 0.88), (192, 0.8), (128, 0.76), (0, 0.56))
+PRODUCTS = ((256, 0.88), (192, 0.8), (128, 0.74), (0, 0.56))
 #: Cycles of each step beside those, and of each strip's step of two tiles: what takes small tiles their time.
 STEP_CYCLES, STRIP_CYCLES = 420.0, 80.0
 
@@ -159,7 +161,8 @@ def _of_shape(
         found.append(choice(even, (steps * step_cycles + store_cycles) * rounds))
     if tiles % every:
         sums = SHARE_CYCLES + 2 * sum_cycles
-        found.append(choice(every, tiles * steps / every * step_cycles + store_cycles * max(1, rounds - 1) + sums))
+        share = tiles * steps / every * step_cycles
+        found.append(choice(every, CUT * (share + store_cycles * max(1, rounds - 1) + sums)))
     helpers = min(multiprocessors - tiles, tiles)
     if helpers > 0:
         # A helper does what is left of `each` tiles while their own blocks do their heads; storing sums takes it time.
