@@ -2,9 +2,9 @@
 //
 // layouts.cuh lets a lane keep the eight columns of its own words and has the tokens' columns put in that order, which
 // needs a thread's hands. The copy engine can swizzle chunks of sixteen bytes but not look into them. So here the weights
-// yield: of each chunk of eight columns a lane takes pair t = lane % 4, which is in the word of lane 4g + chunk, and reads
-// the words of all four lanes of its quad. It costs a shift for each pair, by a count that differs between lanes, and
-// three more reads of shared memory a tile; the copy engine then brings tokens with no thread's help.
+// yield: of each chunk of eight columns a lane takes pair t = lane % 4. Word t of what lane 4g + chunk has in memory is
+// that pair of all its rows, so that one ldmatrix gives a lane what it wants of four chunks; the copy engine then brings
+// tokens with no thread's help. (int4_lut16, whose words are in order, reads all of its quad's.)
 //
 // Each layout has: PARAM_BYTES(tiles) of so many tiles of a strip (of two, the first being even), and params(weight, strip,
 // k), where those of tile k begin; SUPER_BYTES and supers(weight, strip, k) alike; Tile, a lane's registers for one tile, read by
@@ -15,20 +15,24 @@
 
 namespace tenpak {
 
-// Lane c of this lane's quad.
-__device__ __forceinline__ int in_quad(int lane, int c) { return lane / 4 * 4 + c; }
+// Of each 512 bytes, sixteen of each lane, where a lane's lie: within 128 bytes, so that copies stay whole, and so that those
+// of one chunk and eight rows, which are read together, meet all banks.
+__device__ __forceinline__ int place_of(int lane) { return lane ^ lane / 8; }
+// Where what this lane reads of four chunks begins: row lane % 8 of chunk lane / 8.
+__device__ __forceinline__ u32 row_of_chunk(u32 codes, int lane) { return codes + 16 * place_of(lane % 8 * 4 + lane / 8); }
 
 struct NoSupers {
     static constexpr int SUPER_BYTES = 0;
     static __device__ __forceinline__ const u8* supers(const Weight&, int, int) { return nullptr; }
 };
 
+// What the four lanes of this one's quad have.
 struct QuadCodes {
     uint4 lanes[4];
 
     __device__ __forceinline__ void load(u32 codes, int lane) {
 #pragma unroll
-        for (int c = 0; c < 4; ++c) lanes[c] = shared_uint4(codes + 16 * in_quad(lane, c));
+        for (int c = 0; c < 4; ++c) lanes[c] = shared_uint4(codes + 16 * place_of(lane / 4 * 4 + c));
     }
     template <int WORD>
     __device__ __forceinline__ u32 word(int c) const {
@@ -36,18 +40,11 @@ struct QuadCodes {
     }
 };
 
-// Pair t of a word as q * s + o. Nibbles lie 0,2,4,6,1,3,5,7.
-__device__ __forceinline__ u32 affine_pair(u32 word, int shift, u32 pair) {
-    const u32 code = and_or(word >> shift, 0x000f000f, BF16 ? 0x43004300 : 0x64006400);
-    const u32 p = BF16 ? to_bfloat(pair) : pair;
-    return fma_pair(BF16 ? bfloat_fma(code, 0x3f803f80, 0xc300c300) : half_sub(code, 0x64006400), low_twice(p), high_twice(p));
-}
-
 // For layouts with scale and offset: param<WORD>(tile, rows, c) is the pair for that word of lane c.
 template <class Layout, class Params>
 struct AffineColumns : NoSupers {
     struct Tile {
-        QuadCodes codes;
+        uint4 pairs;  // t of all four lanes' words, as layouts.cuh has them
         typename Params::Held params;
     };
     static constexpr int PARAM_BYTES(int tiles) { return Params::BYTES * Params::units(tiles); }
@@ -57,18 +54,19 @@ struct AffineColumns : NoSupers {
     template <int J>
     static __device__ __forceinline__ Tile load(u32 codes, u32 params, u32, int lane) {
         Tile tile;
-        tile.codes.load(codes + J * FourBit::CODE_BYTES, lane);
+        tile.pairs = load_matrices(row_of_chunk(codes + J * FourBit::CODE_BYTES, lane));
         Params::load(tile.params, params + Params::unit(J) * Params::BYTES, lane);
         return tile;
     }
     template <int QUARTER>
     static __device__ __forceinline__ void operand(const Tile& tile, const typename Layout::Rows& rows, int lane, u32 (&a)[4]) {
         constexpr int UPPER = QUARTER / 2 * 2, LOWER = UPPER + 1, FIRST = QUARTER % 2 * 2, SECOND = FIRST + 1;
-        const int shift = lane % 4 * 4;
-        a[0] = affine_pair(tile.codes.template word<UPPER>(FIRST), shift, Params::template pair<UPPER>(tile.params, rows, FIRST));
-        a[1] = affine_pair(tile.codes.template word<LOWER>(FIRST), shift, Params::template pair<LOWER>(tile.params, rows, FIRST));
-        a[2] = affine_pair(tile.codes.template word<UPPER>(SECOND), shift, Params::template pair<UPPER>(tile.params, rows, SECOND));
-        a[3] = affine_pair(tile.codes.template word<LOWER>(SECOND), shift, Params::template pair<LOWER>(tile.params, rows, SECOND));
+        const u32 first = FourBit::word(tile.pairs, FIRST), second = FourBit::word(tile.pairs, SECOND);
+        auto as_activations = [](u32 param) { return BF16 ? to_bfloat(param) : param; };
+        a[0] = affine_pair<UPPER>(first, as_activations(Params::template pair<UPPER>(tile.params, rows, FIRST)));
+        a[1] = affine_pair<LOWER>(first, as_activations(Params::template pair<LOWER>(tile.params, rows, FIRST)));
+        a[2] = affine_pair<UPPER>(second, as_activations(Params::template pair<UPPER>(tile.params, rows, SECOND)));
+        a[3] = affine_pair<LOWER>(second, as_activations(Params::template pair<LOWER>(tile.params, rows, SECOND)));
     }
 };
 
@@ -180,36 +178,23 @@ struct Lut16Columns {
 
 struct EightBitColumns : NoSupers {
     struct Tile {
-        u32 bytes[2][4][2];  // of half, lane of the quad, row: four codes, of which this lane's are two
+        uint4 pairs[2];  // of each half: t of all four lanes' words
     };
     static constexpr int PARAM_BYTES(int) { return 0; }
     static __device__ __forceinline__ const u8* params(const Weight&, int, int) { return nullptr; }
     template <int J>
     static __device__ __forceinline__ Tile load(u32 codes, u32, u32, int lane) {
-        Tile tile;
-#pragma unroll
-        for (int half = 0; half < 2; ++half)
-#pragma unroll
-            for (int c = 0; c < 4; ++c)
-#pragma unroll
-                for (int row = 0; row < 2; ++row)
-                    tile.bytes[half][c][row] = shared_u32(codes + J * EightBit::CODE_BYTES +
-                                                         (half * LANES + in_quad(lane, c)) * 16 + row * 8 + lane % 4 / 2 * 4);
-        return tile;
-    }
-    static __device__ __forceinline__ u32 pair(u32 bytes, u32 selector) {
-        if constexpr (BF16) {
-            const u32 spread = permute(bytes, 0, selector);
-            return bfloat_fma(and_or(spread, 0x007f007f, 0x43004300), 0x3f803f80, and_xor(spread, 0x00800080, 0xc380c380));
-        } else {
-            return half_sub(permute(bytes, 0x64646464, selector), 0x64806480);
-        }
+        const u32 at = row_of_chunk(codes + J * EightBit::CODE_BYTES, lane);
+        return {{load_matrices(at), load_matrices(at + 16 * LANES)}};
     }
     template <int QUARTER>
-    static __device__ __forceinline__ void operand(const Tile& tile, const EightBit::Rows&, int lane, u32 (&a)[4]) {
-        const u32 selector = lane % 2 ? 0x4342 : 0x4140;
-#pragma unroll
-        for (int i = 0; i < 4; ++i) a[i] = pair(tile.bytes[QUARTER / 2][QUARTER % 2 * 2 + i / 2][i % 2], selector);
+    static __device__ __forceinline__ void operand(const Tile& tile, const EightBit::Rows&, int, u32 (&a)[4]) {
+        constexpr int FIRST = QUARTER % 2 * 2;
+        const u32 first = FourBit::word(tile.pairs[QUARTER / 2], FIRST), second = FourBit::word(tile.pairs[QUARTER / 2], FIRST + 1);
+        a[0] = EightBit::byte_pair<0>(first);
+        a[1] = EightBit::byte_pair<1>(first);
+        a[2] = EightBit::byte_pair<0>(second);
+        a[3] = EightBit::byte_pair<1>(second);
     }
 };
 

@@ -41,6 +41,15 @@ __device__ __forceinline__ u32 shared_u16(u32 at) {
     return v;
 }
 
+// Four 8 x 8 matrices of halves; lane l gives the address of row l % 8 of matrix l / 8, and gets word l % 4 of row l / 4 of
+// each.
+__device__ __forceinline__ uint4 load_matrices(u32 row) {
+    uint4 v;
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(row) : "memory");
+    return v;
+}
+
 // ---- Barriers in shared memory --------------------------------------------------------------------------------------
 
 __device__ __forceinline__ void barrier_init(u32 barrier, u32 count) {
@@ -67,8 +76,39 @@ __device__ __forceinline__ u32 load_acquire(const u32* at) {
     asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(seen) : "l"(at) : "memory");
     return seen;
 }
+// After all that this thread, and those that met it at a barrier, have stored.
+__device__ __forceinline__ void add_release(u32* at, u32 value) {
+    asm volatile("red.release.gpu.global.add.u32 [%0], %1;" :: "l"(at), "r"(value) : "memory");
+}
 // Among the 128 threads of one warpgroup.
 __device__ __forceinline__ void group_barrier(int group) { asm volatile("bar.sync %0, 128;" :: "r"(group + 1) : "memory"); }
+
+// Among those of all warpgroups that multiply.
+__device__ __forceinline__ void consumers_barrier(int threads) { asm volatile("bar.sync 15, %0;" :: "r"(threads) : "memory"); }
+
+// ---- Clusters of blocks -------------------------------------------------------------------------------------------------
+
+__device__ __forceinline__ int cluster_rank() {
+    u32 rank;
+    asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+    return (int)rank;
+}
+// Among all threads of the cluster that have not ended. What they have written to shared memory is there for all.
+__device__ __forceinline__ void cluster_sync() {
+    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+// After all have read what they want of each other.
+__device__ __forceinline__ void cluster_leave() {
+    asm volatile("barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
+}
+// What another block has at this address of its shared memory.
+__device__ __forceinline__ float4 in_block(u32 at, u32 rank) {
+    float4 v;
+    asm volatile("{\n.reg .u32 there;\nmapa.shared::cluster.u32 there, %4, %5;\n"
+                 "ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [there];\n}"
+                 : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "r"(at), "r"(rank) : "memory");
+    return v;
+}
 
 // ---- Copies that barriers wait for ----------------------------------------------------------------------------------
 
@@ -84,14 +124,15 @@ __device__ __forceinline__ void prefetch_map(const TensorMap& map) {
 // How long L2 should keep what passes through it.
 constexpr u64 KEEP_LONG = 0x14f0000000000000;
 
-// Up to MOST bytes, sixteen a lane and instruction; both are multiples of 16.
+// Up to MOST bytes, sixteen a lane and instruction; both are multiples of 16. Of each 512 bytes, this lane's are those at
+// `lane`, which go to `place`.
 template <int MOST>
-__device__ __forceinline__ void copy_run(u32 to, const u8* from, u32 bytes, int lane) {
+__device__ __forceinline__ void copy_run(u32 to, const u8* from, u32 bytes, int lane, int place) {
 #pragma unroll
     for (int at = 0; at < MOST; at += 16 * LANES) {
         if (at + 16 * lane < bytes)
             asm volatile("cp.async.cg.shared.global [%0], [%1], 16;"
-                         :: "r"(to + at + 16 * lane), "l"(from + at + 16 * lane) : "memory");
+                         :: "r"(to + at + 16 * place), "l"(from + at + 16 * lane) : "memory");
     }
 }
 // This thread arrives once all that it has asked for by copy_run is there; the barrier's count has it already.

@@ -140,30 +140,38 @@ __device__ __forceinline__ u32 fma_pair(u32 a, u32 b, u32 c) { return BF16 ? bfl
 
 // ---- Four-bit codes ----------------------------------------------------------------------------------------------
 
-// Pair i of a word, weights 2i and 2i + 1, as exact floats 0..15. Nibbles lie 0,2,4,6,1,3,5,7, so that one shift and
-// one mask find a pair; above them goes the exponent of 1024 (FP16) or 128 (BF16). What it added is subtracted at
-// once, exactly: folded into the offset it would cost up to half a step.
+// A lane's sixteen bytes are transposed: word P in memory holds pair P, weights 2P and 2P + 1, of each of the four words
+// drawn above, that of word I at nibbles I and I + 4. So a lane that wants one pair of every word, as wgmma's do
+// (columns.cuh), reads one, and where in it a pair is, is known when the kernel is compiled.
+
+// The pair of word I as exact floats 0..15. Above its nibbles goes the exponent of 1024 (FP16) or 128 (BF16); what that
+// added is subtracted at once, exactly: folded into the offset it would cost up to half a step.
 template <int I>
-__device__ __forceinline__ u32 code_pair(u32 word) {
+__device__ __forceinline__ u32 code_pair(u32 pairs) {
     if constexpr (BF16) {
         // 1 * (128 + q) - 128. BF16's seven bits leave no room for 16 q.
-        return bfloat_fma(and_or(word >> (4 * I), 0x000f000f, 0x43004300), 0x3f803f80, 0xc300c300);
+        return bfloat_fma(and_or(pairs >> (4 * I), 0x000f000f, 0x43004300), 0x3f803f80, 0xc300c300);
     } else if constexpr (I % 2 == 0) {
-        return half_sub(and_or(word >> (4 * I), 0x000f000f, 0x64006400), 0x64006400);
+        return half_sub(and_or(pairs >> (4 * I), 0x000f000f, 0x64006400), 0x64006400);
     } else {
         // (1024 + 16 q) / 16 - 64 saves a shift.
-        return half_fma(and_or(word >> (4 * I - 4), 0x00f000f0, 0x64006400), 0x2c002c00, 0xd400d400);
+        return half_fma(and_or(pairs >> (4 * I - 4), 0x00f000f0, 0x64006400), 0x2c002c00, 0xd400d400);
     }
 }
 
-// q * s + o for the eight weights of a word.
-__device__ __forceinline__ void affine(u32 word, u32 pair, u32 (&out)[4]) {
-    const u32 p = BF16 ? to_bfloat(pair) : pair;
-    const u32 s = low_twice(p), o = high_twice(p);
-    out[0] = fma_pair(code_pair<0>(word), s, o);
-    out[1] = fma_pair(code_pair<1>(word), s, o);
-    out[2] = fma_pair(code_pair<2>(word), s, o);
-    out[3] = fma_pair(code_pair<3>(word), s, o);
+// q * s + o for that pair; `param` is in the activations' type.
+template <int I>
+__device__ __forceinline__ u32 affine_pair(u32 pairs, u32 param) {
+    return fma_pair(code_pair<I>(pairs), low_twice(param), high_twice(param));
+}
+// For the eight weights of word I.
+template <int I>
+__device__ __forceinline__ void affine(const uint4& codes, u32 param, u32 (&out)[4]) {
+    const u32 p = BF16 ? to_bfloat(param) : param;
+    out[0] = affine_pair<I>(codes.x, p);
+    out[1] = affine_pair<I>(codes.y, p);
+    out[2] = affine_pair<I>(codes.z, p);
+    out[3] = affine_pair<I>(codes.w, p);
 }
 
 // ---- Layouts -----------------------------------------------------------------------------------------------------
@@ -234,7 +242,7 @@ struct AffinePairs : FourBit {
     static __device__ __forceinline__ Rows rows(const Weight&, int, int) { return {}; }
     template <int WORD>
     static __device__ __forceinline__ void fragment(const Tile& tile, const Rows&, u32 (&out)[4]) {
-        affine(word(tile.codes, WORD), word(tile.params, WORD), out);
+        affine<WORD>(tile.codes, word(tile.params, WORD), out);
     }
 };
 
@@ -263,7 +271,7 @@ struct AffineWide : FourBit {
     static __device__ __forceinline__ Rows rows(const Weight&, int, int) { return {}; }
     template <int WORD>
     static __device__ __forceinline__ void fragment(const Tile& tile, const Rows&, u32 (&out)[4]) {
-        affine(word(tile.codes, WORD), WORD % 2 ? tile.params.y : tile.params.x, out);
+        affine<WORD>(tile.codes, WORD % 2 ? tile.params.y : tile.params.x, out);
     }
 };
 
@@ -306,7 +314,7 @@ struct AffineBytes : FourBit {
     template <int WORD>
     static __device__ __forceinline__ void fragment(const Tile& tile, const Rows& rows, u32 (&out)[4]) {
         const u32 bytes = permute(WORD < 2 ? tile.params.x : tile.params.y, 0x64646464, WORD % 2 ? 0x4342 : 0x4140);
-        affine(word(tile.codes, WORD), half_fma(half_sub(bytes, 0x64006400), rows.step[WORD % 2], rows.base[WORD % 2]), out);
+        affine<WORD>(tile.codes, half_fma(half_sub(bytes, 0x64006400), rows.step[WORD % 2], rows.base[WORD % 2]), out);
     }
     static __device__ __forceinline__ float row_scale(const Rows&, bool) { return 1.0f; }
 };
@@ -409,7 +417,7 @@ struct Lut16 : FourBit {
 };
 
 // Eight bits and one FP32 scale a row, which multiplies the accumulators. Two planes of sixteen bytes a lane: words 0
-// and 1, then 2 and 3, biased by 128.
+// and 1, then 2 and 3, biased by 128. Word P of a plane is pair P of both.
 struct EightBit {
     static constexpr int CODE_BYTES = 2 * 16 * LANES;
     static constexpr int PARAM_BYTES = 0;
@@ -444,11 +452,10 @@ struct EightBit {
     template <int WORD>
     static __device__ __forceinline__ void fragment(const Tile& tile, const Rows&, u32 (&out)[4]) {
         const uint4& plane = WORD < 2 ? tile.low : tile.high;
-        const u32 first = WORD % 2 ? plane.z : plane.x, second = WORD % 2 ? plane.w : plane.y;
-        out[0] = byte_pair<0>(first);
-        out[1] = byte_pair<1>(first);
-        out[2] = byte_pair<0>(second);
-        out[3] = byte_pair<1>(second);
+        out[0] = byte_pair<WORD % 2>(plane.x);
+        out[1] = byte_pair<WORD % 2>(plane.y);
+        out[2] = byte_pair<WORD % 2>(plane.z);
+        out[3] = byte_pair<WORD % 2>(plane.w);
     }
     static __device__ __forceinline__ float row_scale(const Rows& rows, bool high) { return rows.scale[high]; }
 };

@@ -18,13 +18,17 @@ pack(const unsigned char* first, const unsigned char* second, const unsigned cha
     const u64 given = part_codes(parts, at, shape);
     u32* word = codes + packed_word(at, shape);
     if constexpr (Layout::CODE_BITS == 4) {
-        u32 packed = 0;
-        for (int i = 0; i < RUN; ++i) packed |= (u32)exchanged(code_of(given, i)) << (4 * nibble(i));
-        *word = packed;
+        u32 packed[4] = {};
+        for (int i = 0; i < RUN; ++i)
+            packed[word_of(i)] |= (u32)exchanged(code_of(given, i)) << (4 * nibble_of(at, shape, i));
+        if constexpr (Layout::NATURAL) {
+            *word = packed[0];
+        } else {
+            for (int i = 0; i < 4; ++i) atomicOr(word + i, packed[i]);
+        }
     } else {
         const u64 biased = given ^ 0x8080808080808080ull;
-        word[0] = (u32)biased;
-        word[1] = (u32)(biased >> 32);
+        for (int i = 0; i < RUN / 2; ++i) pair_of_bytes(codes, at, shape, i) = (u16)(biased >> (16 * i));
     }
     if constexpr (HAS_PARAMS) {
         constexpr int GROUP = Layout::GROUP;

@@ -72,8 +72,8 @@ __device__ __forceinline__ T element(const u8* part, u64 i) {
 }
 
 // A layout has: the type Param of the parameters of a group of GROUP, and RowParam of those of a row (of each ROW_RUN
-// columns of it, if that is not 0), either of which may be Nothing; how to read them from parts; NATURAL, whether packed
-// codes are in order; and value(code, param, row_param), a weight as the core rebuilds it.
+// columns of it, if that is not 0), either of which may be Nothing; how to read them from parts; NATURAL, whether a packed
+// word is a run of codes in order; and value(code, param, row_param), a weight as the core rebuilds it.
 
 struct Nothing {};
 
@@ -181,8 +181,11 @@ __device__ __forceinline__ u64 packed_row(const Place& at, Shape s) {
 
 // ---- Codes --------------------------------------------------------------------------------------------------------
 
-// Where column i of a run lies in its packed word of four-bit codes.
-__device__ __forceinline__ int nibble(int i) { return Layout::NATURAL ? i : i / 2 + i % 2 * 4; }
+// Where column i of a run of four-bit codes lies: which word after the run's first, and which nibble of that.
+__device__ __forceinline__ int word_of(int i) { return Layout::NATURAL ? 0 : i / 2; }
+__device__ __forceinline__ int nibble_of(const Place& at, Shape s, int i) {
+    return Layout::NATURAL ? i : at.word(s) + i % 2 * 4;
+}
 
 // A code as it is packed, or one as it was: int4_lut16 has bits 2 and 3 exchanged (layouts.cuh says why).
 __device__ __forceinline__ int exchanged(int code) {
@@ -209,11 +212,16 @@ __device__ __forceinline__ int code_of(u64 codes, int i) {
     else return (signed char)(codes >> (8 * i));
 }
 
-// The first of the run's packed words; those of eight-bit codes are two.
+// The first of the run's packed words. Where codes are not natural, pairs of four runs share four, and those of eight bits
+// pairs of two runs.
 __device__ __forceinline__ u64 packed_word(const Place& at, Shape s) {
     const int lane = at.lane(s), word = at.word(s);
-    if constexpr (Layout::CODE_BITS == 4) return at.tile(s) * 128 + lane * 4 + word;
-    else return at.tile(s) * 256 + word / 2 * 128 + lane * 4 + word % 2 * 2;
+    if constexpr (Layout::CODE_BITS == 4) return at.tile(s) * 128 + lane * 4 + (Layout::NATURAL ? word : 0);
+    else return at.tile(s) * 256 + word / 2 * 128 + lane * 4;
+}
+// Pair i of a run of eight-bit codes.
+__device__ __forceinline__ u16& pair_of_bytes(void* codes, const Place& at, Shape s, int i) {
+    return static_cast<u16*>(codes)[2 * (packed_word(at, s) + i) + at.word(s) % 2];
 }
 
 // What rebuilds a run of a packed weight: its codes, in order, and their parameters.
@@ -225,9 +233,10 @@ struct PackedRun {
     __device__ __forceinline__ PackedRun(const u32* all_codes, const u8* params, const u8* row_params, const Place& at, Shape s) {
         const u32* word = all_codes + packed_word(at, s);
         if constexpr (Layout::CODE_BITS == 4) {
-            for (int i = 0; i < RUN; ++i) codes |= (u64)exchanged(*word >> (4 * nibble(i)) & 15) << (4 * i);
+            for (int i = 0; i < RUN; ++i) codes |= (u64)exchanged(word[word_of(i)] >> (4 * nibble_of(at, s, i)) & 15) << (4 * i);
         } else {
-            codes = ((u64)word[1] << 32 | word[0]) ^ 0x8080808080808080ull;
+            for (int i = 0; i < RUN / 2; ++i) codes |= (u64)pair_of_bytes((void*)all_codes, at, s, i) << (16 * i);
+            codes ^= 0x8080808080808080ull;
         }
         if constexpr (HAS_PARAMS) param = element<Layout::Param>(params, packed_group<Layout::GROUP>(at, s));
         if constexpr (HAS_ROW_PARAMS) row_param = element<Layout::RowParam>(row_params, packed_row<Layout>(at, s));

@@ -1,23 +1,37 @@
 // y = x Wᵀ for many tokens on Hopper: the copy engine brings tokens, warps of their own weights.
 //
-// A block owns tiles of ROWS = 64 * BLOCKS * GROUPS rows by TOKENS tokens. Four warps ask for copies, STAGES stages of STEP
+// A block owns tiles of ROWS = 64 * GROUPS rows by TOKENS tokens. Four warps ask for copies, STAGES stages of STEP
 // times 64 columns ahead: the copy engine's boxes of x, swizzled as wgmma reads them, and packed weights. GROUPS
-// warpgroups turn weights into A operands (columns.cuh) and multiply; operands of sixteen columns are made while the last
-// three are multiplied. Those groups own nearly all registers, so that a block may have 256 tokens and each operand that is
+// warpgroups turn weights into A operands (columns.cuh) and multiply; operands of 32 columns are made while the last
+// 32 are multiplied. Those groups own nearly all registers, so that a block may have 256 tokens and each operand that is
 // made serves as many as that: weights are unpacked for less than the time of multiplying.
 //
-// Tiles go round the blocks one each. What does not come out even (one to two tiles a block, or fewer if there are fewer)
-// is cut evenly into units of STEP times 64 columns, and goes first: the block that begins such a tile finishes it, adding
-// the sums of those that went on with it in order, so results repeat; they have stored them as their first deed. Blocks
-// take those shares from the back: a block waits only for blocks that were started before it.
+// Tiles go round the blocks one each. What does not come out even is cut along K, in units of STEP times 64 columns, in one of
+// three ways, all of which repeat their results:
 //
-// sm_90a. -DGROUPS, -DBLOCKS (of 64 rows a warpgroup), -DTOKENS, -DSTEP (1 or 2), -DSTAGES.
+// - one to two tiles a block, or many fewer than blocks: cut evenly. The block that begins a tile finishes it, adding the sums
+//   of those that went on with it in order, which they have stored as their first deed;
+// - somewhat fewer tiles than blocks (`head` > 0): the blocks that are left over help. Each does the last columns of some tiles,
+//   one after another, and a tile's own block, which does the first `head` units, adds one other's sums;
+// - half as many (-DCLUSTER): the blocks of a cluster share a tile's columns and add what they read of each other's shared memory.
+//
+// A block waits only for blocks that were started before it, or with it.
+//
+// sm_90a. -DGROUPS, -DTOKENS, -DSTEP (1 or 2), -DSTAGES, -DCLUSTER (1 or 2).
 #include "columns.cuh"
+#ifndef CLUSTER
+#define CLUSTER 1
+#endif
+#if CLUSTER > 1
+#define IN_CLUSTERS __cluster_dims__(CLUSTER, 1, 1)
+#else
+#define IN_CLUSTERS
+#endif
 
 namespace tenpak {
 
 constexpr int CONSUMER_WARPS = 4 * GROUPS, PRODUCER_WARPS = 4;
-constexpr int GROUP_STRIPS = 4 * BLOCKS, STRIPS = GROUPS * GROUP_STRIPS, ROWS = STRIPS * TILE_ROWS;
+constexpr int GROUP_STRIPS = 4, STRIPS = GROUPS * GROUP_STRIPS, ROWS = STRIPS * TILE_ROWS;
 
 // A stage: STEP boxes of x, then each strip's codes, parameters and super-scales.
 constexpr int X_BYTES = TOKENS * TILE_COLS * 2;
@@ -51,33 +65,56 @@ struct Segment {
 // A block's segments, in order.
 struct Schedule {
     int steps;         // of a tile
+    int head;          // those that a tile's own block does, or 0
     u32 tiles;
     u32 shared_tiles;  // the first so many are cut into units
     u32 share;
-    u32 unit, end;     // what is left of this block's share of those
+    u32 unit, end;     // what is left of this block's share of those; where there are helpers, of this one's tiles
     u32 whole;         // the next tile that is this block's alone
 
-    __device__ __forceinline__ Schedule(u32 tiles, int steps) : steps(steps), tiles(tiles) {
-        const u32 rest = tiles % gridDim.x;
-        shared_tiles = rest == 0 ? 0 : tiles < gridDim.x ? rest : rest + gridDim.x;
-        share = gridDim.x - 1 - blockIdx.x;
-        unit = begin(share);
-        end = begin(share + 1);
-        whole = shared_tiles + blockIdx.x;
+    __device__ __forceinline__ Schedule(u32 tiles, int steps, int head) : steps(steps), head(head), tiles(tiles) {
+        share = blockIdx.x;
+        unit = end = 0;
+        if (CLUSTER > 1) {
+            whole = share / CLUSTER;
+        } else if (head) {
+            const u32 helpers = gridDim.x - tiles;
+            whole = share - helpers;
+            if (share < helpers) {
+                unit = share * tiles / helpers;
+                end = (share + 1) * tiles / helpers;
+                whole = tiles;
+            }
+        } else {
+            const u32 rest = tiles % gridDim.x;
+            shared_tiles = rest == 0 ? 0 : tiles < gridDim.x ? rest : rest + gridDim.x;
+            share = gridDim.x - 1 - blockIdx.x;
+            unit = begin(share);
+            end = begin(share + 1);
+            whole = shared_tiles + blockIdx.x;
+        }
     }
     // share * units / gridDim.x, in 32 bits.
     __device__ __forceinline__ u32 begin(u32 share) const {
         const u32 units = shared_tiles * steps, each = units / gridDim.x;
         return share * each + share * (units - each * gridDim.x) / gridDim.x;
     }
-    // The last share that has a part of a tile, from this block's on.
-    __device__ __forceinline__ u32 last_share(u32 tile) const {
+    // Where a block that did not begin a tile leaves its sums, and those who did so for a tile that this one begins: from one
+    // place to another.
+    __device__ __forceinline__ u32 left_at(u32 tile) const { return head ? tile : share; }
+    __device__ __forceinline__ u32 first_left(u32 tile) const { return head ? tile : share + 1; }
+    __device__ __forceinline__ u32 last_left(u32 tile) const {
+        if (head) return tile;
         u32 last = share;
         while (begin(last + 1) < (tile + 1) * steps) ++last;
         return last;
     }
     __device__ __forceinline__ bool next(Segment& segment) {
         if (unit < end) {
+            if (head) {
+                segment = {unit++, head, steps - head};
+                return true;
+            }
             segment.tile = unit / steps;
             segment.first = (int)(unit - segment.tile * steps);
             segment.count = min(steps - segment.first, (int)(end - unit));
@@ -85,10 +122,13 @@ struct Schedule {
             return true;
         }
         if (whole >= tiles) return false;
-        segment.tile = whole;
-        segment.first = 0;
-        segment.count = steps;
+        segment = {whole, 0, head ? head : steps};
         whole += gridDim.x;
+        if constexpr (CLUSTER > 1) {
+            const int rank = share % CLUSTER;
+            segment.first = steps * rank / CLUSTER;
+            segment.count = steps * (rank + 1) / CLUSTER - segment.first;
+        }
         return true;
     }
 };
@@ -139,25 +179,27 @@ __device__ __forceinline__ void copy_step(const TensorMap& x, const Weight& w, c
         const int strip_of_stage = producer + i * PRODUCER_WARPS, strip = min(at.strip + strip_of_stage, strips - 1);
         const u32 to = stage + WEIGHTS_AT + strip_of_stage * STRIP_BYTES;
         copy_run<STEP * Layout::CODE_BYTES>(to, w.codes + (size_t)(u32)(strip * w.tiles + k) * Layout::CODE_BYTES,
-                                            count * Layout::CODE_BYTES, lane);
-        copy_run<Columns::PARAM_BYTES(STEP)>(to + PARAMS_AT, Columns::params(w, strip, k), Columns::PARAM_BYTES(count), lane);
-        copy_run<Columns::SUPER_BYTES>(to + SUPERS_AT, Columns::supers(w, strip, k), Columns::SUPER_BYTES, lane);
+                                            count * Layout::CODE_BYTES, lane, place_of(lane));
+        copy_run<Columns::PARAM_BYTES(STEP)>(to + PARAMS_AT, Columns::params(w, strip, k), Columns::PARAM_BYTES(count), lane, lane);
+        copy_run<Columns::SUPER_BYTES>(to + SUPERS_AT, Columns::supers(w, strip, k), Columns::SUPER_BYTES, lane, lane);
     }
     copies_arrive(barrier);
 }
 
 // ---- Consumers ------------------------------------------------------------------------------------------------------------
 
-// Sixteen columns of a tile, which are then under way with at most two before them.
-template <int QUARTER>
+// Half of a tile's columns, which are then under way with at most the half before them.
+template <int HALF>
 __device__ __forceinline__ void multiply(float (&sums)[SUMS], const Columns::Tile& tile, const Layout::Rows& rows, u32 x, int lane) {
-    u32 a[4];
-    Columns::template operand<QUARTER>(tile, rows, lane, a);
+    u32 a[2][4];
+    Columns::template operand<2 * HALF>(tile, rows, lane, a[0]);
+    Columns::template operand<2 * HALF + 1>(tile, rows, lane, a[1]);
     pin(sums);
     wgmma_fence();
-    wgmma(sums, a, x + 2 * QUARTER);
+    wgmma(sums, a[0], x + 4 * HALF);
+    wgmma(sums, a[1], x + 4 * HALF + 2);
     wgmma_commit();
-    wgmma_wait<3>();
+    wgmma_wait<1>();
 }
 
 // A group's sums of 64 rows to y [tokens, n], by its 128 threads; `staged` is the group's own.
@@ -206,16 +248,59 @@ __device__ __forceinline__ void store(const float (&sums)[SUMS], u8* staged, u16
     }
 }
 
+// The sums of one tile's columns, by the blocks of a cluster: each leaves its own in its shared memory, where stages were,
+// scaled, and adds everybody's of some tokens.
+constexpr int EXCHANGE_ROW = ROWS + 4;  // floats of a token: eight rows of four tokens then meet all banks
+static_assert(CLUSTER == 1 || TOKENS * EXCHANGE_ROW * 4 <= STAGES * BYTES_OF_STAGE, "sums are left where stages were");
+__device__ __forceinline__ void leave_sums(const float (&sums)[SUMS], u8* exchange, int first_row, float low, float high) {
+    const int warp = threadIdx.x % 128 / LANES, lane = threadIdx.x % LANES;
+    float* to = reinterpret_cast<float*>(exchange) + lane % 4 * 2 * EXCHANGE_ROW + first_row + warp * TILE_ROWS + lane / 4;
+#pragma unroll
+    for (int i = 0; i < SUMS; ++i) to[(i / 4 * 8 + i % 2) * EXCHANGE_ROW + i / 2 % 2 * 8] = sums[i] * (i / 2 % 2 ? high : low);
+}
+__device__ __forceinline__ void store_exchanged(u32 exchange, int rank, u16* y, const u16* bias, int first_row, int tokens, int n) {
+    constexpr int EACH = TOKENS / CLUSTER, FOURS = ROWS / 4;
+    const bool vectors = n % 4 == 0 && (u64)y % 8 == 0;
+#pragma unroll 2
+    for (int i = threadIdx.x; i < EACH * FOURS; i += 128 * GROUPS) {
+        const int token = rank * EACH + i / FOURS, row = i % FOURS * 4, r = first_row + row;
+        if (token >= min(tokens, TOKENS) || r >= n) continue;
+        const u32 from = exchange + (token * EXCHANGE_ROW + row) * 4;
+        float4 parts[CLUSTER];
+#pragma unroll
+        for (int j = 0; j < CLUSTER; ++j) parts[j] = in_block(from, j);
+        float all[4] = {};
+#pragma unroll
+        for (int j = 0; j < CLUSTER; ++j) {
+            all[0] += parts[j].x;
+            all[1] += parts[j].y;
+            all[2] += parts[j].z;
+            all[3] += parts[j].w;
+        }
+        u16 narrowed[4];
+#pragma unroll
+        for (int j = 0; j < 4; ++j) narrowed[j] = narrow(all[j] + (bias && r + j < n ? widen(bias[r + j]) : 0.0f));
+        u16* to = y + (size_t)token * n + r;
+        if (vectors) {
+            *reinterpret_cast<uint2*>(to) = make_uint2(narrowed[0] | (u32)narrowed[1] << 16, narrowed[2] | (u32)narrowed[3] << 16);
+        } else {
+#pragma unroll
+            for (int j = 0; j < 4; ++j)
+                if (r + j < n) to[j] = narrowed[j];
+        }
+    }
+}
+
 }  // namespace tenpak
 
 // x: a map of [batch, m, k] with boxes of 64 columns and TOKENS rows, swizzled by 128 bytes; y [batch, m, n]; bias [batch, n] or
-// null. partial: [gridDim.x][GROUPS][BLOCKS][SUMS / 4][128] float4; arrived: a counter for each tile and group, zero before
-// and after. At most one block a multiprocessor, and no more than there are units.
-extern "C" __global__ void __launch_bounds__(128 * GROUPS + 128, 1)
+// null. partial: [gridDim.x, or tiles where `head` > 0][GROUPS][SUMS / 4][128] float4; arrived: a counter for each tile and
+// group, zero before and after. At most one block a multiprocessor, and no more than there are units.
+extern "C" __global__ void IN_CLUSTERS __launch_bounds__(128 * GROUPS + 128, 1)
 wide(const __grid_constant__ tenpak::TensorMap x, const unsigned char* codes, const unsigned char* params,
      const unsigned char* row_params, unsigned short* y, const unsigned short* bias, float4* partial, unsigned int* arrived,
      long long codes_step, long long params_step, long long row_params_step, int batch, int m, int n, int tiles, int supers,
-     float scale) {
+     int head, float scale) {
     using namespace tenpak;
     extern __shared__ __align__(1024) u8 dynamic[];
     __shared__ u64 barriers[2 * STAGES];
@@ -226,7 +311,7 @@ wide(const __grid_constant__ tenpak::TensorMap x, const unsigned char* codes, co
     const int row_tiles = (n + ROWS - 1) / ROWS, token_tiles = (m + TOKENS - 1) / TOKENS;
     const int strips = (n + TILE_ROWS - 1) / TILE_ROWS;
     // Each role makes its own: what both keep must fit in the registers of the smaller one.
-    auto own_schedule = [&] { return Schedule((u32)batch * row_tiles * token_tiles, (tiles + STEP - 1) / STEP); };
+    auto own_schedule = [&] { return Schedule((u32)batch * row_tiles * token_tiles, (tiles + STEP - 1) / STEP, head); };
     auto weight = [&](int matrix) {
         return Weight{codes + matrix * codes_step, params + matrix * params_step, row_params + matrix * row_params_step, tiles, supers};
     };
@@ -268,96 +353,97 @@ wide(const __grid_constant__ tenpak::TensorMap x, const unsigned char* codes, co
         Segment segment;
         const int group = warp / 4, thread = threadIdx.x % 128;
         u8* const staged = stages + STAGES * BYTES_OF_STAGE + group * CHUNKS * CHUNK_BYTES;
-        // This warp's first strip in a stage; others follow four on.
+        // This warp's strip in a stage.
         const u32 own = WEIGHTS_AT + (group * GROUP_STRIPS + warp % 4) * STRIP_BYTES;
         Turn turn(0);
         while (schedule.next(segment)) {
             const Place at(segment.tile, row_tiles, token_tiles);
             const Weight w = weight(at.matrix);
             const int first_strip = at.strip + group * GROUP_STRIPS;
-            Layout::Rows rows[BLOCKS];
-            float sums[BLOCKS][SUMS];
+            const Layout::Rows rows = Layout::rows(w, min(first_strip + warp % 4, strips - 1), lane);
+            float sums[SUMS];
 #pragma unroll
-            for (int block = 0; block < BLOCKS; ++block) {
-                rows[block] = Layout::rows(w, min(first_strip + warp % 4 + 4 * block, strips - 1), lane);
-#pragma unroll
-                for (int i = 0; i < SUMS; ++i) sums[block][i] = 0.0f;
-            }
+            for (int i = 0; i < SUMS; ++i) sums[i] = 0.0f;
 
             u32 to_release = 0;  // the barrier of the stage whose products may still be under way
 #pragma unroll 1
             for (int step = segment.first; step < segment.first + segment.count; ++step) {
+                // Exchanged so that the compiler knows it to be the same for all lanes, as descriptors must be.
+                const u32 stage = __shfl_sync(~0u, stages_address + turn.stage * BYTES_OF_STAGE, 0);
                 barrier_wait(full + 8 * turn.stage, turn.phase);
-                const u32 stage = stages_address + turn.stage * BYTES_OF_STAGE;
 #pragma unroll
                 for (int j = 0; j < STEP; ++j) {
                     if (j > 0 && STEP * step + j >= tiles) break;
                     const u32 box = descriptor(stage + j * X_BYTES);
-#pragma unroll
-                    for (int block = 0; block < BLOCKS; ++block) {
-                        const u32 here = stage + own + 4 * block * STRIP_BYTES;
-                        const Columns::Tile tile =
-                            j ? Columns::template load<1>(here, here + PARAMS_AT, here + SUPERS_AT, lane)
-                              : Columns::template load<0>(here, here + PARAMS_AT, here + SUPERS_AT, lane);
-                        multiply<0>(sums[block], tile, rows[block], box, lane);
-                        multiply<1>(sums[block], tile, rows[block], box, lane);
-                        multiply<2>(sums[block], tile, rows[block], box, lane);
-                        // Only this step's three are under way.
-                        if (j == 0 && block == 0 && to_release && lane == 0) barrier_arrive(to_release);
-                        multiply<3>(sums[block], tile, rows[block], box, lane);
-                    }
+                    const u32 here = stage + own;
+                    const Columns::Tile tile = j ? Columns::template load<1>(here, here + PARAMS_AT, here + SUPERS_AT, lane)
+                                                 : Columns::template load<0>(here, here + PARAMS_AT, here + SUPERS_AT, lane);
+                    multiply<0>(sums, tile, rows, box, lane);
+                    // Only this step's are under way.
+                    if (j == 0 && to_release && lane == 0) barrier_arrive(to_release);
+                    multiply<1>(sums, tile, rows, box, lane);
                 }
                 to_release = empty + 8 * turn.stage;
                 turn.next();
             }
             wgmma_wait<0>();
-            if (lane == 0) barrier_arrive(to_release);
-#pragma unroll
-            for (int block = 0; block < BLOCKS; ++block) pin(sums[block]);
+            if (to_release && lane == 0) barrier_arrive(to_release);
+            pin(sums);
 
-            constexpr int PART = BLOCKS * SUMS / 4 * 128;  // float4 of one group
+            auto to = [&] { return y + ((size_t)at.matrix * m + at.token) * n; };
+            auto plus = [&] { return bias ? bias + (size_t)at.matrix * n : nullptr; };
+            if constexpr (CLUSTER > 1) {
+                // Everybody's products have read their stages.
+                consumers_barrier(128 * GROUPS);
+                leave_sums(sums, stages, group * 64, scale * Layout::row_scale(rows, false), scale * Layout::row_scale(rows, true));
+                cluster_sync();
+                store_exchanged(stages_address, cluster_rank(), to(), plus(), at.strip * TILE_ROWS, m - at.token, n);
+                cluster_leave();
+                continue;
+            }
+
+            constexpr int PART = SUMS / 4 * 128;  // float4 of one group
+            // Others' sums that registers have room for.
+            constexpr int ROOM = (MANY - 40) / SUMS - 1, AT_ONCE = ROOM < 1 ? 1 : ROOM > 4 ? 4 : ROOM;
             unsigned int* const counter = arrived + (size_t)segment.tile * GROUPS + group;
-            auto part = [&](u32 share) { return partial + ((size_t)share * GROUPS + group) * PART + thread; };
+            auto part = [&](u32 place) { return partial + ((size_t)place * GROUPS + group) * PART + thread; };
             if (segment.first > 0) {
-                float4* to = part(schedule.share);
+                float4* left = part(schedule.left_at(segment.tile));
 #pragma unroll
-                for (int block = 0; block < BLOCKS; ++block)
-#pragma unroll
-                    for (int i = 0; i < SUMS; i += 4)
-                        __stcg(to + (block * SUMS + i) / 4 * 128,
-                               make_float4(sums[block][i], sums[block][i + 1], sums[block][i + 2], sums[block][i + 3]));
-                __threadfence();
+                for (int i = 0; i < SUMS; i += 4) __stcg(left + i / 4 * 128, make_float4(sums[i], sums[i + 1], sums[i + 2], sums[i + 3]));
                 group_barrier(group);
-                if (thread == 0) atomicAdd(counter, 1u);
+                if (thread == 0) add_release(counter, 1);
                 continue;
             }
             if (segment.count < schedule.steps) {
-                const u32 last = schedule.last_share(segment.tile);
+                const u32 first = schedule.first_left(segment.tile), last = schedule.last_left(segment.tile);
                 if (thread == 0) {
-                    while (load_acquire(counter) < last - schedule.share) {}
+                    while (load_acquire(counter) < last - first + 1) {}
                     *counter = 0;
                 }
                 group_barrier(group);
-                __threadfence();
-                for (u32 other = schedule.share + 1; other <= last; ++other) {
-                    const float4* from = part(other);
+#pragma unroll 1
+                for (u32 other = first; other <= last; other += AT_ONCE) {
+                    float4 v[AT_ONCE][PART / 128];
 #pragma unroll
-                    for (int block = 0; block < BLOCKS; ++block)
+                    for (int i = 0; i < AT_ONCE; ++i)
 #pragma unroll
-                        for (int i = 0; i < SUMS; i += 4) {
-                            const float4 v = __ldcg(from + (block * SUMS + i) / 4 * 128);
-                            sums[block][i] += v.x;
-                            sums[block][i + 1] += v.y;
-                            sums[block][i + 2] += v.z;
-                            sums[block][i + 3] += v.w;
+                        for (int j = 0; j < PART / 128; ++j)
+                            v[i][j] = other + i <= last ? __ldcg(part(other + i) + j * 128) : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+#pragma unroll
+                    for (int i = 0; i < AT_ONCE; ++i)
+#pragma unroll
+                        for (int j = 0; j < PART / 128; ++j) {
+                            float* to = sums + 4 * j;
+                            to[0] += v[i][j].x;
+                            to[1] += v[i][j].y;
+                            to[2] += v[i][j].z;
+                            to[3] += v[i][j].w;
                         }
                 }
             }
-            u16* to = y + ((size_t)at.matrix * m + at.token) * n;
-#pragma unroll
-            for (int block = 0; block < BLOCKS; ++block)
-                store(sums[block], staged, to, bias ? bias + (size_t)at.matrix * n : nullptr, first_strip + 4 * block, m - at.token, n,
-                      scale * Layout::row_scale(rows[block], false), scale * Layout::row_scale(rows[block], true), group);
+            store(sums, staged, to(), plus(), first_strip, m - at.token, n, scale * Layout::row_scale(rows, false),
+                  scale * Layout::row_scale(rows, true), group);
         }
     }
 }

@@ -6,6 +6,7 @@ they hold, and each copy its own memory.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from functools import partial
 
@@ -25,7 +26,8 @@ class Peer:
 
     def layers(self, n: int, k: int, group: int, copies: int) -> list[Layer]:
         """Layers of [n, k] with groups of `group`; raises what the package raises."""
-        return [self._make(n, k, group) for _ in range(copies)]
+        first = self._make(n, k, group)
+        return [first, *(copy.deepcopy(first) for _ in range(copies - 1))]
 
 
 class _Bfloat16Peer(Peer):
@@ -64,9 +66,8 @@ def _humming(n: int, k: int, group: int) -> Layer:
     from humming.layer import HummingLayer
 
     config = {"dtype": "uint4", "weight_scale_group_size": group, "has_zero_point": True, "is_fp_zero_point": True}
-    layer = HummingLayer(n, k, weight_config=config, torch_dtype=torch.float16)
-    layer.load_from_unquantized(torch.randn(n, k, dtype=torch.float16) * 0.02)
-    layer = layer.cuda()
+    layer = HummingLayer(n, k, weight_config=config, torch_dtype=torch.float16).cuda()
+    layer.load_from_unquantized(torch.randn(n, k, device="cuda", dtype=torch.float16) * 0.02)
     layer.transform()
     return layer
 

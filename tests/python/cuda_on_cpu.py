@@ -40,6 +40,7 @@ FLOATS = """
 struct Dim { unsigned x, y, z; };
 static Dim threadIdx, blockIdx, blockDim;
 inline void atomicMax(unsigned* at, unsigned value) { if (value > *at) *at = value; }
+inline void atomicOr(unsigned* at, unsigned value) { *at |= value; }
 namespace tenpak {
 template <class To, class From> To same_bits(From x) { To to; memcpy(&to, &x, sizeof to); return to; }
 inline float from_half(unsigned short x) { return (float)same_bits<_Float16>(x); }

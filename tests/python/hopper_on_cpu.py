@@ -31,6 +31,10 @@ struct uint2 { u32 x, y; };
 struct alignas(16) uint4 { u32 x, y, z, w; };
 #define __constant__ static
 #define __grid_constant__
+#define __cluster_dims__(...)
+#ifndef CLUSTER
+#define CLUSTER 1
+#endif
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 template <class T> void __stcg(T* to, T v) { *to = v; }
 template <class T> T __ldg(const T* at) { return *at; }
@@ -111,6 +115,16 @@ inline uint4 shared_uint4(u32 at) { return shared<uint4>(at); }
 inline uint2 shared_uint2(u32 at) { return shared<uint2>(at); }
 inline u32 shared_u32(u32 at) { return shared<u32>(at); }
 inline u32 shared_u16(u32 at) { return shared<u16>(at); }
+inline uint4 load_matrices(u32 row) {
+    auto all = share<1>({(u64)row});
+    const int lane = threadIdx.x % 32;
+    u32 v[4];
+    for (int matrix = 0; matrix < 4; ++matrix) {
+        const uint4 of_row = shared<uint4>((u32)all[8 * matrix + lane / 4][0]);
+        v[matrix] = (&of_row.x)[lane % 4];
+    }
+    return {v[0], v[1], v[2], v[3]};
+}
 
 struct Counter { int of, missing; long long bytes; u32 parity; };
 struct Piece { u32 to; const u8* from; u32 bytes; };
@@ -194,17 +208,35 @@ inline void barrier_wait(u32 barrier, u32 parity) {
     }
 }
 inline u32 load_acquire(const u32* at) { return *at; }
+inline void add_release(u32* at, u32 value) { *at += value; }
 static Barrier of_groups[8];
 inline void group_barrier(int group) { arrive(of_groups[group], 128); }
+inline uint2 make_uint2(u32 x, u32 y) { return {x, y}; }
+static Barrier of_consumers, of_cluster;
+inline void consumers_barrier(int threads) { arrive(of_consumers, threads); }
+// What each block of a cluster left for the others, in the launch before this one, which is the same.
+static std::map<u32, std::vector<u8>> left;
+inline void cluster_sync() {
+    arrive(of_cluster, 128 * GROUPS);
+    if (threadIdx.x == 0) left[blockIdx.x].assign(memory(), memory() + shared_size);
+}
+inline void cluster_leave() {}
+inline int cluster_rank() { return blockIdx.x % CLUSTER; }
+inline float4 in_block(u32 at, u32 rank) {
+    const std::vector<u8>& from = left[blockIdx.x / CLUSTER * CLUSTER + rank];
+    float4 v = {};
+    if (!from.empty()) memcpy(&v, from.data() + (at - first_shared), sizeof v);
+    return v;
+}
 
 constexpr u64 KEEP_LONG = 2;
 struct TensorMap { u64 x, stride; int columns, rows, matrices, unused; u64 more[12]; };
 template <int MOST>
-void copy_run(u32 to, const u8* from, u32 bytes, int lane) {
+void copy_run(u32 to, const u8* from, u32 bytes, int lane, int place) {
     check(bytes <= MOST, "a run is longer than its most");
     for (u32 at = 16 * lane; at < bytes; at += 16 * 32) {
         check(to % 16 == 0 && (u64)from % 16 == 0 && bytes % 16 == 0, "a copy is not made of sixteen bytes");
-        asked_for[threadIdx.x].push_back({to + at, from + at, 16});
+        asked_for[threadIdx.x].push_back({to + at + 16 * (place - lane), from + at, 16});
     }
 }
 inline void copies_arrive(u32 barrier) {
@@ -345,21 +377,23 @@ def wide(
     n: int,
     scale: float,
     bias: NDArray[np.uint16] | None,
+    head: int = 0,
 ) -> NDArray[np.uint16]:
     """y [batch, m, n] of x [batch, m, at least k], as bits; poisoned before. `packed`: codes, params, row_params."""
     batch, m, stride = x.shape
     x = aligned(x)
     arrays = [aligned(part) for part in packed]
     y = aligned(np.full((batch, m, n), 0x7FFF, np.uint16))
-    groups, blocks, tokens = (int(str(defines[name])) for name in ("GROUPS", "BLOCKS", "TOKENS"))
+    groups, tokens = (int(str(defines[name])) for name in ("GROUPS", "TOKENS"))
     step, stages = int(str(defines["STEP"])), int(str(defines["STAGES"]))
     layout = str(defines["LAYOUT"])
     strip = plans.strip_bytes(layout, STAGE_BYTES[layout], step)
-    fixed, stage = plans.shared_bytes(groups, blocks, tokens, step, strip)
+    fixed, stage = plans.shared_bytes(groups, tokens, step, strip)
     tiles = -(-k // 64)
-    rows = 64 * groups * blocks
-    partial = aligned(np.full(grid * rows * tokens, np.nan, np.float32))
-    arrived = aligned(np.zeros(batch * -(-n // rows) * -(-m // tokens) * groups, np.uint32))
+    rows = 64 * groups
+    output_tiles = batch * -(-n // rows) * -(-m // tokens)
+    partial = aligned(np.full((output_tiles if head else grid) * rows * tokens, np.nan, np.float32))
+    arrived = aligned(np.zeros(output_tiles * groups, np.uint32))
     assert x is not None
     assert y is not None
     assert partial is not None
@@ -372,7 +406,7 @@ def wide(
         return np.array([0 if array is None else array.ctypes.data], np.uint64)
 
     steps = [np.array([0 if part is None else part.nbytes // batch], np.int64) for part in arrays]
-    scalars = [np.array([value], np.int32) for value in (batch, m, n, tiles, -(-k // 256))]
+    scalars = [np.array([value], np.int32) for value in (batch, m, n, tiles, -(-k // 256), head)]
     given = [
         mapped,
         *map(address, [*arrays, y, bias, partial, arrived]),
@@ -382,6 +416,9 @@ def wide(
     ]
     pointers = (ctypes.c_void_p * len(given))(*(value.ctypes.data for value in given))
     library = _library(tuple(sorted(defines.items())))
-    library.launch(pointers, (ctypes.c_uint * 3)(grid, 1, 1), 128 * groups + 128, fixed + stages * stage)
+    # Of a cluster, the first launch leaves what its blocks read of each other.
+    for _ in range(1 if defines.get("CLUSTER", 1) == 1 else 2):
+        y[...] = 0x7FFF
+        library.launch(pointers, (ctypes.c_uint * 3)(grid, 1, 1), 128 * groups + 128, fixed + stages * stage)
     assert not arrived.any(), "counters are not zero again"
     return y

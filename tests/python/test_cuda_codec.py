@@ -163,14 +163,14 @@ def test_lanes_and_words_of_the_reference_are_those_that_layouts_cuh_draws(name)
             strip, tile, g, t = row // 16, column // 64, row % 8, column % 32 // 8
             word, lane, i = row % 16 // 8 + 2 * (column % 64 // 32), g * 4 + t, column % 8
             if eight:
-                plane = packed[strip, tile].reshape(2, 32, 2, 2)[word // 2, lane, word % 2].copy()
-                assert plane.view(np.uint8)[i] == codes[row, column] ^ 128
+                plane = packed[strip, tile].reshape(2, 32, 4)[word // 2, lane].copy()
+                assert plane.view(np.uint8).reshape(4, 2, 2)[i // 2, word % 2, i % 2] == codes[row, column] ^ 128
             else:
-                place = i if name == "int4_lut16" else i // 2 + i % 2 * 4
+                at, place = (word, i) if name == "int4_lut16" else (i // 2, word + i % 2 * 4)
                 code = int(codes[row, column // 2]) >> (4 * (column % 2)) & 15
                 if name == "int4_lut16":
                     code = code & 3 | (code & 4) << 1 | (code & 8) >> 1
-                assert packed[strip, tile].reshape(32, 4)[lane, word] >> np.uint32(4 * place) & 15 == code
+                assert packed[strip, tile].reshape(32, 4)[lane, at] >> np.uint32(4 * place) & 15 == code
             if params is None:
                 continue
             raw = [int(fields[j][row, column // group]) for j in fields]

@@ -19,8 +19,9 @@ SKINNY = [{"WARPS": 8, "DEPTH": 2, "COLUMNS": 1, "BLOCKS": 2}, {"WARPS": 12, "DE
 INTEGER = [{"WARPS": 8, "DEPTH": 2, "COLUMNS": 1, "BLOCKS": 2, "INTEGER": tokens} for tokens in (1, 2)]
 PREFILL = [{"GROUPS": 4, "BLOCKS": 1, "TOKENS": 16, "DEPTH": 3, "STAGES": 3}]
 WIDE = [
-    {"GROUPS": 2, "BLOCKS": 1, "TOKENS": 256, "STEP": 1, "STAGES": 4},
-    {"GROUPS": 4, "BLOCKS": 1, "TOKENS": 64, "STEP": 2, "STAGES": 3},
+    {"GROUPS": 2, "TOKENS": 256, "STEP": 1, "STAGES": 4},
+    {"GROUPS": 4, "TOKENS": 64, "STEP": 2, "STAGES": 3},
+    {"GROUPS": 3, "TOKENS": 128, "STEP": 1, "STAGES": 3, "CLUSTER": 2},
 ]
 
 

@@ -50,7 +50,9 @@ def random_weight(layout: str, shape: tuple[int, ...]) -> tuple[list[np.ndarray]
     return [codes, scales, offsets], (each * wide_scales + wide_offsets).reshape(shape), 1.0
 
 
-def check(layout: str, shape: tuple[int, int, int], grid: int, batch: int = 0, bf16: int = 0, **defines: int) -> None:
+def check(
+    layout: str, shape: tuple[int, int, int], grid: int, batch: int = 0, bf16: int = 0, head: int = 0, **defines: int
+) -> None:
     m, n, k = shape
     random = np.random.default_rng(m + n + k)
     lead = (batch,) if batch else ()
@@ -59,7 +61,7 @@ def check(layout: str, shape: tuple[int, int, int], grid: int, batch: int = 0, b
     x = random.standard_normal((max(batch, 1), m, -(-k // 8) * 8)).astype(np.float32)
     x = bits(x, bool(bf16))
     bias = bits(random.standard_normal((max(batch, 1), n)), bool(bf16))
-    y = wide({"LAYOUT": layout, "BF16": bf16, **defines}, grid, x, k, packed, n, scale, bias)
+    y = wide({"LAYOUT": layout, "BF16": bf16, **defines}, grid, x, k, packed, n, scale, bias, head)
     exact = values(x, bool(bf16)).astype(np.float64)[..., :k] @ (scale * reference.reshape(-1, n, k)).swapaxes(1, 2)
     exact += values(bias, bool(bf16)).astype(np.float64)[:, None]
     error = np.linalg.norm(values(y, bool(bf16)).astype(np.float64) - exact) / np.linalg.norm(exact)
@@ -67,7 +69,7 @@ def check(layout: str, shape: tuple[int, int, int], grid: int, batch: int = 0, b
     assert np.isfinite(values(y, bool(bf16)).astype(np.float32)).all()
 
 
-SMALL = {"GROUPS": 2, "BLOCKS": 1, "TOKENS": 16, "STEP": 1, "STAGES": 2}
+SMALL = {"GROUPS": 2, "TOKENS": 16, "STEP": 1, "STAGES": 2}
 
 
 @pytest.mark.parametrize("bf16", [0, 1])
@@ -85,25 +87,39 @@ def test_shares(grid):
     check("int4_g32_fp16", (20, 300, 192), grid, **SMALL)
 
 
+@pytest.mark.parametrize(("grid", "head"), [(7, 2), (8, 2), (9, 1), (12, 1)])
+def test_helpers(grid, head):
+    """Six tiles of three units; one to six helpers, with one to six tiles each."""
+    check("int4_g32_fp16", (20, 300, 192), grid, head=head, **SMALL)
+
+
+@pytest.mark.parametrize("layout", ["int4_g32_fp16", "int8_sym"])
+def test_clusters(layout):
+    """Two blocks share the columns of a tile; of the last tile's rows some are beyond the weight; N is odd or even."""
+    for n in (292, 299):
+        check(layout, (20, n, 456), 12, CLUSTER=2, **SMALL)
+
+
 @pytest.mark.parametrize(
     "defines",
     [
-        {"GROUPS": 2, "BLOCKS": 1, "TOKENS": 256, "STEP": 1, "STAGES": 5},
-        {"GROUPS": 2, "BLOCKS": 2, "TOKENS": 128, "STEP": 1, "STAGES": 6},
-        {"GROUPS": 3, "BLOCKS": 1, "TOKENS": 128, "STEP": 1, "STAGES": 6},
-        {"GROUPS": 2, "BLOCKS": 1, "TOKENS": 192, "STEP": 1, "STAGES": 3},
-        {"GROUPS": 4, "BLOCKS": 1, "TOKENS": 64, "STEP": 2, "STAGES": 5},
-        {"GROUPS": 4, "BLOCKS": 2, "TOKENS": 32, "STEP": 2, "STAGES": 3},
+        {"GROUPS": 2, "TOKENS": 256, "STEP": 1, "STAGES": 5},
+        {"GROUPS": 3, "TOKENS": 128, "STEP": 1, "STAGES": 6},
+        {"GROUPS": 2, "TOKENS": 192, "STEP": 1, "STAGES": 3},
+        {"GROUPS": 4, "TOKENS": 64, "STEP": 2, "STAGES": 5},
+        {"GROUPS": 4, "TOKENS": 32, "STEP": 2, "STAGES": 3},
     ],
 )
 def test_configurations(defines):
     """More units than stages; tokens and rows that end within a tile."""
-    tokens, rows = defines["TOKENS"], 64 * defines["GROUPS"] * defines["BLOCKS"]
+    tokens, rows = defines["TOKENS"], 64 * defines["GROUPS"]
     check("int4_g32_fp16", (tokens - 5, rows + 56, 64 * 13), 2, **defines)
 
 
 def test_batches_and_rows_that_are_not_aligned():
     check("int4_g16_fp16", (21, 77, 200), 5, batch=3, **SMALL)
+    check("int4_g16_fp16", (21, 77, 200), 10, batch=3, head=3, **SMALL)
+    check("int4_g16_fp16", (21, 77, 200), 12, batch=3, CLUSTER=2, **SMALL)
     check("int4_g128_fp16", (16, 16, 640), 3, batch=2, **{**SMALL, "STEP": 2})
 
 
@@ -121,5 +137,13 @@ def test_choices_fit(layout, m, n, k):
         assert 1 <= choice.grid <= min(132, choice.tiles * steps)
         assert choice.stages >= 2
         assert choice.shared <= 230400
-        sums = choice.blocks * choice.tokens // 2
+        if choice.head:
+            assert choice.tiles < choice.grid <= 2 * choice.tiles
+            assert 0 < choice.head < steps
+            assert choice.partial_bytes == choice.tiles * choice.rows * choice.tokens * 4
+        if choice.cluster > 1:
+            assert choice.grid == choice.cluster * choice.tiles
+            assert choice.cluster <= steps
+            assert (choice.rows + 4) * choice.tokens * 4 <= choice.shared - 1024
+        sums = choice.tokens // 2
         assert sums + 70 <= {2: 232, 3: 152, 4: 112}[choice.groups]

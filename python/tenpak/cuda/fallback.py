@@ -52,15 +52,18 @@ def _strips(
     rows, columns = strips * TILE_ROWS, tiles * TILE_COLS
     if layout.code_bits == 8:
         assert row_params is not None
-        # [strip, tile, column half, g, t, row half, byte]
-        biased = codes.view(torch.uint8).view(strips, tiles, 2, 8, 4, 2, 8)
-        weights = biased.permute(0, 5, 3, 1, 2, 4, 6).reshape(rows, columns).float()
+        # [strip, tile, column half, g, t, pair, row half, which of two]
+        biased = codes.view(torch.uint8).view(strips, tiles, 2, 8, 4, 4, 2, 2)
+        weights = biased.permute(0, 6, 3, 1, 2, 4, 5, 7).reshape(rows, columns).float()
         return weights.sub_(128).mul_(row_params.view(torch.float32).reshape(rows, 1))
 
-    # [strip, tile, g, t, column half, row half] to rows of words, and those to codes in order.
-    words = codes.view(strips, tiles, 8, 4, 2, 2).permute(0, 5, 2, 1, 4, 3).reshape(rows, columns // 8, 1)
-    shifts = torch.tensor([4 * nibble for nibble in layout.nibbles], dtype=torch.int32, device=codes.device)
-    coded = (words >> shifts).bitwise_and_(15).view(rows, columns)
+    # [strip, tile, g, t, word, nibble], the last two as `layouts.pack` has them, to rows of codes in order.
+    shifts = torch.arange(0, 32, 4, dtype=torch.int32, device=codes.device)
+    coded = (codes.view(strips, tiles, 8, 4, 4, 1) >> shifts).bitwise_and_(15)
+    if layout.natural:
+        coded = coded.view(strips, tiles, 8, 4, 2, 2, 8).permute(0, 5, 2, 1, 4, 3, 6).reshape(rows, columns)
+    else:
+        coded = coded.view(strips, tiles, 8, 4, 4, 2, 2, 2).permute(0, 7, 2, 1, 6, 3, 4, 5).reshape(rows, columns)
     assert params is not None
     group = layout.group
     groups = _by_rows(layout, params, rows)[:, : -(-columns // group)]

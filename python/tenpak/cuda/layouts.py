@@ -19,10 +19,6 @@ from tenpak.errors import UsageError
 TILE_ROWS = 16
 TILE_COLS = 64
 
-#: Where column i of a word of eight four-bit codes lies, as a nibble from the low end: one shift finds a pair.
-PAIRED = (0, 4, 1, 5, 2, 6, 3, 7)
-NATURAL = (0, 1, 2, 3, 4, 5, 6, 7)
-
 #: Codes as they are packed, and packed ones as they were: bits 2 and 3 exchanged (cuda/layouts.cuh says why).
 EXCHANGED = (0, 1, 2, 3, 8, 9, 10, 11, 4, 5, 6, 7, 12, 13, 14, 15)
 
@@ -39,8 +35,8 @@ class Layout:
     #: Weights that share parameters; 0 where only a whole row does.
     group: int
     code_bits: int = 4
-    #: The order of nibbles in a word.
-    nibbles: tuple[int, ...] = PAIRED
+    #: Whether a word of four-bit codes is eight columns in order. Else word P has pair P of each of a lane's four.
+    natural: bool = False
     #: What each four-bit code is packed as; its own inverse.
     packed_as: tuple[int, ...] = tuple(range(16))
     #: Parts whose elements, side by side and the first lowest, make a group's parameter.
@@ -103,7 +99,7 @@ LAYOUTS: dict[str, Layout] = {
         Layout(
             "int4_lut16",
             16,
-            nibbles=NATURAL,
+            natural=True,
             packed_as=EXCHANGED,
             group_parts=(1,),
             param=np.dtype("u1"),
@@ -111,7 +107,7 @@ LAYOUTS: dict[str, Layout] = {
             row_param=np.dtype("<u2"),
             row_run=256,
         ),
-        Layout("int8_sym", 0, code_bits=8, nibbles=NATURAL, row_part=1, row_param=np.dtype("<u4")),
+        Layout("int8_sym", 0, code_bits=8, natural=True, row_part=1, row_param=np.dtype("<u4")),
     )
 }
 
@@ -174,20 +170,27 @@ def pack(
         return out
 
     codes = parts[0]
+    words: NDArray[np.uint32]
     if layout.code_bits == 4:
         codes = np.stack([codes & 15, codes >> 4], -1).reshape(matrix_count * n, -1)[:, :k]
         codes = np.array(layout.packed_as, np.uint8)[codes]
         tile = padded(codes, tiles * TILE_COLS).reshape(matrix_count, strips, 2, 8, tiles, 2, 4, 8)
-        words = np.zeros(tile.shape[:-1], np.uint32)
-        for column, nibble in enumerate(layout.nibbles):
-            words |= tile[..., column].astype(np.uint32) << np.uint32(4 * nibble)
-        # [batch, strip, row half, g, tile, column half, t] to tile by tile: lane (g, t), word (column half, row half).
-        packed = words.transpose(0, 1, 4, 3, 6, 5, 2)
+        # [batch, strip, row half, g, tile, column half, t, column] to tile by tile, lane (g, t), word, nibble: word
+        # (column half, row half) with its columns, or each pair with (which of two, column half, row half).
+        if layout.natural:
+            nibbles = tile.transpose(0, 1, 4, 3, 6, 5, 2, 7)
+        else:
+            pairs = tile.reshape(*tile.shape[:-1], 4, 2)
+            nibbles = pairs.transpose(0, 1, 4, 3, 6, 7, 8, 5, 2).reshape(*tile.shape[:2], tiles, 8, 4, 4, 8)
+        words = np.zeros(nibbles.shape[:-1], np.uint32)
+        for nibble in range(8):
+            words |= nibbles[..., nibble].astype(np.uint32) << np.uint32(4 * nibble)
     else:
         tile = padded(codes.view(np.uint8) ^ 128, tiles * TILE_COLS, fill=128)
-        tile = tile.reshape(matrix_count, strips, 2, 8, tiles, 2, 4, 8)
-        packed = np.ascontiguousarray(tile.transpose(0, 1, 4, 5, 3, 6, 2, 7)).view("<u4")
-    packed_codes = np.ascontiguousarray(packed).reshape(sizes[0])
+        tile = tile.reshape(matrix_count, strips, 2, 8, tiles, 2, 4, 4, 2)
+        lanes = np.ascontiguousarray(tile.transpose(0, 1, 4, 5, 3, 6, 7, 2, 8))
+        words = lanes.view(np.uint8).reshape(-1, 16).view(np.dtype("<u4"))
+    packed_codes = words.reshape(sizes[0])
 
     params = None
     if layout.param is not None and sizes[1] is not None:

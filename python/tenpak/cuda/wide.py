@@ -1,8 +1,8 @@
 """Tiles, stages and blocks of `wide.cu` for a product, by what each would cost.
 
 The estimate counts cycles of a multiprocessor of an H200: its tensor cores', its shared memory's, and those in which
-its share of memory's speed brings the weights. It decides between tiles that come out even and tiles that are cut,
-whose sums then travel through memory.
+its share of memory's speed brings the weights. It decides how large tiles are, and between tiles that come out even and
+tiles that are cut, whose sums then travel through memory or, in clusters, between two multiprocessors.
 """
 
 from __future__ import annotations
@@ -12,24 +12,26 @@ from dataclasses import dataclass
 
 from tenpak.cuda.layouts import TILE_COLS
 
-#: (GROUPS, BLOCKS, TOKENS) by the most tokens of a product that would take them: all fit in registers.
+#: (GROUPS, TOKENS) by the most tokens of a product that would take them: all fit in registers.
 SHAPES = (
-    (16, ((4, 1, 16), (2, 1, 16))),
-    (32, ((4, 1, 32), (3, 1, 32), (2, 1, 32))),
-    (64, ((4, 1, 64), (3, 1, 64), (2, 1, 64))),
-    (128, ((2, 2, 128), (3, 1, 128), (2, 1, 128))),
-    (192, ((2, 1, 192), (2, 2, 128), (3, 1, 128), (2, 1, 128))),
-    (1 << 31, ((2, 1, 256), (2, 2, 128), (3, 1, 128), (2, 1, 128))),
+    (16, ((4, 16), (3, 16), (2, 16))),
+    (32, ((4, 32), (3, 32), (2, 32))),
+    (64, ((4, 64), (3, 64), (2, 64))),
+    (128, ((3, 128), (2, 128))),
+    (192, ((2, 192), (3, 128), (2, 128))),
+    (1 << 31, ((2, 256), (3, 128), (2, 128))),
 )
 #: Parameters that two tiles share, or that go beyond tiles: bytes of one tile where they are not half of two.
 ONE_TILE = {"int4_g128_fp16": 576, "int4_lut16": 608}
 MOST_STAGES = 10
+#: Blocks of a cluster: larger ones are not all there at once.
+CLUSTER = 2
 #: Bytes a cycle and multiprocessor: of weights from memory, of sums through L2, of shared memory.
 MEMORY_SPEED, L2_SPEED, SHARED_SPEED = 18.0, 20.0, 128.0
-#: Cycles to begin and end a tile, and to wait for other blocks' sums.
-TILE_CYCLES, SHARE_CYCLES = 1500.0, 3000.0
+#: Cycles to begin and end a tile, to wait for other blocks' sums, and for those of a cluster.
+TILE_CYCLES, SHARE_CYCLES, CLUSTER_CYCLES = 1500.0, 3000.0, 1500.0
 #: What products of at least so many tokens reach of the tensor cores' speed: fewer use an unpacked weight less often.
-PRODUCTS = ((256, 0.82), (192, 0.75), (128, 0.66), (0, 0.5))
+PRODUCTS = ((256, 0.88), (192, 0.8), (128, 0.76), (0, 0.56))
 #: Cycles of each step beside those, and of each strip's step of two tiles: what takes small tiles their time.
 STEP_CYCLES, STRIP_CYCLES = 420.0, 80.0
 
@@ -39,7 +41,6 @@ class Choice:
     """A configuration of `wide.cu`; `grid` blocks that own `tiles` tiles, and estimated `cycles`."""
 
     groups: int
-    blocks: int
     tokens: int
     step: int
     stages: int
@@ -47,26 +48,30 @@ class Choice:
     grid: int
     tiles: int
     cycles: float
+    #: Units of a tile that its own block does, if others help, or 0.
+    head: int = 0
+    cluster: int = 1
 
     @property
     def defines(self) -> dict[str, object]:
         """Macros of wide.cu."""
-        return {
+        values: dict[str, object] = {
             "GROUPS": self.groups,
-            "BLOCKS": self.blocks,
             "TOKENS": self.tokens,
             "STEP": self.step,
             "STAGES": self.stages,
         }
+        return {**values, "CLUSTER": self.cluster} if self.cluster > 1 else values
 
     @property
     def rows(self) -> int:
-        return 64 * self.groups * self.blocks
+        return 64 * self.groups
 
     @property
     def partial_bytes(self) -> int:
         """What blocks write of tiles that others finish."""
-        return self.grid * self.rows * self.tokens * 4 if self.tiles % self.grid else 0
+        cut = 0 if self.cluster > 1 else self.tiles if self.head else self.grid if self.tiles % self.grid else 0
+        return cut * self.rows * self.tokens * 4
 
     @property
     def counters(self) -> int:
@@ -82,9 +87,9 @@ def strip_bytes(layout: str, stage: int, step: int) -> int:
     return stage if step == 2 else ONE_TILE.get(layout, stage // 2)
 
 
-def shared_bytes(groups: int, blocks: int, tokens: int, step: int, strip: int) -> tuple[int, int]:
+def shared_bytes(groups: int, tokens: int, step: int, strip: int) -> tuple[int, int]:
     """Shared memory of a block: what it has anyway, and what each stage adds; `strip` is `strip_bytes`."""
-    stage = _up(step * tokens * TILE_COLS * 2 + 4 * groups * blocks * strip, 1024) * 1024
+    stage = _up(step * tokens * TILE_COLS * 2 + 4 * groups * strip, 1024) * 1024
     # To begin at a multiple of 1024, and what y's rows pass through (CHUNKS * CHUNK_BYTES of wide.cu).
     return 1024 + groups * min(tokens, 64) * (64 * 2 + 16), stage
 
@@ -112,7 +117,7 @@ def choices(
 
 
 def _of_shape(
-    shape: tuple[int, int, int],
+    shape: tuple[int, int],
     layout: str,
     stage: int,
     multiprocessors: int,
@@ -122,26 +127,28 @@ def _of_shape(
     m: int,
     batch: int,
 ) -> list[Choice]:
-    groups, blocks, tokens = shape
+    groups, tokens = shape
     step = 2 if tokens <= 64 else 1
-    rows, strips = 64 * groups * blocks, 4 * groups * blocks
+    rows, strips = 64 * groups, 4 * groups
     strip = strip_bytes(layout, stage, step)
     weights = strips * strip
-    fixed, stage_bytes = shared_bytes(groups, blocks, tokens, step, strip)
+    fixed, stage_bytes = shared_bytes(groups, tokens, step, strip)
     stages = min(MOST_STAGES, (shared - fixed) // stage_bytes)
     if stages < 2:
         return []
     token_tiles, steps = _up(m, tokens), _up(_up(k, TILE_COLS), step)
     tiles = batch * _up(n, rows) * token_tiles
     products = step * 2 * (rows // 64) * tokens / next(share for least, share in PRODUCTS if tokens >= least)
-    reads = step * ((rows // 64) * tokens + strips * 20) + stage_bytes / SHARED_SPEED
+    reads = step * ((rows // 64) * tokens + strips * 8) + stage_bytes / SHARED_SPEED
     # Weights of tiles with other tokens come from L2.
     asked = STEP_CYCLES + strips * STRIP_CYCLES * step / 2
     step_cycles = max(products, reads, asked, weights / MEMORY_SPEED / min(token_tiles, 2))
     store_cycles = TILE_CYCLES + rows * tokens * 2 / L2_SPEED
+    sum_cycles = rows * tokens * 4 / L2_SPEED
 
-    def choice(grid: int, cycles: float) -> Choice:
-        return Choice(groups, blocks, tokens, step, stages, fixed + stages * stage_bytes, grid, tiles, cycles)
+    def choice(grid: int, cycles: float, head: int = 0, cluster: int = 1) -> Choice:
+        shared_now = fixed + stages * stage_bytes
+        return Choice(groups, tokens, step, stages, shared_now, grid, tiles, cycles, head, cluster)
 
     # Whole tiles go round in as many rounds as they need of all multiprocessors, or of fewer where those divide them;
     # cut ones take all multiprocessors, if there is a unit for each.
@@ -151,8 +158,23 @@ def _of_shape(
     if tiles % even == 0:
         found.append(choice(even, (steps * step_cycles + store_cycles) * rounds))
     if tiles % every:
-        sums = SHARE_CYCLES + 2 * rows * tokens * 4 / L2_SPEED
+        sums = SHARE_CYCLES + 2 * sum_cycles
         found.append(choice(every, tiles * steps / every * step_cycles + store_cycles * max(1, rounds - 1) + sums))
+    helpers = min(multiprocessors - tiles, tiles)
+    if helpers > 0:
+        # A helper does what is left of `each` tiles while their own blocks do their heads; storing sums takes it time.
+        each = _up(tiles, helpers)
+        helpers = _up(tiles, each)
+        stored = (SHARE_CYCLES / 2 + sum_cycles) / step_cycles
+        head = round(each * (steps + stored) / (each + 1))
+        if 0 < head < steps:
+            cycles = head * step_cycles + SHARE_CYCLES + sum_cycles + store_cycles
+            found.append(choice(tiles + helpers, cycles, head=head))
+    # In shared memory a token's sums are longer by four (EXCHANGE_ROW of wide.cu).
+    fits = (rows + 4) * tokens * 4 <= stages * stage_bytes
+    if CLUSTER * tiles <= multiprocessors and steps >= CLUSTER and fits:
+        cycles = _up(steps, CLUSTER) * step_cycles + CLUSTER_CYCLES + store_cycles
+        found.append(choice(CLUSTER * tiles, cycles, cluster=CLUSTER))
     return found
 
 
