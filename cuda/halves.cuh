@@ -4,9 +4,6 @@
 // does. -DCOLUMNS, tiles of 8 tokens.
 #pragma once
 #include "tokens.cuh"
-#ifndef OVERLAP
-#define OVERLAP 0
-#endif
 
 namespace tenpak {
 
@@ -14,21 +11,15 @@ constexpr int TOKENS = 8 * COLUMNS;
 // Independent sums for the two halves of a tile: a chain of dependent products would be all latency.
 constexpr int CHAINS = COLUMNS <= 2 ? 2 : 1;
 
-__device__ __forceinline__ void multiply(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
-#if BF16
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-#else
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-#endif
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-
 struct Products {
-    using Tile = Layout::Tile;
+    // A lane's registers for two tiles.
+    struct Pair {
+        Layout::Tile tiles[STRIPS][STAGE_TILES];
+    };
 
-    const u8* x[COLUMNS];  // this lane's tokens, from its first columns on
-    float sums[CHAINS][COLUMNS][4];
+    PairAt at;
+    u32 x[COLUMNS];  // this lane's tokens, from its first columns on
+    float sums[STRIPS][CHAINS][COLUMNS][4];
 
     // A row of x in shared memory is longer by 64 bytes: eight lanes that read two rows then meet all 32 banks.
     static __device__ __forceinline__ int row_bytes(int tiles) { return tiles * TILE_COLS * 2 + 64; }
@@ -63,8 +54,7 @@ struct Products {
                 } else if (vectors) {
                     for (int c = threadIdx.x * 8; c < from.columns; c += THREADS * 8) {
                         const int bytes = from.first_column + c < from.k ? 16 : 0;
-                        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
-                                     :: "r"(shared_address(line + 2 * c)), "l"(bytes ? values + c : from.x), "r"(bytes) : "memory");
+                        copy_or_zeros(shared_address(line + 2 * c), bytes ? values + c : from.x, bytes);
                     }
                 } else {
                     for (int c = threadIdx.x; c < from.columns; c += THREADS)
@@ -75,63 +65,82 @@ struct Products {
         __device__ __forceinline__ void end(u8*, int) {}
     };
 
-    // Four neighbouring values of a token, from `column` of the slice's on.
-    static __device__ __forceinline__ void put(u8* row, int columns, int column, const uint2& v, int) {
-        if ((u32)column < (u32)columns) *reinterpret_cast<uint2*>(row + 2 * column) = v;
+    // COUNT times four neighbouring values of a token, from column(j) of the slice's on.
+    template <int COUNT, class Column>
+    static __device__ __forceinline__ void put(u8* row, int columns, Column column, uint2 (&v)[COUNT], int) {
+#pragma unroll
+        for (int j = 0; j < COUNT; ++j)
+            if ((u32)column(j) < (u32)columns) *reinterpret_cast<uint2*>(row + 2 * column(j)) = v[j];
     }
 
-    __device__ __forceinline__ Products(const u8* staged, int row_bytes, int tokens, int, int lane) {
+    __device__ __forceinline__ Products(const PairAt& at, u32 staged, int row_bytes, int tokens, int, int lane) : at(at) {
 #pragma unroll
         for (int column = 0; column < COLUMNS; ++column)
             x[column] = staged + min(column * 8 + lane / 4, tokens - 1) * row_bytes + lane % 4 * 16;
     }
+    static __device__ __forceinline__ void prepare(int thread) {
+#ifdef LUT16_TABLES
+        Lut16::prepare(thread, Lut16::BIASED_XOR);
+#endif
+    }
 
     __device__ __forceinline__ void clear() {
 #pragma unroll
-        for (int chain = 0; chain < CHAINS; ++chain)
+        for (int s = 0; s < STRIPS; ++s)
 #pragma unroll
-            for (int column = 0; column < COLUMNS; ++column)
+            for (int chain = 0; chain < CHAINS; ++chain)
 #pragma unroll
-                for (int i = 0; i < 4; ++i) sums[chain][column][i] = 0.0f;
+                for (int column = 0; column < COLUMNS; ++column)
+#pragma unroll
+                    for (int i = 0; i < 4; ++i) sums[s][chain][column][i] = 0.0f;
     }
 
-    template <int J>
-    static __device__ __forceinline__ Tile read_tile(const u8* stage, int lane) {
-        return read_stage<J>(stage, lane);
+    // The tiles that lie so far on.
+    __device__ __forceinline__ void load(Pair& pair, u32 on, int lane) const {
+#pragma unroll
+        for (int s = 0; s < STRIPS; ++s, on += BLOCK_STAGE_BYTES) {
+            pair.tiles[s][0] = Layout::template tile<0>(at.codes + on, at.params + on, at.supers + on, lane);
+            pair.tiles[s][1] = Layout::template tile<1>(at.codes + Layout::CODE_BYTES + on, at.params + on, at.supers + on, lane);
+        }
     }
 
     // Half a tile times its columns of x, for all tokens.
-    template <int HALF>
-    __device__ __forceinline__ void multiply_half(const Tile& tile, const Layout::Rows& rows, int offset) {
-        u32 a[2][4];
-        fragments<HALF>(tile, rows, a);
+    template <int J, int HALF>
+    __device__ __forceinline__ void multiply_half(const Pair& pair, const Layout::Rows (&rows)[STRIPS], int offset) {
+        uint4 b[COLUMNS];
 #pragma unroll
-        for (int column = 0; column < COLUMNS; ++column) {
-            const uint4 b = *reinterpret_cast<const uint4*>(x[column] + offset + 64 * HALF);
-            tenpak::multiply(sums[HALF % CHAINS][column], a[0], b.x, b.y);
-            tenpak::multiply(sums[HALF % CHAINS][column], a[1], b.z, b.w);
+        for (int column = 0; column < COLUMNS; ++column) b[column] = read<uint4>(x[column] + offset + J * (TILE_COLS * 2) + 64 * HALF);
+#pragma unroll
+        for (int s = 0; s < STRIPS; ++s) {
+            u32 a[2][4];
+            fragments<HALF>(pair.tiles[s][J], rows[s], a);
+#pragma unroll
+            for (int column = 0; column < COLUMNS; ++column) {
+                tenpak::multiply(sums[s][HALF % CHAINS][column], a[0], b[column].x, b[column].y);
+                tenpak::multiply(sums[s][HALF % CHAINS][column], a[1], b[column].z, b[column].w);
+            }
         }
     }
 
-    // Tiles `tile` and tile + 1 of the slice's `count`.
-    __device__ __forceinline__ void multiply(const Tile& first, const Tile& second, const Layout::Rows& rows, int tile, int count) {
+    // Tiles `tile` (even) and tile + 1 of the slice's `count`.
+    __device__ __forceinline__ void multiply(const Pair& pair, const Layout::Rows (&rows)[STRIPS], int tile, int count) {
         const int offset = tile * (TILE_COLS * 2);
         if (tile < count) {
-            multiply_half<0>(first, rows, offset);
-            multiply_half<1>(first, rows, offset);
+            multiply_half<0, 0>(pair, rows, offset);
+            multiply_half<0, 1>(pair, rows, offset);
         }
         if (tile + 1 < count) {
-            multiply_half<0>(second, rows, offset + TILE_COLS * 2);
-            multiply_half<1>(second, rows, offset + TILE_COLS * 2);
+            multiply_half<1, 0>(pair, rows, offset);
+            multiply_half<1, 1>(pair, rows, offset);
         }
     }
 
-    // Rows g and g + 8 times tokens 2t and 2t + 1 of a column.
-    __device__ __forceinline__ float4 sum(int column, int) const {
-        const float(&s)[4] = sums[0][column];
+    // Rows g and g + 8 of a strip times tokens 2t and 2t + 1 of a column.
+    __device__ __forceinline__ float4 sum(int part, int) const {
+        const float(&s)[4] = sums[part / COLUMNS][0][part % COLUMNS];
         float4 total = make_float4(s[0], s[1], s[2], s[3]);
         if (CHAINS == 2) {
-            const float(&other)[4] = sums[CHAINS - 1][column];
+            const float(&other)[4] = sums[part / COLUMNS][CHAINS - 1][part % COLUMNS];
             add(total, make_float4(other[0], other[1], other[2], other[3]));
         }
         return total;

@@ -49,6 +49,42 @@ template <class T>
 __device__ __forceinline__ T read(const u8* from) {
     return *reinterpret_cast<const T*>(from);
 }
+// From an address in shared memory: kept as 32 bits, it is not made anew from a pointer in every loop.
+template <class T>
+__device__ __forceinline__ T read(u32 from);
+template <>
+__device__ __forceinline__ uint4 read<uint4>(u32 from) {
+    uint4 v;
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(from) : "memory");
+    return v;
+}
+template <>
+__device__ __forceinline__ uint2 read<uint2>(u32 from) {
+    uint2 v;
+    asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(from) : "memory");
+    return v;
+}
+template <>
+__device__ __forceinline__ u32 read<u32>(u32 from) {
+    u32 v;
+    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(from) : "memory");
+    return v;
+}
+template <>
+__device__ __forceinline__ u16 read<u16>(u32 from) {
+    u16 v;
+    asm volatile("ld.shared.u16 %0, [%1];" : "=h"(v) : "r"(from) : "memory");
+    return v;
+}
+template <>
+__device__ __forceinline__ float read<float>(u32 from) {
+    float v;
+    asm volatile("ld.shared.f32 %0, [%1];" : "=f"(v) : "r"(from) : "memory");
+    return v;
+}
+__device__ __forceinline__ void write(u32 to, const float4& v) {
+    asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" :: "r"(to), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w) : "memory");
+}
 
 // ---- Pairs of 16-bit floats ---------------------------------------------------------------------------------------
 
@@ -195,7 +231,16 @@ struct Weight {
 
 struct NoRows {};
 
-struct FourBit {
+// Bytes that lie one after another.
+struct ParamRun {
+    const u8* from;
+    u32 bytes;
+};
+struct NoSuperRun {
+    static __device__ __forceinline__ ParamRun super_run(const Weight&, int, int, int) { return {nullptr, 0}; }
+};
+
+struct FourBit : NoSuperRun {
     static constexpr int CODE_BYTES = 16 * LANES;
     static __device__ __forceinline__ u32 word(const uint4& codes, int i) {
         return i == 0 ? codes.x : i == 1 ? codes.y : i == 2 ? codes.z : codes.w;
@@ -221,7 +266,7 @@ template <int GROUP>
 struct AffinePairs : FourBit {
     static_assert(GROUP == 8 || GROUP == 16 || GROUP == 32, "a word must lie in one group, and a group in one half tile");
     static constexpr int SUBGROUPS = 32 / GROUP;
-    static constexpr int BYTES = 8 * SUBGROUPS * 16, PARAM_BYTES = 2 * BYTES;
+    static constexpr int BYTES = 8 * SUBGROUPS * 16, PARAM_BYTES = 2 * BYTES, PAIR_BYTES = PARAM_BYTES, SIZE = GROUP;
     static_assert(BYTES == TILE_ROWS * TILE_COLS / GROUP * 4, "four bytes a group");
     struct Tile {
         uint4 codes, params;
@@ -230,12 +275,15 @@ struct AffinePairs : FourBit {
     static __device__ __forceinline__ const u8* params(const Weight& w, int strip, int k, int lane) {
         return Run<BYTES>::at(w.params, strip * w.tiles + k, lane);
     }
+    static __device__ __forceinline__ ParamRun param_run(const Weight& w, int strip, int k, int count) {
+        return {w.params + (size_t)(u32)(strip * w.tiles + k) * BYTES, (u32)count * BYTES};
+    }
     static __device__ __forceinline__ int params_step(int stages, int) { return stages * PARAM_BYTES; }
     static __device__ __forceinline__ void copy_params(const u8* from, int count, u32 stage, int lane) {
         Run<BYTES>::copy(from, count, stage, lane);
     }
-    template <int J>
-    static __device__ __forceinline__ Tile tile(const u8* codes, const u8* params, int lane) {
+    template <int J, class At>
+    static __device__ __forceinline__ Tile tile(At codes, At params, At, int lane) {
         return {read<uint4>(codes + 16 * lane),
                 read<uint4>(params + J * BYTES + (lane / 4 * SUBGROUPS + lane % 4 * SUBGROUPS / 4) * 16)};
     }
@@ -251,7 +299,7 @@ template <int GROUP>
 struct AffineWide : FourBit {
     static_assert(GROUP == 64 || GROUP == 128, "a group is one tile or two");
     static constexpr int TILES = GROUP / TILE_COLS;
-    static constexpr int BYTES = TILE_ROWS * 4, PARAM_BYTES = 2 / TILES * BYTES;
+    static constexpr int BYTES = TILE_ROWS * 4, PARAM_BYTES = 2 / TILES * BYTES, PAIR_BYTES = PARAM_BYTES, SIZE = GROUP;
     struct Tile {
         uint4 codes;
         uint2 params;
@@ -260,12 +308,16 @@ struct AffineWide : FourBit {
     static __device__ __forceinline__ const u8* params(const Weight& w, int strip, int k, int lane) {
         return Run<BYTES>::at(w.params, strip * ((w.tiles + TILES - 1) / TILES) + k / TILES, lane);
     }
+    static __device__ __forceinline__ ParamRun param_run(const Weight& w, int strip, int k, int count) {
+        return {w.params + (size_t)(u32)(strip * ((w.tiles + TILES - 1) / TILES) + k / TILES) * BYTES,
+                (u32)((count + TILES - 1) / TILES * BYTES)};
+    }
     static __device__ __forceinline__ int params_step(int stages, int) { return stages * PARAM_BYTES; }
     static __device__ __forceinline__ void copy_params(const u8* from, int count, u32 stage, int lane) {
         Run<BYTES>::copy(from, TILES == 1 ? count : 1, stage, lane);
     }
-    template <int J>
-    static __device__ __forceinline__ Tile tile(const u8* codes, const u8* params, int lane) {
+    template <int J, class At>
+    static __device__ __forceinline__ Tile tile(At codes, At params, At, int lane) {
         return {read<uint4>(codes + 16 * lane), read<uint2>(params + J / TILES * BYTES + lane / 4 * 8)};
     }
     static __device__ __forceinline__ Rows rows(const Weight&, int, int) { return {}; }
@@ -281,7 +333,7 @@ template <int GROUP>
 struct AffineBytes : FourBit {
     static_assert(GROUP == 8 || GROUP == 16, "the layouts that exist");
     static constexpr int SUBGROUPS = 32 / GROUP;
-    static constexpr int BYTES = 8 * SUBGROUPS * 8, PARAM_BYTES = 2 * BYTES;
+    static constexpr int BYTES = 8 * SUBGROUPS * 8, PARAM_BYTES = 2 * BYTES, PAIR_BYTES = PARAM_BYTES, SIZE = GROUP;
     static_assert(BYTES == TILE_ROWS * TILE_COLS / GROUP * 2, "two bytes a group");
     struct Tile {
         uint4 codes;
@@ -293,12 +345,15 @@ struct AffineBytes : FourBit {
     static __device__ __forceinline__ const u8* params(const Weight& w, int strip, int k, int lane) {
         return Run<BYTES>::at(w.params, strip * w.tiles + k, lane);
     }
+    static __device__ __forceinline__ ParamRun param_run(const Weight& w, int strip, int k, int count) {
+        return {w.params + (size_t)(u32)(strip * w.tiles + k) * BYTES, (u32)count * BYTES};
+    }
     static __device__ __forceinline__ int params_step(int stages, int) { return stages * PARAM_BYTES; }
     static __device__ __forceinline__ void copy_params(const u8* from, int count, u32 stage, int lane) {
         Run<BYTES>::copy(from, count, stage, lane);
     }
-    template <int J>
-    static __device__ __forceinline__ Tile tile(const u8* codes, const u8* params, int lane) {
+    template <int J, class At>
+    static __device__ __forceinline__ Tile tile(At codes, At params, At, int lane) {
         return {read<uint4>(codes + 16 * lane),
                 read<uint2>(params + J * BYTES + (lane / 4 * SUBGROUPS + lane % 4 * SUBGROUPS / 4) * 8)};
     }
@@ -336,7 +391,7 @@ struct Lut16 : FourBit {
     static constexpr int SUPER_TILES = 256 / TILE_COLS;
     static constexpr int SCALE_BYTES = TILE_ROWS * TILE_COLS / 16;
     static constexpr int SUPER_BYTES = TILE_ROWS * 2;
-    static constexpr int PARAM_BYTES = 2 * SCALE_BYTES + SUPER_BYTES;
+    static constexpr int PAIR_BYTES = 2 * SCALE_BYTES, PARAM_BYTES = PAIR_BYTES + SUPER_BYTES, SIZE = 16;
     struct Tile {
         uint4 codes;
         u32 params;
@@ -349,6 +404,14 @@ struct Lut16 : FourBit {
         const u8* supers = w.row_params + (size_t)(u32)(strip * w.supers + k / SUPER_TILES) * SUPER_BYTES - 16 * SCALE_LANES;
         return (lane < SCALE_LANES ? scales : supers) + 16 * lane;
     }
+    static __device__ __forceinline__ ParamRun param_run(const Weight& w, int strip, int k, int count) {
+        return {w.params + (size_t)(u32)(strip * w.tiles + k) * SCALE_BYTES, (u32)count * SCALE_BYTES};
+    }
+    // k is a multiple of SUPER_TILES.
+    static __device__ __forceinline__ ParamRun super_run(const Weight& w, int strip, int k, int count) {
+        return {w.row_params + (size_t)(u32)(strip * w.supers + k / SUPER_TILES) * SUPER_BYTES,
+                (u32)((count + SUPER_TILES - 1) / SUPER_TILES * SUPER_BYTES)};
+    }
     // An even number of stages.
     static __device__ __forceinline__ int params_step(int stages, int lane) {
         return lane < SCALE_LANES ? stages * 2 * SCALE_BYTES : stages * 2 / SUPER_TILES * SUPER_BYTES;
@@ -357,31 +420,30 @@ struct Lut16 : FourBit {
         if (lane < PARAM_BYTES / 16 && (count == 2 || lane >= SCALE_LANES || lane < SCALE_LANES / 2))
             copy_once(stage + 16 * lane, from);
     }
-    template <int J>
-    static __device__ __forceinline__ Tile tile(const u8* codes, const u8* params, int lane) {
-        const u8* supers = params + 2 * SCALE_BYTES + lane / 4 * 2;
+    template <int J, class At>
+    static __device__ __forceinline__ Tile tile(At codes, At params, At supers, int lane) {
         return {read<uint4>(codes + 16 * lane), read<u32>(params + J * SCALE_BYTES + (lane / 4 * 2 + lane % 4 / 2) * 4),
-                permute(read<u16>(supers), read<u16>(supers + 16), 0x5410)};
+                permute(read<u16>(supers + lane / 4 * 2), read<u16>(supers + lane / 4 * 2 + 16), 0x5410)};
     }
     static __device__ __forceinline__ Rows rows(const Weight&, int, int) { return {}; }
 
     // Half tables in shared memory, (x, y) and (z, w), filled once by each block.
     enum Form { SUM, BIASED_XOR };  // of entries, which must not be -1; of entries + 128
     static __device__ __forceinline__ const u8* tables() { return reinterpret_cast<const u8*>(half_tables()); }
-    static __device__ __forceinline__ void prepare(int thread, Form form) {
+    // Word `thread` of all half tables: of the first half's entries 0..3 or 8..11, or of the second's 4..7 or 12..15.
+    static __device__ __forceinline__ u32 half_table(int thread, Form form) {
 #ifdef LUT16_TABLES
-        // Word `thread` of a table: of the first half's entries 0..3 or 8..11, or of the second's 4..7 or 12..15.
-        if (thread < 16) {
-            const int place = thread % 4;
-            const u32 entries = LUT16_WORDS[thread - place + place / 2 + place % 2 * 2];
-            if (form == SUM) {
-                half_tables()[thread] = place % 2 ? entries : entries + 0x01010101;
-            } else {
-                const u32 biased = entries ^ 0x80808080;
-                half_tables()[thread] = place < 2 || place % 2 == 0 ? biased : ~biased;
-            }
-        }
+        const int place = thread % 4;
+        const u32 entries = LUT16_WORDS[thread - place + place / 2 + place % 2 * 2];
+        if (form == SUM) return place % 2 ? entries : entries + 0x01010101;
+        const u32 biased = entries ^ 0x80808080;
+        return place < 2 || place % 2 == 0 ? biased : ~biased;
+#else
+        return 0;
 #endif
+    }
+    static __device__ __forceinline__ void prepare(int thread, Form form) {
+        if (thread < 16) half_tables()[thread] = half_table(thread, form);
     }
     static __device__ __forceinline__ u32* half_tables() {
         __shared__ uint4 words[4];
@@ -418,9 +480,9 @@ struct Lut16 : FourBit {
 
 // Eight bits and one FP32 scale a row, which multiplies the accumulators. Two planes of sixteen bytes a lane: words 0
 // and 1, then 2 and 3, biased by 128. Word P of a plane is pair P of both.
-struct EightBit {
+struct EightBit : NoSuperRun {
     static constexpr int CODE_BYTES = 2 * 16 * LANES;
-    static constexpr int PARAM_BYTES = 0;
+    static constexpr int PARAM_BYTES = 0, PAIR_BYTES = 0, SIZE = 0;
     struct Tile {
         uint4 low, high;
     };
@@ -428,10 +490,11 @@ struct EightBit {
         float scale[2];
     };
     static __device__ __forceinline__ const u8* params(const Weight&, int, int, int) { return nullptr; }
+    static __device__ __forceinline__ ParamRun param_run(const Weight&, int, int, int) { return {nullptr, 0}; }
     static __device__ __forceinline__ int params_step(int, int) { return 0; }
     static __device__ __forceinline__ void copy_params(const u8*, int, u32, int) {}
-    template <int J>
-    static __device__ __forceinline__ Tile tile(const u8* codes, const u8*, int lane) {
+    template <int J, class At>
+    static __device__ __forceinline__ Tile tile(At codes, At, At, int lane) {
         return {read<uint4>(codes + 16 * lane), read<uint4>(codes + 16 * (LANES + lane))};
     }
     static __device__ __forceinline__ Rows rows(const Weight& w, int strip, int lane) {
@@ -503,7 +566,8 @@ __device__ __forceinline__ void copy_stage(const Weight& w, int strip, int k, in
 }
 template <int J>
 __device__ __forceinline__ Layout::Tile read_stage(const u8* stage, int lane) {
-    return Layout::template tile<J>(stage + J * Layout::CODE_BYTES, stage + STAGE_TILES * Layout::CODE_BYTES, lane);
+    const u8* params = stage + STAGE_TILES * Layout::CODE_BYTES;
+    return Layout::template tile<J>(stage + J * Layout::CODE_BYTES, params, params + Layout::PAIR_BYTES, lane);
 }
 
 // The A operands of the two steps of columns 32*HALF..32*HALF+31: a[step][row g, row g+8, row g, row g+8].

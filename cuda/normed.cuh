@@ -13,16 +13,21 @@ __device__ __forceinline__ float sum_of_threads(float x, float* parts) {
 #pragma unroll
     for (int mask = 1; mask < LANES; mask *= 2) x += __shfl_xor_sync(~0u, x, mask);
     // What was summed last has been read.
-    asm volatile("bar.sync 15, %0;" :: "n"(THREADS) : "memory");
+    __syncthreads();
     if (threadIdx.x % LANES == 0) parts[threadIdx.x / LANES] = x;
-    asm volatile("bar.sync 15, %0;" :: "n"(THREADS) : "memory");
+    __syncthreads();
     float sum = 0.0f;
 #pragma unroll
     for (int i = 0; i < WARPS; ++i) sum += parts[i];
     return sum;
 }
 
-// Products is what multiplies: it has put(row, columns, column, four values of one token, lane).
+// What threads that do not multiply wait for meanwhile: two barriers for each sum.
+__device__ __forceinline__ void wait_for_norms(int tokens) {
+    for (int i = 0; i < tokens * (NORM == 2 ? 4 : 2); ++i) __syncthreads();
+}
+
+// Products is what multiplies: it has put(row, columns, column, values, lane), several times four values of one token.
 template <class Products>
 struct NormedStaging {
     XSlice from;
@@ -67,13 +72,19 @@ struct NormedStaging {
                 if (column(j) < from.k) sum += x[j].x * x[j].x + x[j].y * x[j].y + x[j].z * x[j].z + x[j].w * x[j].w;
             }
             const float factor = 1.0f / sqrtf(sum_of_threads(sum, parts) / from.k + eps);
+            constexpr int AT_ONCE = EACH < 4 ? EACH : 4;
 #pragma unroll
-            for (int j = 0; j < EACH; ++j) {
-                const float4 f = factors[j], t = terms[j];
-                const u32 low = narrow(x[j].x * factor * f.x + t.x) | (u32)narrow(x[j].y * factor * f.y + t.y) << 16;
-                const u32 high = narrow(x[j].z * factor * f.z + t.z) | (u32)narrow(x[j].w * factor * f.w + t.w) << 16;
-                Products::put(to + token * row_bytes, from.columns, column(j) - from.first_column, make_uint2(low, high),
-                              threadIdx.x % LANES);
+            for (int first = 0; first < EACH; first += AT_ONCE) {
+                uint2 values[AT_ONCE];
+#pragma unroll
+                for (int i = 0; i < AT_ONCE; ++i) {
+                    const int j = min(first + i, EACH - 1);
+                    const float4 f = factors[j], t = terms[j];
+                    values[i].x = narrow(x[j].x * factor * f.x + t.x) | (u32)narrow(x[j].y * factor * f.y + t.y) << 16;
+                    values[i].y = narrow(x[j].z * factor * f.z + t.z) | (u32)narrow(x[j].w * factor * f.w + t.w) << 16;
+                }
+                Products::put(to + token * row_bytes, from.columns, [&](int i) { return column(min(first + i, EACH - 1)) - from.first_column; },
+                              values, threadIdx.x % LANES);
             }
         }
     }

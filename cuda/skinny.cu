@@ -1,15 +1,16 @@
 // y = x Wᵀ for few tokens: the weights stream from memory once, and tensor cores do the sums.
 //
 // Weights are the 16-row operand of the tensor cores' instruction and tokens its 8 columns: in the activations' type
-// (halves.cuh), or, for one or two tokens and int4_lut16, in integers (integers.cuh, -DINTEGER=1 or 2). A block
-// stages its slice of x in shared memory once and walks over strips of 16 rows; its warps share the columns of a
-// strip, pairs of tiles in turn. Each warp copies its own tiles, DEPTH pairs in flight, also across the end of a strip, so
-// that memory never waits for sums. The warps' sums meet in shared memory, where warps of their own add them, so that nobody
-// else waits for that either. Where K is cut into slices over blocks, the last block to arrive at a strip adds the slices in
-// order (always the same order, so results repeat) and leaves the counter at zero for the next launch.
+// (halves.cuh), or, for one or two tokens, in integers (integers.cuh, -DINTEGER=1 or 2). A block stages its slice of x in shared
+// memory once and walks over strips of 16 rows, STRIPS at a time; its warps share the columns of a strip, pairs of tiles in
+// turn. Copies of weights are DEPTH steps ahead, also across the end of a strip (ring.cuh), so that memory never waits
+// for sums. The warps' sums meet in shared memory, where warps of their own add them, so that nobody else waits for that
+// either. Where K is cut into slices over blocks, the last block to arrive at a strip adds the slices in order (always the
+// same order, so results repeat) and leaves the counter at zero for the next launch.
 //
 // Grid: x strips (persistent), y slices of K, z matrices of a batch. -DWARPS, -DDEPTH, -DCOLUMNS (tiles of 8 tokens),
-// -DBLOCKS (a multiprocessor's blocks, for the register budget).
+// -DBLOCKS (a multiprocessor's blocks, for the register budget), -DENGINE=1 (the copy engine brings weights, and x where
+// it can), -DSTRIPS=2 (with it: what is read of x serves two strips).
 //
 // A decoder's step has more in the same launch: -DNORM and -DEACH (normed.cuh), where x is the residual stream; -DOUTPUT=0
 // writes the activations' type, 1 FP32, 2 adds to FP32; -DACTIVATION (activation.cuh); -DGATED=1 where each strip has eight
@@ -27,12 +28,10 @@
 #ifndef OVERLAP
 #define OVERLAP 0
 #endif
-#ifndef INTEGER
-#define INTEGER 0
-#endif
 #ifndef NORM
 #define NORM 0
 #endif
+#include "ring.cuh"
 #if INTEGER
 #include "integers.cuh"
 #else
@@ -44,19 +43,37 @@
 
 namespace tenpak {
 
-// Strips whose sums are in shared memory at a time, each with a warp that adds them.
+// Strips (or pairs of strips) whose sums are in shared memory at a time, each with a warp that adds them.
 constexpr int BUFFERS = COLUMNS <= 2 ? 2 : 1;
-// Steps at a time. Long steps are not unrolled: a launch is so short that fetching instructions is part of its time.
-constexpr int UNROLL = INTEGER ? 1 : DEPTH;
+// Warps: those that multiply, those that add, and one that asks for copies.
+constexpr int COPIER = WARPS + BUFFERS, ALL_WARPS = COPIER + ENGINE;
+// Tiles of sums, of a strip's 16 rows by eight tokens each.
+constexpr int PARTS = STRIPS * COLUMNS;
 // Barriers: a buffer has been written, or read.
 constexpr int FULL = 1, EMPTY = FULL + BUFFERS;
+// Steps of x that the copy engine may bring one by one.
+constexpr int X_STEPS = ENGINE && !INTEGER && !NORM ? 32 : 0;
 
-__device__ __forceinline__ void wait_at(int barrier) {
-    asm volatile("bar.sync %0, %1;" :: "r"(barrier), "n"(THREADS + LANES) : "memory");
+__device__ __forceinline__ void wait_at(int barrier) { wait_at_barrier<THREADS + LANES>(barrier); }
+__device__ __forceinline__ void arrive_at(int barrier) { arrive_at_barrier<THREADS + LANES>(barrier); }
+// What a thread that does not stage x waits for while others do.
+__device__ __forceinline__ void wait_for_staging(int tokens) {
+#if NORM
+    wait_for_norms(tokens);
+#endif
+    __syncthreads();
 }
-__device__ __forceinline__ void arrive_at(int barrier) {
-    asm volatile("bar.arrive %0, %1;" :: "r"(barrier), "n"(THREADS + LANES) : "memory");
+
+#if ENGINE
+// The columns of x of one step, for all tokens, by one thread.
+__device__ __forceinline__ void copy_x(const XSlice& from, u32 to, int row_bytes, int step, u32 barrier) {
+    constexpr int MOST = STEP_TILES * TILE_COLS;
+    const int column = step * MOST, bytes = min(MOST, from.columns - column) * 2;
+    barrier_expect(barrier, from.tokens * bytes);
+    for (int token = 0; token < from.tokens; ++token)
+        copy_bulk(to + token * row_bytes + column * 2, from.x + token * from.stride + from.first_column + column, bytes, barrier);
 }
+#endif
 
 #if OUTPUT == 0
 using Out = u16;
@@ -109,10 +126,10 @@ struct Output {
 }  // namespace tenpak
 
 // x [batch, m, k] (FP32 before a norm) with rows of x_stride elements, or, with offsets [batch + 1], all experts' tokens one
-// after another, sorted by expert. y alike with rows of n, or n / 2 if gated. bias [batch, n] or null. slice: tiles of K for each block; partial
-// [slots, slices, strips, COLUMNS, lanes] float4 and arrived [slots, strips] serve slices > 1. norm_weight, norm_bias (or
-// null): FP32 [k], with -DNORM.
-extern "C" __global__ void __launch_bounds__((WARPS + (COLUMNS <= 2 ? 2 : 1)) * 32, BLOCKS)
+// after another, sorted by expert. y alike with rows of n, or n / 2 if gated. bias [batch, n] or null. slice: tiles of K for each block,
+// a multiple of four; partial [slots, slices, strips, PARTS, lanes] float4 and arrived [slots, strips] (of the first strip of
+// each turn) serve slices > 1. norm_weight, norm_bias (or null): FP32 [k], with -DNORM.
+extern "C" __global__ void __launch_bounds__(tenpak::ALL_WARPS * 32, BLOCKS)
 skinny(const unsigned char* codes, const unsigned char* params, const unsigned char* row_params, const unsigned short* x,
        tenpak::Out* y, const unsigned short* bias, const int* offsets, float4* partial, unsigned int* arrived,
        long long codes_step, long long params_step, long long row_params_step, long long x_stride, int m, int n, int k,
@@ -122,158 +139,192 @@ skinny(const unsigned char* codes, const unsigned char* params, const unsigned c
 #endif
 ) {
     using namespace tenpak;
-    extern __shared__ uint4 dynamic[];
+    extern __shared__ __align__(128) uint4 dynamic[];
     const int warp = __shfl_sync(~0u, threadIdx.x / LANES, 0), lane = threadIdx.x % LANES;
     const int matrix = blockIdx.z, slices = gridDim.y;
     const int strips = (n + TILE_ROWS - 1) / TILE_ROWS;
     const int first_tile = blockIdx.y * slice, count = min(slice, tiles - first_tile);
-    // Steps of a warp, each two tiles.
-    const int steps = ((count + 2 * WARPS - 1) / (2 * WARPS) + UNROLL - 1) / UNROLL * UNROLL;
     const Weight weight{codes + matrix * codes_step, params + matrix * params_step, row_params + matrix * row_params_step,
                         tiles, supers};
+    const Walk walk(weight, strips, first_tile, count);
     const long long begin = offsets ? offsets[matrix] : (long long)matrix * m;
     const int total = offsets ? offsets[matrix + 1] - (int)begin : m;
     if (OVERLAP) let_next_begin();
     if (total <= 0) return;
 
-    const int row_bytes = Products::row_bytes(count);
+    const int row_bytes = Products::row_bytes(slice);
     float4* sums_of_warps = reinterpret_cast<float4*>(dynamic);
-    u8* stages = reinterpret_cast<u8*>(sums_of_warps + BUFFERS * WARPS * COLUMNS * LANES);
-    u8* staged_x = stages + WARPS * DEPTH * STAGE_BYTES;
-    const u32 my_stages = shared_address(stages) + warp * (DEPTH * STAGE_BYTES);
+    u8* stages = reinterpret_cast<u8*>(sums_of_warps + BUFFERS * WARPS * PARTS * LANES);
+    u8* staged_x = stages + DEPTH * STRIPS * BLOCK_STAGE_BYTES;
+    Products::prepare(threadIdx.x);
+    const int chunks = (total + TOKENS - 1) / TOKENS;
+    auto slice_of_x = [&](int chunk) {
+        const int token = chunk * TOKENS;
+        return XSlice{x + (begin + token) * x_stride, x_stride, min(TOKENS, total - token), k, first_tile * TILE_COLS, count * TILE_COLS};
+    };
+    // Whether the copy engine brings x, too: where a row of it is what its tiles hold.
+    const bool x_by_engine = X_STEPS && walk.steps <= X_STEPS && k % TILE_COLS == 0 && slice_of_x(0).aligned(16);
 
-#ifdef LUT16_TABLES
-    Lut16::prepare(threadIdx.x, INTEGER ? Lut16::SUM : Lut16::BIASED_XOR);
+#if ENGINE
+    __shared__ u64 barriers[Ring::BARRIERS + X_STEPS];
+    const u32 ring_barriers = keep_address(shared_address(barriers)), x_full = ring_barriers + 8 * Ring::BARRIERS;
+    if (warp == COPIER) {
+        Ring ring(keep_address(shared_address(stages)), ring_barriers);
+        const u32 to = keep_address(shared_address(staged_x));
+        // Steps whose weights are asked for before x.
+        const int early = x_by_engine && !OVERLAP ? 0 : min(DEPTH, walk.turns * walk.steps);
+        if (lane == 0) {
+            Ring::init(ring_barriers);
+            for (int i = 0; i < X_STEPS; ++i) barrier_init(x_full + 8 * i, 1);
+            barriers_ready();
+            for (int i = 0; i < early; ++i) ring.copy(walk, i / walk.steps, i % walk.steps);
+        }
+        __syncwarp();
+        for (int chunk = 0; chunk < chunks; ++chunk) {
+            const XSlice here = slice_of_x(chunk);
+            if (chunk) __syncthreads();
+            wait_for_staging(here.tokens);
+            if (lane == 0) {
+                if (x_by_engine && OVERLAP && chunk == 0) wait_for_previous();
+                for (int turn = 0; turn < walk.turns; ++turn)
+#pragma unroll 1
+                    for (int step = 0; step < walk.steps; ++step) {
+                        if (x_by_engine && turn == 0) copy_x(here, to, row_bytes, step, x_full + 8 * step);
+                        if (chunk || turn * walk.steps + step >= early) ring.copy(walk, turn, step);
+                    }
+            }
+            __syncwarp();
+        }
+        return;
+    }
 #endif
 
-    // Strips of this block.
-    const int turns = (strips - (int)blockIdx.x + (int)gridDim.x - 1) / (int)gridDim.x;
-    for (int chunk = 0; chunk * TOKENS < total; ++chunk) {
-        const int token = chunk * TOKENS, tokens = min(TOKENS, total - token);
-        if (chunk) __syncthreads();
-
-        if (warp >= WARPS) {
+    if (warp >= WARPS) {
+        const int buffer = warp - WARPS;
+        for (int chunk = 0; chunk < chunks; ++chunk) {
+            const int token = chunk * TOKENS, tokens = min(TOKENS, total - token);
             const Output out{y + (begin + token) * (GATED ? n / 2 : n), bias ? bias + (size_t)matrix * n : nullptr, n, scale};
             const size_t slot = begin / TOKENS + matrix + chunk;
-            __syncthreads();
-            const int buffer = warp - WARPS;
-            for (int turn = buffer; turn < turns; turn += BUFFERS) {
-                const int strip = blockIdx.x + turn * gridDim.x;
-                const Layout::Rows rows = Layout::rows(weight, strip, lane);
+            if (chunk) __syncthreads();
+            wait_for_staging(tokens);
+            for (int turn = buffer; turn < walk.turns; turn += BUFFERS) {
+                const int strip = walk.strip(turn);
+                Layout::Rows rows[STRIPS];
+#pragma unroll
+                for (int i = 0; i < STRIPS; ++i) rows[i] = Layout::rows(weight, walk.strip(turn, i), lane);
                 wait_at(FULL + buffer);
-                float4 sums[COLUMNS];
+                float4 sums[PARTS];
 #pragma unroll
-                for (int column = 0; column < COLUMNS; ++column) {
-                    const float4* from = sums_of_warps + (buffer * WARPS * COLUMNS + column) * LANES + lane;
-                    sums[column] = from[0];
+                for (int part = 0; part < PARTS; ++part) {
+                    const float4* from = sums_of_warps + (buffer * WARPS * PARTS + part) * LANES + lane;
+                    sums[part] = from[0];
 #pragma unroll
-                    for (int other = 1; other < WARPS; ++other) add(sums[column], from[other * COLUMNS * LANES]);
+                    for (int other = 1; other < WARPS; ++other) add(sums[part], from[other * PARTS * LANES]);
                 }
-                if (turn + BUFFERS < turns) arrive_at(EMPTY + buffer);
+                if (turn + BUFFERS < walk.turns) arrive_at(EMPTY + buffer);
                 if (slices > 1) {
-                    const size_t step = (size_t)strips * COLUMNS * LANES;
-                    float4* all = partial + (slot * slices * strips + strip) * COLUMNS * LANES + lane;
+                    const size_t step = (size_t)strips * PARTS * LANES;
+                    float4* all = partial + (slot * slices * strips + strip) * PARTS * LANES + lane;
 #pragma unroll
-                    for (int column = 0; column < COLUMNS; ++column) __stcg(all + blockIdx.y * step + column * LANES, sums[column]);
+                    for (int part = 0; part < PARTS; ++part) __stcg(all + blockIdx.y * step + part * LANES, sums[part]);
                     __threadfence();
                     __syncwarp();
                     unsigned int* counter = arrived + slot * strips + strip;
                     u32 before = 0;
-                    if (lane == 0) before = atomicAdd(counter, 1);
+                    if (lane == 0) before = atomicAdd(counter, 1u);
                     if (__shfl_sync(~0u, before, 0) + 1 != (u32)slices) continue;
                     __threadfence();
 #pragma unroll
-                    for (int column = 0; column < COLUMNS; ++column) sums[column] = __ldcg(all + column * LANES);
+                    for (int part = 0; part < PARTS; ++part) sums[part] = __ldcg(all + part * LANES);
                     for (int other = 1; other < slices; ++other)
 #pragma unroll
-                        for (int column = 0; column < COLUMNS; ++column) add(sums[column], __ldcg(all + other * step + column * LANES));
+                        for (int part = 0; part < PARTS; ++part) add(sums[part], __ldcg(all + other * step + part * LANES));
                     if (lane == 0) *counter = 0;
                 }
 #pragma unroll
-                for (int column = 0; column < COLUMNS; ++column)
-                    if (column * 8 < tokens)
-                        out.store(sums[column], strip, column * 8, tokens, Layout::row_scale(rows, false),
-                                  Layout::row_scale(rows, true), lane);
+                for (int part = 0; part < PARTS; ++part) {
+                    const int i = part / COLUMNS, column = part % COLUMNS * 8;
+                    if (column < tokens && strip + i < strips)
+                        out.store(sums[part], strip + i, column, tokens, Layout::row_scale(rows[i], false),
+                                  Layout::row_scale(rows[i], true), lane);
+                }
             }
-            continue;
         }
+        return;
+    }
 
-        const XSlice slice_of_x{x + (begin + token) * x_stride, x_stride, tokens, k, first_tile * TILE_COLS, count * TILE_COLS};
+#if ENGINE
+    Ring ring(keep_address(shared_address(stages)), ring_barriers);
+#endif
+    const u32 staged_address = keep_address(shared_address(staged_x));
+    const u32 my_sums = keep_address(shared_address(sums_of_warps + warp * PARTS * LANES + lane));
+    for (int chunk = 0; chunk < chunks; ++chunk) {
+        const XSlice here = slice_of_x(chunk);
+        if (chunk) __syncthreads();
 #if NORM
-        NormedStaging<Products> staging(slice_of_x, norm_weight, norm_bias, eps);
+        NormedStaging<Products> staging(here, norm_weight, norm_bias, eps);
 #else
-        Products::Staging staging(slice_of_x);
+        Products::Staging staging(here);
         // x goes first, so that it is there first; or, where it is not written yet, the weights do.
-        if (!OVERLAP) {
+        if (!OVERLAP && !x_by_engine) {
             staging.begin(staged_x, row_bytes);
             commit_copies();
         }
 #endif
-        // Where this warp's next copies come from, and how many tiles there are from there to the end of the slice.
-        Source source(weight, blockIdx.x, first_tile + 2 * warp, lane);
-        int strip_ahead = blockIdx.x, left = count - 2 * warp, steps_left = steps;
-        auto copy_ahead = [&](int slot) {
-            if (left > 0) source.copy(left > 1 ? 2 : 1, my_stages + slot * STAGE_BYTES, lane);
-            commit_copies();
-            source.advance(WARPS, lane);
-            left -= 2 * WARPS;
-        };
-        // After each UNROLL of those.
-        auto turn_ahead = [&] {
-            if ((steps_left -= UNROLL) > 0) return;
-            strip_ahead += gridDim.x;
-            steps_left = steps;
-            source = Source(weight, strip_ahead, first_tile + 2 * warp, lane);
-            left = strip_ahead < strips ? count - 2 * warp : 0;
-        };
-#pragma unroll 1
-        for (int slot = 0; slot < DEPTH; slot += UNROLL) {
+#if !ENGINE
+        Ring ring(keep_address(shared_address(stages)), walk, warp, lane);
+#endif
+        Layout::Rows rows[STRIPS];
 #pragma unroll
-            for (int i = 0; i < UNROLL; ++i) copy_ahead(slot + i);
-            turn_ahead();
-        }
-        Layout::Rows rows = Layout::rows(weight, blockIdx.x, lane);
+        for (int i = 0; i < STRIPS; ++i) rows[i] = Layout::rows(weight, walk.strip(0, i), lane);
         if (OVERLAP) wait_for_previous();
 #if NORM
         staging.stage(staged_x, row_bytes);
 #else
-        if (OVERLAP) staging.begin(staged_x, row_bytes);
-        staging.end(staged_x, row_bytes);
-        if (!OVERLAP) wait_for_copies<DEPTH>();
+        if (!x_by_engine) {
+            if (OVERLAP) staging.begin(staged_x, row_bytes);
+            staging.end(staged_x, row_bytes);
+            if (!OVERLAP) wait_for_copies<ENGINE ? 0 : DEPTH>();
+        }
 #endif
         __syncthreads();
 
-        Products products(staged_x, row_bytes, tokens, count, lane);
-        int slot = 0;
-        for (int turn = 0; turn < turns; ++turn) {
-            const int after = blockIdx.x + (turn + 1) * gridDim.x;
-            const Layout::Rows rows_after = Layout::rows(weight, min(after, strips - 1), lane);
-            products.clear();
-            int tile = 2 * warp;
-#pragma unroll 1
-            for (int step = 0; step < steps; step += UNROLL) {
+        Products products(Ring::place(shared_address(stages), warp), staged_address, row_bytes, here.tokens, count, lane);
+        for (int turn = 0; turn < walk.turns; ++turn) {
+            Layout::Rows rows_after[STRIPS];
 #pragma unroll
-                for (int i = 0; i < UNROLL; ++i, tile += 2 * WARPS) {
-                    wait_for_copies<DEPTH - 1>();
-                    __syncwarp();
-                    const u8* my_stage = stages + (warp * DEPTH + slot + i) * STAGE_BYTES;
-                    const Products::Tile first = Products::read_tile<0>(my_stage, lane);
-                    const Products::Tile second = Products::read_tile<1>(my_stage, lane);
-                    __syncwarp();
-                    copy_ahead(slot + i);
-                    products.multiply(first, second, rows, tile, count);
+            for (int i = 0; i < STRIPS; ++i) rows_after[i] = Layout::rows(weight, walk.strip(turn + 1, i), lane);
+            products.clear();
+            int tile = STAGE_TILES * warp;
+#pragma unroll 1
+            for (int step = 0; step < walk.steps; step += UNROLL) {
+#if ENGINE
+                Products::Pair pair;
+                if (x_by_engine && turn == 0) barrier_wait(x_full + 8 * step, chunk % 2);
+                products.load(pair, ring.wait(), lane);
+                ring.release(lane);
+                products.multiply(pair, rows, tile, count);
+                tile += STEP_TILES;
+#else
+#pragma unroll
+                for (int i = 0; i < UNROLL; ++i, tile += STEP_TILES) {
+                    Products::Pair pair;
+                    products.load(pair, ring.wait(i), lane);
+                    ring.release(i);
+                    products.multiply(pair, rows, tile, count);
                 }
-                turn_ahead();
-                slot = slot + UNROLL == DEPTH ? 0 : slot + UNROLL;
+                ring.next();
+#endif
             }
 
             const int buffer = turn % BUFFERS;
             if (turn >= BUFFERS) wait_at(EMPTY + buffer);
 #pragma unroll
-            for (int column = 0; column < COLUMNS; ++column)
-                sums_of_warps[((buffer * WARPS + warp) * COLUMNS + column) * LANES + lane] = products.sum(column, lane);
+            for (int part = 0; part < PARTS; ++part)
+                write(my_sums + (buffer * WARPS * PARTS + part) * (LANES * 16), products.sum(part, lane));
             arrive_at(FULL + buffer);
-            rows = rows_after;
+#pragma unroll
+            for (int i = 0; i < STRIPS; ++i) rows[i] = rows_after[i];
         }
     }
 }

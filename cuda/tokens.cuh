@@ -1,10 +1,28 @@
-// What the ways of multiplying few tokens have in common: the block's share of the activations, and sums of lanes.
+// What the ways of multiplying few tokens have in common: a block's steps, its share of the activations, and sums of lanes.
 #pragma once
-#include "layouts.cuh"
+#include "few.cuh"
+#ifndef ENGINE
+#define ENGINE 0
+#endif
+#ifndef STRIPS
+#define STRIPS 1
+#endif
+#ifndef INTEGER
+#define INTEGER 0
+#endif
 
 namespace tenpak {
 
 constexpr int THREADS = WARPS * LANES;  // those that multiply
+// What the warps take of a strip in a step: two tiles each.
+constexpr int STEP_TILES = WARPS * STAGE_TILES, BLOCK_STAGE_BYTES = WARPS * STAGE_BYTES;
+// Steps at a time. Long steps are not unrolled: a launch is so short that fetching instructions is part of its time.
+constexpr int UNROLL = INTEGER || ENGINE ? 1 : DEPTH;
+
+// Where two tiles of a warp are in shared memory: codes, parameters, super-scales.
+struct PairAt {
+    u32 codes, params, supers;
+};
 
 // What a block takes of x: rows `stride` elements apart, columns first_column .. first_column + columns, zeros beyond k.
 struct XSlice {

@@ -1,6 +1,7 @@
 """Products with quantised weights beside cuBLAS FP16, Humming, tinygemm and GemLite, on one GPU, in one run.
 
     python tests/bench/bench_gemm.py [--layouts int4_g32_fp16] [--tokens 1,16] [--shapes 4096x4096] [--peers Humming]
+                                     [--update]
 
 Needs CuPy and torch, which has tinygemm; Humming and GemLite are measured where they are installed. Random packed
 weights: speed does not depend on what they hold, but correctness does, so every product is first compared with the
@@ -26,7 +27,7 @@ from typing import Any
 import cupy
 import torch
 from gemm_peers import peers
-from harness import machine, report
+from harness import machine, report, updated
 from tenpak.cuda import plans, products
 
 SHAPES = [(4096, 4096), (4096, 11008), (11008, 4096), (8192, 28672)]  # K x N
@@ -183,6 +184,7 @@ def main() -> None:
     parser.add_argument("--tokens", default=",".join(map(str, TOKENS)))
     parser.add_argument("--shapes", default=",".join(f"{k}x{n}" for k, n in SHAPES), help="K x N, with an x between")
     parser.add_argument("--peers", default="Humming,tinygemm,GemLite", help="other kernels, where they are installed")
+    parser.add_argument("--update", action="store_true", help="keep the other rows of results/gemm.json")
     args = parser.parse_args()
     tokens = [int(m) for m in args.tokens.split(",")]
     chosen = [peer for peer in peers() if peer.name in args.peers.split(",")]
@@ -203,8 +205,8 @@ def main() -> None:
             products.unpack(weight, plain, False, cupy.cuda.get_current_stream())
             cupy.cuda.get_current_stream().synchronize()
             reference = torch.as_tensor(plain, device="cuda").float()
-            # What went before may have heated the GPU until its clocks fell, and few tokens come first.
-            time.sleep(COOLING)
+            # Many tokens may have heated the GPU until its clocks fell, and few come first.
+            time.sleep(COOLING if max(tokens) > 64 else 0)
             others = {}
             for peer in chosen:
                 if PAIRS.get(layout) in peer.groups:
@@ -248,6 +250,8 @@ def main() -> None:
                     ", ".join(f"{v:.2f} {k}" for k, v in ratios.items()),
                     flush=True,
                 )
+    if args.update:
+        rows = updated("gemm", rows, "K x N", "layout", "M")
     report(
         "gemm",
         machine(*installed("tenpak", "torch", "cupy-cuda12x", "cupy-cuda13x", "humming-kernels", "gemlite")),

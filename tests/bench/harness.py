@@ -88,6 +88,14 @@ def report(name: str, about: dict[str, Any], rows: list[dict[str, Any]], notes: 
     print(f"written to {path}")
 
 
+def updated(name: str, rows: list[dict[str, Any]], *key: str) -> list[dict[str, Any]]:
+    """The rows of results/NAME.json with those that have the same values of `key` as new ones replaced, and the rest of
+    these appended."""
+    found = {tuple(row[k] for k in key): row for row in json.loads((RESULTS / f"{name}.json").read_text())["rows"]}
+    found |= {tuple(row[k] for k in key): row for row in rows}
+    return list(found.values())
+
+
 def _cell(value: object) -> str:
     if value is None:
         return ""

@@ -53,7 +53,6 @@ inline u8* at_shared(u32 address) {
 inline u32 shared_address(const void* p) {
     return (u64)p >> 31 ? (u32)((long long)((u8*)p - (u8*)&pinned) + 0xc0000000ll) : (u32)(u64)p;
 }
-inline void copy_once(u32, const u8*) {}
 template <class T> T read(const u8* from) { return *(const T*)from; }
 inline u32 and_or(u32 a, u32 b, u32 c) { return (a & b) | c; }
 inline u32 and_xor(u32 a, u32 b, u32 c) { return (a & b) ^ c; }
@@ -317,12 +316,12 @@ template <int N> void pin(float (&)[N]) {}
 """
 
 
-def _layouts() -> str:
-    """cuda/layouts.cuh with `PAIRS` in place of its assembly."""
+def layouts_on_cpu(copies: str = "namespace tenpak { inline void copy_once(u32, const u8*) {} }") -> str:
+    """cuda/layouts.cuh with `PAIRS`, and `copies`, in place of its assembly."""
     text = (ROOT / "cuda" / "layouts.cuh").read_text()
     begin, end = text.index("// ---- Copies to shared memory"), text.index("// ---- Four-bit codes")
     head = text[:begin].replace("constexpr int LANES = 32;\n", "")
-    return f'#include "warp.cuh"\n{PAIRS}\n{head}\n{text[end:]}'
+    return f'#pragma once\n#include "warp.cuh"\n{PAIRS}\n{copies}\n{head}\n{text[end:]}'
 
 
 @functools.cache
@@ -340,7 +339,7 @@ def _library(defines: tuple[tuple[str, object], ...]) -> ctypes.CDLL:
     )
     files = {
         "warp.cuh": WARP,
-        "layouts.cuh": _layouts(),
+        "layouts.cuh": layouts_on_cpu(),
         "hopper.cuh": HOPPER,
         "columns.cuh": (ROOT / "cuda" / "columns.cuh").read_text(),
         "kernel.cpp": text.replace(dynamic, "u8* const dynamic = dynamic_memory();") + launcher,

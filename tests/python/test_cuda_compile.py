@@ -16,7 +16,9 @@ ARCHITECTURES = ["sm_80", "sm_90", "sm_90a", "sm_120"]
 LAYOUTS = list(layouts.LAYOUTS)
 #: A configuration of each product kernel that `matmul` may choose, for each kernel's templates.
 SKINNY = [{"WARPS": 8, "DEPTH": 2, "COLUMNS": 1, "BLOCKS": 2}, {"WARPS": 12, "DEPTH": 3, "COLUMNS": 8, "BLOCKS": 1}]
-INTEGER = [{"WARPS": 8, "DEPTH": 2, "COLUMNS": 1, "BLOCKS": 2, "INTEGER": tokens} for tokens in (1, 2)]
+INTEGER = [{**SKINNY[0], "INTEGER": tokens} for tokens in (1, 2)]
+#: With Hopper's copy engine.
+ENGINE = [{**SKINNY[0], "ENGINE": 1}, {"WARPS": 8, "DEPTH": 3, "COLUMNS": 2, "BLOCKS": 1, "STRIPS": 2, "ENGINE": 1}]
 PREFILL = [{"GROUPS": 4, "BLOCKS": 1, "TOKENS": 16, "DEPTH": 3, "STAGES": 3}]
 WIDE = [
     {"GROUPS": 2, "TOKENS": 256, "STEP": 1, "STAGES": 4},
@@ -31,7 +33,7 @@ def no_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TENPAK_CACHE_DIR", "")
 
 
-def defines_of(name: str, layout: str) -> list[dict[str, object]]:
+def defines_of(name: str, layout: str, arch: str) -> list[dict[str, object]]:
     if name == "pack.cu":
         return [{"LAYOUT": layout}]
     if name == "decode.cu":
@@ -39,14 +41,17 @@ def defines_of(name: str, layout: str) -> list[dict[str, object]]:
     if name == "dense.cu":
         return [{"LAYOUT": layout, "BF16": bf16} for bf16 in (0, 1)]
     if name == "skinny.cu":
-        configurations = SKINNY + INTEGER if layout == "int4_lut16" else SKINNY
+        integer = INTEGER[: plans.INTEGER.get(layout, 0)]
+        configurations = [*SKINNY, *integer]
+        if arch != "sm_80":
+            configurations += [*ENGINE, *({**defines, "ENGINE": 1} for defines in integer)]
         return [{"LAYOUT": layout, "BF16": i % 2, **defines} for i, defines in enumerate(configurations)]
     configurations = WIDE if name == "wide.cu" else PREFILL
     return [{"LAYOUT": layout, "BF16": bf16, **defines} for bf16 in (0, 1) for defines in configurations]
 
 
-#: An H200, as plans see it.
-H200 = plans.Device(132, 225 << 10, 228 << 10, True)
+#: An H200 and an A100, as plans see them.
+H200, A100 = plans.Device(132, 225 << 10, 228 << 10, True), plans.Device(108, 161 << 10, 164 << 10, False)
 
 #: What stands between a decoder's products, and what ends them there.
 STEP: list[tuple[str, dict[str, object]]] = [
@@ -66,15 +71,20 @@ STEP: list[tuple[str, dict[str, object]]] = [
             plans.Fused(activation="gelu_tanh"),
         )
     ),
-    # As a decoder's step has them, at its shapes.
-    *(
+]
+
+
+def products_of_a_step(device: plans.Device) -> list[tuple[str, dict[str, object]]]:
+    """As a decoder's step has them, at its shapes."""
+    return [
         (plan.source, dict(plan.defines))
         for layout in ("int4_g32_fp16", "int4_lut16", "int8_sym")
         for n, k in ((12288, 4096), (2304, 768), (100, 1000))
         for fused in (plans.Fused("rms", gated=True, overlaps=True), plans.Fused("layer", overlaps=True))
-        for plan in [plans.choose(H200, layout, n, k, 1, fused=fused)]
-    ),
-]
+        for m in (1, 5)
+        for plan in [plans.choose(device, layout, n, k, m, fused=fused)]
+    ]
+
 
 #: `prefill` and `wide` have Hopper's own instructions.
 BUILDS = [(name, arch) for name in ("pack.cu", "decode.cu", "dense.cu", "skinny.cu") for arch in ARCHITECTURES]
@@ -84,13 +94,13 @@ BUILDS += [("prefill.cu", "sm_90a"), ("wide.cu", "sm_90a")]
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(("name", "arch"), BUILDS)
 def test_every_kernel_compiles_for_every_layout(name, arch, layout):
-    for defines in defines_of(name, layout):
+    for defines in defines_of(name, layout, arch):
         assert kernels.compile_to_cubin(name, defines, arch).startswith(b"\x7fELF")
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_a_decoders_step_compiles(arch):
-    for name, defines in STEP:
+    for name, defines in [*STEP, *products_of_a_step(H200 if arch.startswith("sm_90") else A100)]:
         assert kernels.compile_to_cubin(name, defines, arch).startswith(b"\x7fELF")
     if arch != "sm_80":
         assert kernels.compile_to_cubin("sample.cu", plans.sample_defines(H200), arch).startswith(b"\x7fELF")

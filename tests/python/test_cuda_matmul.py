@@ -146,6 +146,33 @@ def test_the_norm_before_a_product(cupy, layout, kind):
 
 @every_layout
 @every_dtype
+def test_products_of_few_tokens(cupy, layout, dtype):
+    """skinny.cu in every configuration that it may be taken in for a shape; twice the same."""
+    from tenpak.cuda import plans, products
+    from tenpak.cuda.compile import function
+
+    for n, k, batch in [(21, 152, 0), (130, 1000, 0), (48, 8200, 0), (2500, 264, 0), (70, 200, 3)]:
+        w = random_weight(layout, n, k, batch)
+        lead = (batch,) if batch else ()
+        bias = activations(cupy, *lead, n, dtype=dtype, seed=2)
+        for m in (1, 2, 3, 4, 7, 16, 19):
+            x = activations(cupy, *lead, m, k, dtype=dtype, seed=m)
+            wanted, norm = exact(x, w, bias), expected_norm(x, w)
+            bf16, stream = dtype == "bfloat16", cupy.cuda.get_current_stream()
+            for plan in plans.skinny_plans(products.device_of(0), layout, n, k, m, max(batch, 1), bf16):
+                kernel = function(plan.source, plan.kernel, plan.defines, 0)
+                outputs = []
+                for _ in range(2):
+                    out = poisoned(cupy, *lead, m, n, dtype=dtype)
+                    addresses = (x.data.ptr, out.data.ptr)
+                    products.run((plan, kernel), w, *addresses, m, k, bf16=bf16, stream=stream, bias=bias.data.ptr)
+                    outputs.append(out)
+                assert error(outputs[0], wanted, at_least=norm) < TOLERANCE[dtype], (m, plan)
+                assert bool((outputs[0].view(np.uint16) == outputs[1].view(np.uint16)).all()), (m, plan)
+
+
+@every_layout
+@every_dtype
 def test_products_of_boxes(cupy, layout, dtype, monkeypatch):
     """wide.cu wherever the copy engine can read x, in every configuration it may choose for a shape; twice the same."""
     from tenpak.cuda import plans, products, tensormap

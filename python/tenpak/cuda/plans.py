@@ -3,8 +3,8 @@
 The choices are measured ones (tests/bench/bench_gemm.py, bench_attention.py) and ship with the package: nothing is
 tuned at run time.
 
-- up to 8 tokens, and 16 where x fits in shared memory: `skinny`, bound by memory (one or two tokens of `int4_lut16`:
-  in integers);
+- up to 8 tokens, and 16 where x fits in shared memory: `skinny`, bound by memory (one token of most layouts in
+  integers);
 - more on Hopper: from `WIDE_FROM` tokens on `wide`, whose tokens the copy engine brings, and `prefill` for fewer and
   where it cannot bring them; both on the tensor cores' warpgroup instructions;
 - `dense_from` tokens and more: the weight is unpacked, a part at a time, for cuBLAS.
@@ -19,7 +19,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from tenpak.cuda import wide
-from tenpak.cuda.layouts import TILE_COLS, TILE_ROWS
+from tenpak.cuda.layouts import LAYOUTS, TILE_COLS, TILE_ROWS
 from tenpak.decoder.kv import RECENT, TILE
 
 #: Bytes that two tiles take in shared memory: codes and parameters (STAGE_BYTES of cuda/layouts.cuh).
@@ -35,8 +35,9 @@ STAGE_BYTES = {
     "int8_sym": 2048,
 }
 
-#: Layouts with products in integers, and for how many tokens (cuda/integers.cuh).
-INTEGER = {"int4_lut16": 2}
+#: Layouts of which few tokens are multiplied in integers, and how many (cuda/integers.cuh). The others have so many
+#: bytes that memory takes the time either way.
+INTEGER = {"int4_g16_u8": 1, "int4_g32_fp16": 1, "int4_g64_fp16": 1, "int4_g128_fp16": 1, "int4_lut16": 2}
 #: Tokens from which `wide` is faster than what is for fewer.
 WIDE_FROM = 17
 #: Weights from which more tiles in flight pay for the shared memory they take.
@@ -140,10 +141,84 @@ def dense_from(hopper: bool, in_boxes: bool) -> int:
     return (8192 if in_boxes else 512) if hopper else 64
 
 
-def _skinny(
-    device: Device, layout: str, n: int, k: int, m: int, batch: int, bf16: bool, grouped: bool, fused: Fused
-) -> Plan:
-    """`m` is the number of tokens a matrix, or, grouped, of all experts together."""
+@dataclass(frozen=True)
+class Form:
+    """Macros of cuda/skinny.cu: warps of a block that multiply, their steps in flight, and a multiprocessor's blocks.
+
+    `strips` at a time; `engine`: the copy engine brings weights.
+    """
+
+    warps: int
+    depth: int
+    blocks: int
+    strips: int = 1
+    engine: bool = False
+
+
+def _forms(device: Device, layout: str, n: int, k: int, m: int, integer: int) -> list[Form]:
+    """What `skinny_plans` tries, the best first, as measured."""
+    large, lut16 = n * k >= LARGE, layout == "int4_lut16"
+    depth = 3 if large and STAGE_BYTES[layout] <= 1280 and not integer else 2
+    forms = [Form(8, depth, 2), Form(16, 2, 1), Form(8, depth, 1)]
+    if integer * k > 8192:
+        forms.insert(0, Form(16, 2, 1))
+    elif m > 2 and not large and not lut16:
+        forms[:0] = [Form(12, 3, 1), Form(12, 2, 1)]
+    if not device.hopper or m > 16:
+        return forms
+
+    def engine(*form: int) -> Form:
+        return Form(*form, engine=True)
+
+    if integer:
+        if large or integer == 2:
+            forms[:0] = [engine(16, 4, 1), engine(16, 3, 1)]
+        elif k > 8192:
+            forms[:0] = [engine(12, 5, 1), engine(12, 3, 1)]
+        else:
+            forms.insert(0, engine(8, 3, 2))
+    elif m > 4:
+        two = [] if large or lut16 else [engine(8, 3, 1, 2)]
+        many = [] if m > 8 else [engine(16, 3, 1)]
+        forms[:0] = [*two, *many, engine(12, 3, 1), engine(12, 2, 1)]
+    elif m > 2 and not (large and lut16):
+        forms.insert(0, engine(8, 3, 2))
+    return forms
+
+
+#: Tiles that a slice of K is a multiple of: those of a super-scale of `int4_lut16`.
+SLICE_TILES = 4
+
+
+def x_row_bytes(layout: str, integer: int, tiles: int) -> int:
+    """Shared memory of a token's `tiles` of 64 columns (row_bytes of cuda/halves.cuh and cuda/integers.cuh).
+
+    `integer`: the tokens that are multiplied in integers, or 0.
+    """
+    if not integer:
+        return 2 * TILE_COLS * tiles + 64
+    group = LAYOUTS[layout].group
+    # Where groups are smaller than a tile, and codes are packed by pairs, tiles are there twice.
+    versions = 2 if group < TILE_COLS and not LAYOUTS[layout].natural else 1
+    block = 2 * TILE_COLS
+    return divide_up(divide_up(tiles, 2) * (2 * block * versions + 4 + block // group * 4), 128) * 128 + 32
+
+
+def skinny_plans(
+    device: Device,
+    layout: str,
+    n: int,
+    k: int,
+    m: int,
+    batch: int = 1,
+    bf16: bool = False,
+    grouped: bool = False,
+    fused: Fused = PLAIN,
+) -> list[Plan]:
+    """Configurations of `skinny` for a product, the one to take first.
+
+    `m` is the number of tokens a matrix, or, grouped, of all experts together.
+    """
     strips, tiles, stage = divide_up(n, TILE_ROWS), divide_up(k, TILE_COLS), STAGE_BYTES[layout]
     average = divide_up(m, batch) if grouped else m
     columns = next((c for c in (1, 2, 4) if average <= 8 * c), 8)
@@ -151,68 +226,60 @@ def _skinny(
     integer = m if m <= INTEGER.get(layout, 0) and not grouped else 0
     chunk = integer or 8 * columns
     at_once = min(chunk, m)
-    depth = 3 if n * k >= LARGE and stage <= 1280 and not integer else 2
-
     # Strips whose sums a block adds at a time, each by a warp (BUFFERS of cuda/skinny.cu).
     buffers = 2 if columns <= 2 else 1
-
-    def shared(warps: int, depth: int, slice_tiles: int) -> int:
-        # A row of x, padded (row_bytes of cuda/halves.cuh and, with its scales, of cuda/integers.cuh).
-        row = slice_tiles * TILE_COLS * 2 + (2 * slice_tiles + 160 if integer else 64)
-        x = at_once * row
-        return buffers * warps * columns * 512 + warps * depth * stage + x
 
     # K goes over several blocks where there are too few rows for all multiprocessors, or x is too large for one.
     slices = 1
     if strips * batch <= device.multiprocessors:
         slices = max(1, min(2 * device.multiprocessors // (strips * batch), tiles // 16))
-    # (warps of a block, steps in flight, a multiprocessor's blocks), the best first, as measured.
-    choices = [(8, depth, 2), (16, 2, 1), (8, depth, 1)]
-    if integer * tiles > 128:
-        choices.insert(0, (16, 2, 1))
-    elif m > 2 and slices == 1 and n * k < LARGE and layout not in INTEGER:
-        choices[:0] = [(12, 3, 1), (12, 2, 1)]
+
+    def plan(form: Form, slices: int) -> Plan | None:
+        slice_tiles = divide_up(divide_up(tiles, slices), SLICE_TILES) * SLICE_TILES
+        shared = form.strips * (buffers * form.warps * columns * 512 + form.warps * form.depth * stage)
+        shared += at_once * x_row_bytes(layout, integer, slice_tiles)
+        if shared > device.shared or form.blocks * (shared + RESERVED) > device.shared_all:
+            return None
+        slices, turns = divide_up(tiles, slice_tiles), divide_up(strips, form.strips)
+        per_matrix = max(1, device.multiprocessors * form.blocks // (slices * batch))
+        defines = {
+            "LAYOUT": layout,
+            "BF16": int(bf16),
+            "WARPS": form.warps,
+            "DEPTH": form.depth,
+            "COLUMNS": columns,
+            "BLOCKS": form.blocks,
+            "INTEGER": integer,
+            "STRIPS": form.strips,
+            "ENGINE": int(form.engine),
+            **fused.defines,
+        }
+        if fused.norm != "none":
+            # Each thread's part of a row, in fours (cuda/normed.cuh).
+            defines["EACH"] = divide_up(tiles * TILE_COLS, 4 * 32 * form.warps)
+        # Slots of partial sums: one for each chunk of tokens of each matrix.
+        slots = (m // chunk + batch if grouped else batch * divide_up(m, chunk) + batch) if slices > 1 else 0
+        # Those that multiply, that add, and one that asks for copies.
+        warps = form.warps + buffers + form.engine
+        int32 = np.int32
+        return Plan(
+            "skinny.cu",
+            "skinny",
+            defines,
+            (min(turns, per_matrix), slices, batch),
+            (32 * warps,),
+            shared,
+            (int32(m), int32(n), int32(k), int32(tiles), int32(divide_up(k, 256)), int32(slice_tiles)),
+            slots * slices * strips * form.strips * columns * 512,
+            slots * strips,
+        )
+
+    forms = _forms(device, layout, n, k, average, integer)
     while True:
-        slice_tiles = divide_up(divide_up(tiles, slices), 2) * 2
-        bytes_ = [shared(warps, depth, slice_tiles) for warps, depth, _ in choices]
-        fits = [
-            i
-            for i, (_, _, blocks) in enumerate(choices)
-            if bytes_[i] <= device.shared and blocks * (bytes_[i] + RESERVED) <= device.shared_all
-        ]
-        if fits:
-            break
+        found = [made for form in forms if (made := plan(form, slices)) is not None]
+        if found:
+            return found
         slices += 1
-    warps, depth, blocks = choices[fits[0]]
-    slices = divide_up(tiles, slice_tiles)
-    per_matrix = max(1, device.multiprocessors * blocks // (slices * batch))
-    defines = {
-        "LAYOUT": layout,
-        "BF16": int(bf16),
-        "WARPS": warps,
-        "DEPTH": depth,
-        "COLUMNS": columns,
-        "BLOCKS": blocks,
-        "INTEGER": integer,
-        **fused.defines,
-    }
-    if fused.norm != "none":
-        # Each thread's part of a row, in fours (cuda/normed.cuh).
-        defines["EACH"] = divide_up(tiles * TILE_COLS, 4 * 32 * warps)
-    # Slots of partial sums: one for each chunk of tokens of each matrix.
-    slots = (m // chunk + batch if grouped else batch * divide_up(m, chunk) + batch) if slices > 1 else 0
-    int32 = np.int32
-    return Plan(
-        "skinny.cu",
-        "skinny",
-        defines,
-        (min(strips, per_matrix), slices, batch),
-        (32 * (warps + buffers),),
-        bytes_[fits[0]],
-        (int32(m), int32(n), int32(k), int32(tiles), int32(divide_up(k, 256)), int32(slice_tiles)),
-        slots * slices * strips * columns * 512,
-        slots * strips,
-    )
 
 
 def _prefill(device: Device, layout: str, n: int, k: int, m: int, batch: int, bf16: bool) -> Plan:
@@ -302,7 +369,7 @@ def choose(
         fits = m <= FEW or (m <= 16 and 32 * k <= 160 << 10 and n * k < LARGE)
         if not fits:
             return _prefill(device, layout, n, k, m, batch, bf16)
-    return _skinny(device, layout, n, k, m, batch, bf16, grouped, fused)
+    return skinny_plans(device, layout, n, k, m, batch, bf16, grouped, fused)[0]
 
 
 #: Head sizes that the kernels are tested with.

@@ -1,0 +1,46 @@
+// Barriers in shared memory that count bytes and copies, and bulk copies that end at them (compute capability 9.0).
+#pragma once
+#include "layouts.cuh"
+
+namespace tenpak {
+
+// What the compiler does not ask for again in every loop, as it does for the addresses of shared arrays.
+__device__ __forceinline__ u32 keep_address(u32 address) {
+    u32 kept;
+    asm volatile("mov.u32 %0, %1;" : "=r"(kept) : "r"(address));
+    return kept;
+}
+
+__device__ __forceinline__ void barrier_init(u32 barrier, u32 count) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" :: "r"(barrier), "r"(count));
+}
+// After the barriers' initialization, before anyone uses them.
+__device__ __forceinline__ void barriers_ready() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+__device__ __forceinline__ void barrier_arrive(u32 barrier) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" :: "r"(barrier) : "memory");
+}
+// And the phase does not end before so many bytes have been copied.
+__device__ __forceinline__ void barrier_expect(u32 barrier, u32 bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" :: "r"(barrier), "r"(bytes) : "memory");
+}
+__device__ __forceinline__ void barrier_wait(u32 barrier, u32 parity) {
+    asm volatile(
+        "{\n.reg .pred done;\n"
+        "again: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+        "@!done bra again;\n}" :: "r"(barrier), "r"(parity) : "memory");
+}
+
+// From global to shared memory, in the background; addresses and `bytes` are multiples of 16, and a copy to a place that is none
+// of 32 takes longer.
+__device__ __forceinline__ void copy_bulk(u32 to, const void* from, u32 bytes, u32 barrier) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
+                 :: "r"(to), "l"(from), "r"(bytes), "r"(barrier) : "memory");
+}
+// What is read once: L2 need not keep it.
+__device__ __forceinline__ void copy_bulk_once(u32 to, const void* from, u32 bytes, u32 barrier) {
+    constexpr u64 EVICT_FIRST = 0x12f0000000000000;
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;"
+                 :: "r"(to), "l"(from), "r"(bytes), "r"(barrier), "l"(EVICT_FIRST) : "memory");
+}
+
+}  // namespace tenpak

@@ -1,0 +1,143 @@
+// Weights on their way to shared memory, DEPTH steps of a block ahead of its products, also across the end of a strip.
+//
+// A step is two tiles of each warp, of STRIPS strips. With -DENGINE=1 (compute capability 9.0) the copy engine brings what all
+// warps take, a few long runs of memory, asked for by one thread; else each warp copies its own tiles, sixteen bytes a
+// lane. Either Ring has place(stages, warp), where a warp's tiles are in the first stage, and wait(), how far on those are that
+// come next, once they are there; release() says that they are in registers.
+#pragma once
+#include "tokens.cuh"
+
+namespace tenpak {
+
+// What a block multiplies, in order: STRIPS strips from strip(turn) on for each turn, and of each the tiles from first_tile on.
+struct Walk {
+    Weight weight;
+    int strips, first, every, turns;
+    int first_tile, count;  // of this block's slice
+    int steps;              // of a turn
+
+    __device__ __forceinline__ Walk(const Weight& weight, int strips, int first_tile, int count)
+        : weight(weight), strips(strips), first(blockIdx.x), every(gridDim.x),
+          turns(((strips + STRIPS - 1) / STRIPS - first + every - 1) / every), first_tile(first_tile), count(count),
+          steps(((count + STEP_TILES - 1) / STEP_TILES + UNROLL - 1) / UNROLL * UNROLL) {}
+    __device__ __forceinline__ int strip(int turn) const { return (first + turn * every) * STRIPS; }
+    // One of a turn's; beyond the last the last again.
+    __device__ __forceinline__ int strip(int turn, int i) const { return min(strip(turn) + i, strips - 1); }
+};
+
+#if ENGINE
+struct Ring {
+    static constexpr int PARAMS_AT = STEP_TILES * Layout::CODE_BYTES, SUPERS_AT = PARAMS_AT + WARPS * Layout::PAIR_BYTES;
+    static constexpr int BARRIERS = 2 * DEPTH;
+
+    u32 stages, full, empty;
+    int slot = 0;
+    u32 phase = 0;
+
+    __device__ __forceinline__ Ring(u32 stages, u32 barriers) : stages(stages), full(barriers), empty(barriers + 8 * DEPTH) {}
+    static __device__ __forceinline__ PairAt place(u32 stages, int warp) {
+        static_assert(STAGE_TILES == 2, "two warps' tiles have one super-scale");
+        return {stages + warp * STAGE_TILES * Layout::CODE_BYTES, stages + PARAMS_AT + warp * Layout::PAIR_BYTES,
+                stages + SUPERS_AT + warp / 2 * (Layout::PARAM_BYTES - Layout::PAIR_BYTES)};
+    }
+    static __device__ __forceinline__ void init(u32 barriers) {
+        for (int i = 0; i < DEPTH; ++i) {
+            barrier_init(barriers + 8 * i, 1);
+            barrier_init(barriers + 8 * (DEPTH + i), WARPS);
+        }
+    }
+    __device__ __forceinline__ void next() {
+        if (++slot == DEPTH) {
+            slot = 0;
+            phase ^= 1;
+        }
+    }
+    __device__ __forceinline__ u32 wait() const {
+        barrier_wait(full + 8 * slot, phase);
+        return slot * STRIPS * BLOCK_STAGE_BYTES;
+    }
+    __device__ __forceinline__ void release(int lane) {
+        __syncwarp();
+        if (lane == 0) barrier_arrive(empty + 8 * slot);
+        next();
+    }
+
+    // One step's copies, once its stage is empty; by one thread.
+    __device__ __forceinline__ void copy(const Walk& walk, int turn, int step) {
+        barrier_wait(empty + 8 * slot, phase ^ 1);
+        const int tile = walk.first_tile + step * STEP_TILES, here = min(STEP_TILES, walk.first_tile + walk.count - tile);
+        const u32 barrier = full + 8 * slot;
+#pragma unroll
+        for (int i = 0; i < STRIPS; ++i) {
+            const u32 to = stages + (slot * STRIPS + i) * BLOCK_STAGE_BYTES;
+            const int strip = walk.strip(turn, i);
+            const ParamRun params = Layout::param_run(walk.weight, strip, tile, here);
+            const ParamRun supers = Layout::super_run(walk.weight, strip, tile, here);
+            if (i == 0) barrier_expect(barrier, STRIPS * (here * Layout::CODE_BYTES + params.bytes + supers.bytes));
+            copy_bulk_once(to, walk.weight.codes + (size_t)(u32)(strip * walk.weight.tiles + tile) * Layout::CODE_BYTES,
+                           here * Layout::CODE_BYTES, barrier);
+            if (Layout::PAIR_BYTES) copy_bulk_once(to + PARAMS_AT, params.from, params.bytes, barrier);
+            if (Layout::PARAM_BYTES > Layout::PAIR_BYTES) copy_bulk_once(to + SUPERS_AT, supers.from, supers.bytes, barrier);
+        }
+        next();
+    }
+};
+#else
+static_assert(STRIPS == 1, "several strips need the copy engine");
+
+struct Ring {
+    u32 stages;
+    Walk walk;
+    Source source;
+    int warp, lane, turn_ahead, left, steps_left;
+    int slot = 0;
+
+    __device__ __forceinline__ Ring(u32 all_stages, const Walk& walk, int warp, int lane)
+        : stages(all_stages + warp * (DEPTH * STAGE_BYTES)), walk(walk),
+          source(walk.weight, walk.first, walk.first_tile + STAGE_TILES * warp, lane), warp(warp), lane(lane), turn_ahead(0),
+          left(walk.count - STAGE_TILES * warp), steps_left(walk.steps) {
+#pragma unroll 1
+        for (int first = 0; first < DEPTH; first += UNROLL) {
+#pragma unroll
+            for (int i = 0; i < UNROLL; ++i) copy_ahead(first + i);
+            turn();
+        }
+    }
+    static __device__ __forceinline__ PairAt place(u32 all_stages, int warp) {
+        const u32 codes = all_stages + warp * (DEPTH * STAGE_BYTES), params = codes + STAGE_TILES * Layout::CODE_BYTES;
+        return {codes, params, params + Layout::PAIR_BYTES};
+    }
+    // From `source`, and how many tiles there are from there to the end of the slice.
+    __device__ __forceinline__ void copy_ahead(int to) {
+        if (left > 0) source.copy(left > 1 ? 2 : 1, stages + to * STAGE_BYTES, lane);
+        commit_copies();
+        source.advance(WARPS, lane);
+        left -= STEP_TILES;
+    }
+    // After each UNROLL of those.
+    __device__ __forceinline__ void turn() {
+        if ((steps_left -= UNROLL) > 0) return;
+        ++turn_ahead;
+        steps_left = walk.steps;
+        source = Source(walk.weight, walk.strip(turn_ahead), walk.first_tile + STAGE_TILES * warp, lane);
+        left = turn_ahead < walk.turns ? walk.count - STAGE_TILES * warp : 0;
+    }
+    // Of the next UNROLL steps, the one `i` after the next.
+    __device__ __forceinline__ u32 wait(int i) const {
+        wait_for_copies<DEPTH - 1>();
+        __syncwarp();
+        return (slot + i) * STAGE_BYTES;
+    }
+    __device__ __forceinline__ void release(int i) {
+        __syncwarp();
+        copy_ahead(slot + i);
+    }
+    // After UNROLL steps.
+    __device__ __forceinline__ void next() {
+        turn();
+        slot = slot + UNROLL == DEPTH ? 0 : slot + UNROLL;
+    }
+};
+#endif
+
+}  // namespace tenpak

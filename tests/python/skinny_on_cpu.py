@@ -1,0 +1,170 @@
+"""Runs `skinny.cu` on the CPU: the copy engine's and warps' copies, named barriers and products in plain C++.
+
+As hopper_on_cpu has it, which this builds on: copies happen at once or at the last moment, when somebody waits for them.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import subprocess
+import tempfile
+from pathlib import Path
+
+import numpy as np
+from hopper_on_cpu import HOPPER, aligned, layouts_on_cpu
+from numpy.typing import NDArray
+from support import ROOT
+from tenpak.cuda import compile as kernels
+from tenpak.cuda.plans import Plan
+from warps_on_cpu import COMPILER, WARP
+
+#: Barriers and copies that they count, of what stands in for cuda/hopper.cuh; and the rest of cuda/engine.cuh.
+ENGINE = (
+    HOPPER[: HOPPER.index("constexpr u64 KEEP_LONG")]
+    + """
+inline void copy_bulk(u32 to, const void* from, u32 bytes, u32 barrier) {
+    check(to % 16 == 0 && (u64)from % 16 == 0 && bytes % 16 == 0, "a copy is not made of sixteen bytes");
+    ask_for({{{to, (const u8*)from, bytes}}, false}, barrier);
+}
+inline void copy_bulk_once(u32 to, const void* from, u32 bytes, u32 barrier) { copy_bulk(to, from, bytes, barrier); }
+}
+"""
+)
+
+#: Copies of cuda/layouts.cuh, which `PAIRS` of hopper_on_cpu leaves out, and what else the kernel asks of CUDA.
+COPIES = """
+namespace tenpak {
+inline void copy_once(u32 to, const u8* from) { copy16(at_shared(to), from); }
+inline void commit_copies() { commit(); }
+template <int PENDING> void wait_for_copies() { wait<PENDING>(); }
+template <class T> T read(u32 at) {
+    T v;
+    memcpy(&v, at_shared(at), sizeof v);
+    return v;
+}
+inline void write(u32 to, const float4& v) { memcpy(at_shared(to), &v, sizeof v); }
+}
+inline uint2 make_uint2(u32 x, u32 y) { return {x, y}; }
+inline uint4 make_uint4(u32 x, u32 y, u32 z, u32 w) { return {x, y, z, w}; }
+inline u32 __float_as_uint(float x) { return tenpak::to_bits(x); }
+inline float __uint_as_float(u32 x) { return tenpak::from_bits(x); }
+inline int __float2int_rn(float x) { return x == x ? (int)rint(x) : 0; }
+inline u32 bits_of(float x) { return tenpak::to_bits(x); }
+inline u32 bits_of(u32 x) { return x; }
+inline u32 bits_of(int x) { return (u32)x; }
+template <class T> T __shfl_xor_sync(u32, T x, int mask) {
+    return tenpak::same_bits<T>((u32)tenpak::share<1>({(u64)bits_of(x)})[threadIdx.x % 32 ^ mask][0]);
+}
+inline u32 __shfl_sync(u32, u32 x, int lane) { return (u32)tenpak::share<1>({(u64)x})[lane][0]; }
+inline float __shfl_sync(u32, float x, int lane) { return tenpak::from_bits((u32)tenpak::share<1>({(u64)bits_of(x)})[lane][0]); }
+inline u32 __reduce_max_sync(u32, u32 x) {
+    auto all = tenpak::share<1>({(u64)x});
+    u32 most = 0;
+    for (int i = 0; i < 32; ++i) most = max(most, (u32)all[i][0]);
+    return most;
+}
+"""
+
+#: Stands in for cuda/few.cuh.
+FEW = """
+#pragma once
+#include "engine.cuh"
+namespace tenpak {
+inline void multiply(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) { multiply<(bool)BF16>(d, a, b0, b1); }
+template <bool SIGNED> void multiply(int (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+    auto all = share<6>({a[0], a[1], a[2], a[3], b0, b1});
+    const int lane = threadIdx.x % 32;
+    for (int i = 0; i < 4; ++i) {
+        const int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
+        for (int k = 0; k < 32; ++k) {
+            const u8 of_a = (u8)(all[row % 8 * 4 + k % 16 / 4][row / 8 + k / 16 * 2] >> (8 * (k % 4)));
+            const signed char of_b = (signed char)(all[column * 4 + k % 16 / 4][4 + k / 16] >> (8 * (k % 4)));
+            d[i] += (SIGNED ? (int)(signed char)of_a : (int)of_a) * of_b;
+        }
+    }
+}
+inline void read_if(u32 wanted, u32 from, u32& x, u32& y) {
+    if (wanted) x = read<u32>(from), y = read<u32>(from + 4);
+}
+inline void read_if(u32 wanted, u32 from, u32& x, u32& y, u32& z, u32& w) {
+    read_if(wanted, from, x, y);
+    read_if(wanted, from + 8, z, w);
+}
+inline void copy_or_zeros(u32 to, const void* from, int bytes) { copy16(at_shared(to), from, bytes != 0); }
+inline float reciprocal(float x) { return 1.0f / x; }
+static Barrier named[16];
+template <int OF> void arrive_at_barrier(int barrier) {
+    Barrier& b = named[barrier];
+    if (++b.arrived == OF) {
+        b.arrived = 0;
+        ++b.generation;
+    }
+    check(b.arrived < OF, "more arrive at a barrier than it expects");
+}
+template <int OF> void wait_at_barrier(int barrier) { arrive(named[barrier], OF); }
+}
+"""
+
+
+@functools.cache
+def _library(defines: tuple[tuple[str, object], ...]) -> ctypes.CDLL:
+    folder = Path(tempfile.gettempdir()) / "tenpak-skinny-on-cpu"
+    flags = ["-O1", "-w", "-Wl,-Bsymbolic", "-fno-gnu-unique", "-DASCENDING=1", "-include", "warp.cuh"]
+    flags += [o for o in kernels.options("skinny.cu", dict(defines), "sm_90") if o.startswith(("-std", "-D"))]
+    dynamic = "extern __shared__ __align__(128) uint4 dynamic[];"
+    text = (ROOT / "cuda" / "skinny.cu").read_text()
+    assert dynamic in text
+    launcher = (
+        'extern "C" void launch(void** a, const unsigned* g, unsigned t, unsigned s) '
+        "{ tenpak::launch(skinny, a, g, t, s); }\n"
+    )
+    files = dict(kernels.headers("skinny.cu"))
+    files |= {
+        "warp.cuh": WARP,
+        "layouts.cuh": layouts_on_cpu(COPIES),
+        "engine.cuh": ENGINE,
+        "few.cuh": FEW,
+        "kernel.cpp": text.replace(dynamic, "uint4* const dynamic = (uint4*)dynamic_memory();") + launcher,
+    }
+    key = hashlib.sha256("\0".join([*files.values(), *flags]).encode()).hexdigest()[:20]
+    built = folder / key / "kernel.so"
+    if not built.exists():
+        built.parent.mkdir(parents=True, exist_ok=True)
+        for file, content in files.items():
+            (built.parent / file).write_text(content)
+        command = [COMPILER, "-shared", "-fPIC", *flags, "kernel.cpp"]
+        subprocess.run([*command, "-o", "part.so"], check=True, cwd=built.parent)
+        (built.parent / "part.so").rename(built)
+    return ctypes.CDLL(str(built))
+
+
+def run(
+    plan: Plan,
+    packed: tuple[NDArray, NDArray | None, NDArray | None],
+    x: NDArray,
+    y: NDArray,
+    bias: NDArray | None = None,
+    offsets: NDArray | None = None,
+    norm: tuple[NDArray, NDArray | None, float] | None = None,
+    scale: float = 1.0,
+) -> None:
+    """As `tenpak.cuda.products.run` launches it, on NumPy arrays: x [batch, m, k] (or [tokens, k]) and y alike."""
+    batch = plan.grid[2]
+    parts = [aligned(part) for part in packed]
+    partial, counters = np.full(plan.partial_bytes + 16, 255, np.uint8), np.zeros(plan.counters + 1, np.uint32)
+
+    def address(array: NDArray | None) -> np.uint64:
+        return np.uint64(0 if array is None else array.ctypes.data)
+
+    steps = [np.int64(0 if part is None else part.nbytes // batch) for part in parts]
+    addresses = [address(array) for array in (*parts, x, y, bias, offsets, partial, counters)]
+    arguments = [*addresses, *steps, np.int64(x.shape[-1]), *plan.scalars, np.float32(scale)]
+    if norm is not None:
+        arguments += [address(norm[0]), address(norm[1]), np.float32(norm[2])]
+    boxes = [np.array([argument]) for argument in arguments]
+    pointers = (ctypes.c_void_p * len(boxes))(*(box.ctypes.data for box in boxes))
+    library = _library(tuple(sorted(plan.defines.items())))
+    library.launch(pointers, (ctypes.c_uint * 3)(*plan.grid), plan.block[0], plan.shared)
+    assert not counters.any()

@@ -1,0 +1,121 @@
+"""`skinny.cu` beside FP64, on the CPU: layouts, both ways of copying and of multiplying, norms, slices of K, experts."""
+
+from __future__ import annotations
+
+import sys
+from unittest.mock import patch
+
+import numpy as np
+import pytest
+from skinny_on_cpu import COMPILER, run
+from tenpak.cuda import layouts, plans
+from test_cuda_wide import bits, random_weight, values
+
+pytestmark = pytest.mark.skipif(
+    COMPILER is None or sys.maxsize < 2**32, reason="a C++ compiler, fibers and the linker's options of Linux"
+)
+
+LAYOUTS = list(layouts.LAYOUTS)
+#: Few multiprocessors, so that a block has several strips.
+SMALL = plans.Device(2, 225 << 10, 228 << 10, True)
+
+
+def check(
+    layout: str,
+    form: plans.Form,
+    shape: tuple[int, int, int],
+    *,
+    bf16: bool = False,
+    batch: int = 0,
+    offsets: list[int] | None = None,
+    fused: plans.Fused = plans.PLAIN,
+    device: plans.Device = SMALL,
+) -> None:
+    """Twice the same, within rounding of the exact product."""
+    m, n, k = shape
+    random, lead, count = np.random.default_rng(m + n + k), (batch,) if batch else (), max(batch, 1)
+    parts, reference, scale = random_weight(layout, (*lead, n, k))
+    reference = reference.reshape(count, n, k) * scale
+    packed = layouts.pack(layouts.find(layout), parts, n, k, batch)
+    with patch.object(plans, "_forms", lambda *_: [form]):
+        (plan,) = plans.skinny_plans(device, layout, n, k, m, count, bf16, offsets is not None, fused)
+    rows = (m,) if offsets else (count, m)
+    x = random.standard_normal((*rows, k)).astype(np.float32)
+    tolerance = 8e-3 if bf16 else 1.5e-3
+    norm = None
+    if fused.norm == "none":
+        given = bits(x, bf16)
+        x = values(given, bf16).astype(np.float64)
+    else:
+        given = x = x * 3 + 0.5
+        weight, shift = (random.standard_normal(k).astype(np.float32) for _ in range(2))
+        norm = (weight, shift if fused.norm == "layer" else None, 1e-5)
+        x = x.astype(np.float64)
+        x = x - x.mean(-1, keepdims=True) if fused.norm == "layer" else x
+        x = x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-5) * weight + (shift if fused.norm == "layer" else 0)
+    bias = bits(random.standard_normal((count, n)).astype(np.float32), bf16)
+    added = values(bias, bf16).astype(np.float64)
+    if offsets:
+        wanted = np.empty((m, n))
+        for expert in range(count):
+            part = slice(*offsets[expert : expert + 2])
+            wanted[part] = x[part] @ reference[expert].T + added[expert]
+    else:
+        wanted = x @ np.swapaxes(reference, 1, 2) + added[:, None]
+    if fused.gated:
+        gates = wanted.reshape(*wanted.shape[:-1], n // 16, 2, 8)
+        gate, up = gates[..., 0, :], gates[..., 1, :]
+        wanted = (gate / (1 + np.exp(-gate)) * up).reshape(*wanted.shape[:-1], n // 2)
+    outputs = []
+    for _ in range(2):
+        if fused.output == "added":
+            y = np.full(wanted.shape, 0.25, np.float32)
+        else:
+            y = np.full(wanted.shape, 0x7FFF, np.uint16)
+        starts = None if offsets is None else np.array(offsets, np.int32)
+        run(plan, packed, np.ascontiguousarray(given), y, bias, starts, norm, scale)
+        outputs.append(y)
+    assert (outputs[0].view(np.uint16) == outputs[1].view(np.uint16)).all()
+    ours = outputs[0] - 0.25 if fused.output == "added" else values(outputs[0], bf16)
+    error = np.linalg.norm(ours - wanted) / np.linalg.norm(wanted)
+    assert error < tolerance, (error, plan)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("engine", [False, True])
+def test_products_of_every_layout(layout, engine):
+    form = plans.Form(2, 2, 2, engine=engine)
+    # Odd numbers of rows and of tiles; columns in a partial group; several strips for each block.
+    check(layout, form, (1, 70, 200))
+    check(layout, form, (1, 21, 576), bf16=True)
+    check(layout, form, (3, 37, 320))
+
+
+@pytest.mark.parametrize("layout", ["int4_g32_fp16", "int4_lut16", "int8_sym", "int4_g128_fp16"])
+def test_two_strips_and_more_tokens_than_a_chunk(layout):
+    for engine in (False, True):
+        check(layout, plans.Form(2, 3, 1, engine=engine), (19, 37, 192))
+        check(layout, plans.Form(2, 2, 1, engine=engine), (2, 37, 330))
+    check(layout, plans.Form(2, 2, 1, 2, True), (5, 90, 576))
+    check(layout, plans.Form(2, 3, 1, 2, True), (13, 55, 328), bf16=True)
+
+
+@pytest.mark.parametrize("layout", ["int4_g32_fp16", "int4_lut16"])
+@pytest.mark.parametrize("engine", [False, True])
+def test_slices_batches_and_experts(layout, engine):
+    form = plans.Form(2, 2, 1, engine=engine)
+    many = plans.Device(12, 225 << 10, 228 << 10, True)
+    for m in (1, 3):
+        check(layout, form, (m, 20, 2112), device=many)
+        check(layout, form, (m, 40, 136), batch=3)
+    check(layout, form, (21, 40, 136), batch=3, offsets=[0, 2, 2, 21])
+
+
+@pytest.mark.parametrize("layout", ["int4_g16_u8", "int4_g32_fp16", "int4_g128_fp16", "int4_lut16"])
+@pytest.mark.parametrize("engine", [False, True])
+def test_what_a_decoders_step_does_in_the_same_launch(layout, engine):
+    form = plans.Form(2, 2, 1, engine=engine)
+    for m in (1, 3):
+        check(layout, form, (m, 36, 324), fused=plans.Fused("rms", output="added", overlaps=True))
+        check(layout, form, (m, 48, 576), fused=plans.Fused("layer", overlaps=True))
+        check(layout, form, (m, 48, 256), fused=plans.Fused(activation="silu", gated=True, overlaps=True))
