@@ -3,8 +3,8 @@
 The choices are measured ones (tests/bench/bench_gemm.py, bench_attention.py) and ship with the package: nothing is
 tuned at run time.
 
-- up to 8 tokens, and 16 where x fits in shared memory: `skinny`, bound by memory (one token of most layouts in
-  integers);
+- up to 8 tokens, and 16 where x fits in shared memory: `skinny`, bound by memory (one token of most layouts, and two of
+  tables, in integers);
 - more on Hopper: from `WIDE_FROM` tokens on `wide`, whose tokens the copy engine brings, and `prefill` for fewer and
   where it cannot bring them; both on the tensor cores' warpgroup instructions;
 - `dense_from` tokens and more: the weight is unpacked, a part at a time, for cuBLAS.
@@ -32,12 +32,20 @@ STAGE_BYTES = {
     "int4_g8_u8": 1536,
     "int4_g16_u8": 1280,
     "int4_lut16": 1184,
+    "int4_lut32": 1184,
     "int8_sym": 2048,
 }
 
 #: Layouts of which few tokens are multiplied in integers, and how many (cuda/integers.cuh). The others have so many
 #: bytes that memory takes the time either way.
-INTEGER = {"int4_g16_u8": 1, "int4_g32_fp16": 1, "int4_g64_fp16": 1, "int4_g128_fp16": 1, "int4_lut16": 2}
+INTEGER = {
+    "int4_g16_u8": 1,
+    "int4_g32_fp16": 1,
+    "int4_g64_fp16": 1,
+    "int4_g128_fp16": 1,
+    "int4_lut16": 2,
+    "int4_lut32": 2,
+}
 #: Tokens from which `wide` is faster than what is for fewer.
 WIDE_FROM = 17
 #: Weights from which more tiles in flight pay for the shared memory they take.
