@@ -120,13 +120,13 @@ def test_the_encoder_compiles_for_every_group(arch):
 def test_the_cache_and_attention_compile_for_every_head(arch, dim):
     prefill = kernels.compile_to_cubin("attention_prefill.cu", {"DIM": dim, "BF16": 1}, arch)
     assert prefill.startswith(b"\x7fELF")
-    for bits, warps in ((4, 16 if dim <= 128 else 8), (8, 8), (16, 4)):
-        defines = {"BITS": bits, "DIM": dim, "RECENT": 64, "BF16": int(bits == 8)}
-        assert kernels.compile_to_cubin("append.cu", defines, arch).startswith(b"\x7fELF")
-        defines |= {"WARPS": warps, "STAGES": 3, "BLOCKS": 1}
-        for appends in (0, 1):
-            cubin = kernels.compile_to_cubin("attention.cu", {**defines, "APPENDS": appends}, arch)
-            assert cubin.startswith(b"\x7fELF")
+    for bits in (4, 8, 16):
+        bf16 = bits == 8
+        cubin = kernels.compile_to_cubin("append.cu", plans.cache_defines(bits, dim, bf16), arch)
+        assert cubin.startswith(b"\x7fELF")
+        plan = plans.choose_attention(A100 if arch == "sm_80" else H200, bits, dim, bf16, 1, 1, 8, 8, 64)
+        for defines in (plan.defines, plan.appending):
+            assert kernels.compile_to_cubin("attention.cu", defines, arch).startswith(b"\x7fELF")
 
 
 def test_architectures():

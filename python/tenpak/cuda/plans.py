@@ -430,23 +430,25 @@ def choose_attention(
     capacity: int,
 ) -> AttentionPlan:
     """The configuration for `tokens` new tokens a sequence over a cache of `capacity` tiles."""
-    # Measured on an H200: one block a multiprocessor, for fewer splits to merge; of small tiles few in flight, but then
-    # many warps, whose registers are too few for heads of 256.
-    many = bits == 4 and head_dim <= 128
-    warps, tile = 16 if many else 8, tile_bytes(bits, head_dim)
-    most = device.shared_all - query_bytes(head_dim)
-    while most // (warps * tile) < 2:
-        warps //= 2
-    stages = min(3 if many else 5, most // (warps * tile))
+    # Measured on an H200: one block a multiprocessor, for fewer splits to merge; as many tiles at a time as an FP16 tile
+    # has bytes (or half as many, where shared memory is small), and some 16 KiB on their way to each warp.
+    warps, tiles, least = 8, 16 // bits, 2 if bits == 16 else 3
+    most, tile = device.shared_all - query_bytes(head_dim), tile_bytes(bits, head_dim)
+    while most // (warps * tiles * tile) < least:
+        if tiles * bits == 16 and bits < 16:
+            tiles //= 2
+        else:
+            warps //= 2
+    stages = min(1 + 17920 // (tiles * tile), most // (warps * tiles * tile))
     merge = warps * (COLUMNS * (head_dim + 4) + 2 * COLUMNS) * 4
     rows = kv_heads * divide_up(tokens * heads // kv_heads, COLUMNS)
     splits = max(1, min(device.multiprocessors // (rows * batch), divide_up(capacity, warps)))
     part = (COLUMNS * head_dim + 2 * COLUMNS) * 4
     return AttentionPlan(
-        {**cache_defines(bits, head_dim, bf16), "WARPS": warps, "STAGES": stages, "BLOCKS": 1},
+        {**cache_defines(bits, head_dim, bf16), "WARPS": warps, "TILES": tiles, "STAGES": stages, "BLOCKS": 1},
         (splits, rows, batch),
         warps,
-        max(warps * stages * tile, merge),
+        max(warps * stages * tiles * tile, merge),
         splits * rows * batch * part if splits > 1 else 0,
         rows * batch,
     )
