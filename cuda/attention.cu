@@ -2,18 +2,20 @@
 //
 // Scores are the product of a tile's keys (16 rows: tokens) and the queries (8 columns: the heads of a group, times new
 // tokens), output that of its values, transposed (16 rows: channels), and the probabilities. A token's scale and offset
-// of keys multiply its scores, those of values its probabilities: no work for each element but to unpack it. A warp
-// copies its own tiles, STAGES in flight, and keeps its own maximum and sums; it moves the maximum only when a score
-// passes it by 2^RISE, which is rare. The sequence is cut into splits; the last block to arrive at a group adds
-// them (always in the same order, so results repeat) and leaves the counter at zero for the next launch.
+// of keys multiply its scores, those of values its probabilities: no work for each element but to unpack it.
+//
+// Tiles of codes go round the warps of all blocks (splits) of a head, TILES at a time, and those that wait as FP16 one by
+// one; a warp copies its own, STAGES - 1 ahead, and keeps its own sums. It moves the maximum that they are relative to
+// only when a score passes it by 2^RISE, which is rare. The last block to arrive adds the splits (always in the same
+// order, so results repeat) and leaves the counter at zero for the next launch.
 //
 // With -DAPPENDS=1 the one new token of each sequence is put into the cache in the same launch (newest.cuh): its query is
 // normed and turned on its way in, the block that has the newest tile of a head stores its key and value, and the one that
 // has a tile which is no longer among the newest quantises it first. Blocks of the same head, for more than eight columns,
 // write the same bytes.
 //
-// Grid: x splits, y (kv head, eight columns), z sequences. -DBITS (of codes: 4, 8;
-// or 16), -DBF16, -DWARPS, -DSTAGES, -DBLOCKS (of a multiprocessor, for the register budget).
+// Grid: x splits, y (kv head, eight columns), z sequences. -DBITS (of codes: 4, 8; or 16), -DBF16, -DWARPS, -DTILES,
+// -DSTAGES (at least 3), -DBLOCKS (of a multiprocessor, for the register budget).
 #include "newest.cuh"
 #include "overlap.cuh"
 #ifndef APPENDS
@@ -28,7 +30,9 @@ constexpr float NOTHING = -1e30f;
 constexpr int Q_ROW = DIM + 8;        // halves: eight rows then meet different banks
 constexpr int SUM_ROW = DIM + 4;      // floats, likewise
 constexpr int SUMS = COLUMNS * SUM_ROW;
-constexpr int PART = COLUMNS * DIM + 2 * COLUMNS;  // floats of a split's result: output, maxima, sums
+constexpr int STAGE = TILES * Codes::BYTES;          // what a warp copies at a time
+constexpr int PART = (DIM / 2 + 1) * COLUMNS;        // pairs of floats of a split's result: output, (maximum, sum)
+static_assert(BITS == 16 || (STAGES >= 3 && STAGE >= Halves::CODES), "two stages hold an FP16 tile's keys and values");
 
 // What columns 2t and 2t + 1 may see: tokens from `low` to below `high`.
 struct Seen {
@@ -36,76 +40,105 @@ struct Seen {
 };
 
 struct State {
-    float top[2], sum[2], shift[2];  // shift: what the values' offsets add to all channels
+    float base[2], limit[2];  // exponents are scores less base, and at most limit, which is NOTHING before the first score
+    float sum[2], shift[2];   // shift: what the values' offsets add to all channels
     float out[STEPS][4];
 };
 
-template <int B>
-__device__ __forceinline__ void load_pieces(u32 (&words)[Record<B>::JOIN * B / 4], const u8* from) {
-    constexpr int N = Record<B>::JOIN * B / 4;
-    if constexpr (N == 4) {
-        const Vector v = *(const Vector*)from;
+template <int BYTES>
+__device__ __forceinline__ void copy(u32 to, const u8* from, int lane) {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) words[i] = v.words[i];
-    } else {
-#pragma unroll
-        for (int i = 0; i < N; ++i) words[i] = ((const u32*)from)[i];
+    for (int c = 0; c < BYTES; c += 16 * LANES) {
+        if (c + 16 * LANES <= BYTES || c + 16 * lane < BYTES) copy16(to + c + 16 * lane, from + c + 16 * lane);
     }
 }
+// Fewer, and zeros for the others: scales of tokens that are not there must be numbers.
+template <int BYTES>
+__device__ __forceinline__ void copy_part(u32 to, const u8* from, int there, int lane) {
+#pragma unroll 1
+    for (int c = 16 * lane; c < BYTES; c += 16 * LANES) copy16(to + c, c < there ? from + c : from, c < there);
+}
 
-template <int B>
-__device__ __forceinline__ void tile(State& state, const u8* record, int first, const u32 (&q)[STEPS][2],
-                                     const float (&q_sum)[2], const Seen& seen, bool edge, int lane) {
+// N tiles from `first` on, whose records lie one after another in shared memory.
+template <int B, int N>
+__device__ __forceinline__ void attend_to(State& state, u32 keys, u32 values, int first, const u32 (&q)[STEPS][2],
+                                          const float (&q_sum)[2], const Seen& seen, bool edge, int lane) {
     using R = Record<B>;
     const int row = lane / 4;
-    float chains[2][4] = {};
+    // A product waits for the one before it, unless there are two sums, or other tiles.
+    constexpr int CHAINS = N == 1 ? 2 : 1;
+    float chains[CHAINS][N][4] = {}, s[N][4];
 #pragma unroll
     for (int step = 0; step < STEPS; step += R::JOIN) {
-        u32 words[R::JOIN * B / 4];
-        load_pieces<B>(words, record + R::piece(step, lane));
 #pragma unroll
-        for (int i = 0; i < R::JOIN; ++i) {
-            u32 a[4];
-            unpack<B>(words + i * B / 4, a);
-            multiply<false>(chains[(step + i) % 2], a, q[step + i][0], q[step + i][1]);
+        for (int n = 0; n < N; ++n) {
+            u32 words[R::JOIN * B / 4];
+            read(words, keys + n * R::BYTES + R::piece(step, lane));
+#pragma unroll
+            for (int i = 0; i < R::JOIN; ++i) {
+                u32 a[4];
+                unpack<B>(words + i * B / 4, a);
+                multiply<false>(chains[(step + i) % CHAINS][n], a, q[step + i][0], q[step + i][1]);
+            }
         }
     }
-    float s[4], scale[2] = {1.0f, 1.0f}, offset[2] = {};
+    float scale[N][2], offset[N][2];
 #pragma unroll
-    for (int i = 0; i < 4; ++i) s[i] = chains[0][i] + chains[1][i];
-    if constexpr (B != 16) {
+    for (int n = 0; n < N; ++n) {
 #pragma unroll
-        for (int i = 0; i < 2; ++i) {
-            const u32 key = ((const u32*)(record + R::PARAMS))[row + 8 * i];
-            const u32 value = ((const u32*)(record + R::PARAMS))[TILE + row + 8 * i];
-            // Offsets are of the middle code.
-            constexpr float MIDDLE = 1 << (B - 1);
-            const float key_scale = from_half((u16)key), key_unit = key_scale * code_unit<B>(i);
-            const float key_offset = from_half((u16)(key >> 16)) - MIDDLE * key_scale;
-            s[2 * i] = s[2 * i] * key_unit + key_offset * q_sum[0];
-            s[2 * i + 1] = s[2 * i + 1] * key_unit + key_offset * q_sum[1];
-            scale[i] = from_half((u16)value);
-            offset[i] = from_half((u16)(value >> 16)) - MIDDLE * scale[i];
+        for (int i = 0; i < 4; ++i) {
+            s[n][i] = chains[0][n][i];
+            if (CHAINS == 2) s[n][i] += chains[CHAINS - 1][n][i];
+        }
+        if constexpr (B == 16) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) s[n][i] -= state.base[i % 2];
+        } else {
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+                u32 key[1], value[1];
+                read(key, keys + n * R::BYTES + R::PARAMS + 4 * (row + 8 * i));
+                read(value, keys + n * R::BYTES + R::PARAMS + 4 * (TILE + row + 8 * i));
+                // Offsets are of the middle code.
+                constexpr float MIDDLE = 1 << (B - 1);
+                const float key_scale = from_half((u16)key[0]), key_unit = key_scale * code_unit<B>(i);
+                const float key_offset = from_half((u16)(key[0] >> 16)) - MIDDLE * key_scale;
+                s[n][2 * i] = s[n][2 * i] * key_unit + (key_offset * q_sum[0] - state.base[0]);
+                s[n][2 * i + 1] = s[n][2 * i + 1] * key_unit + (key_offset * q_sum[1] - state.base[1]);
+                scale[n][i] = from_half((u16)value[0]);
+                offset[n][i] = from_half((u16)(value[0] >> 16)) - MIDDLE * scale[n][i];
+            }
         }
     }
     if (edge) {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            const int token = first + row + i / 2 * 8, column = i % 2;
-            if (token < seen.low[column] || token >= seen.high[column]) s[i] = from_bits(0xff800000u)  /* -inf */;
+        for (int n = 0; n < N; ++n) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                const int token = (first + n) * TILE + row + i / 2 * 8, column = i % 2;
+                if (token < seen.low[column] || token >= seen.high[column]) s[n][i] = from_bits(0xff800000u)  /* -inf */;
+            }
         }
     }
-    const float most[2] = {fmaxf(s[0], s[2]), fmaxf(s[1], s[3])};
-    if (any(most[0] > state.top[0] + RISE || most[1] > state.top[1] + RISE)) {
+    float most[2] = {s[0][0], s[0][1]};
+#pragma unroll
+    for (int n = 0; n < N; ++n) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) most[i % 2] = fmaxf(most[i % 2], s[n][i]);
+    }
+    if (any(most[0] > state.limit[0] || most[1] > state.limit[1])) {
 #pragma unroll
         for (int column = 0; column < 2; ++column) {
-            float top = most[column];
-            top = fmaxf(top, exchange(top, 4));
-            top = fmaxf(top, exchange(top, 8));
-            top = fmaxf(top, exchange(top, 16));
-            top = fmaxf(top, state.top[column]);
-            const float factor = power_of_two(state.top[column] - top);
-            state.top[column] = top;
+            float rise = most[column];
+            rise = fmaxf(rise, exchange(rise, 4));
+            rise = fmaxf(rise, exchange(rise, 8));
+            rise = fmaxf(rise, exchange(rise, 16));
+            // Before the first score, what was seen has no weight; later the base only rises.
+            const bool begins = state.limit[column] == NOTHING;
+            if (begins ? rise <= NOTHING : rise <= 0.0f) continue;
+            const float factor = begins ? 1.0f : power_of_two(-rise);
+            state.base[column] += rise;
+            state.limit[column] = RISE;
             state.sum[column] *= factor;
             state.shift[column] *= factor;
 #pragma unroll
@@ -113,28 +146,41 @@ __device__ __forceinline__ void tile(State& state, const u8* record, int first, 
                 state.out[step][column] *= factor;
                 state.out[step][column + 2] *= factor;
             }
-        }
-    }
-    float p[4];
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-        p[i] = power_of_two(s[i] - state.top[i % 2]);
-        state.sum[i % 2] += p[i];
-        if constexpr (B != 16) {
-            state.shift[i % 2] += p[i] * offset[i / 2];
-            p[i] *= scale[i / 2];
+            for (int n = 0; n < N; ++n) {
+                s[n][column] -= rise;
+                s[n][column + 2] -= rise;
+            }
         }
     }
-    const u32 b0 = transpose(pack(p[0], p[1])), b1 = transpose(pack(p[2], p[3]));
+    u32 b[N][2];
+#pragma unroll
+    for (int n = 0; n < N; ++n) {
+        float p[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            p[i] = power_of_two(s[n][i]);
+            state.sum[i % 2] += p[i];
+            if constexpr (B != 16) {
+                state.shift[i % 2] += p[i] * offset[n][i / 2];
+                p[i] *= scale[n][i / 2];
+            }
+        }
+        b[n][0] = transpose(pack(p[0], p[1]));
+        b[n][1] = transpose(pack(p[2], p[3]));
+    }
 #pragma unroll
     for (int step = 0; step < STEPS; step += R::JOIN) {
-        u32 words[R::JOIN * B / 4];
-        load_pieces<B>(words, record + R::CODES + R::piece(step, lane));
 #pragma unroll
-        for (int i = 0; i < R::JOIN; ++i) {
-            u32 a[4];
-            unpack<B>(words + i * B / 4, a);
-            multiply<false>(state.out[step + i], a, b0, b1);
+        for (int n = 0; n < N; ++n) {
+            u32 words[R::JOIN * B / 4];
+            read(words, values + n * R::BYTES + R::piece(step, lane));
+#pragma unroll
+            for (int i = 0; i < R::JOIN; ++i) {
+                u32 a[4];
+                unpack<B>(words + i * B / 4, a);
+                multiply<false>(state.out[step + i], a, b[n][0], b[n][1]);
+            }
         }
     }
 }
@@ -148,7 +194,7 @@ __device__ __forceinline__ void tile(State& state, const u8* record, int first, 
 // sees, or 0 for all. scale: of scores, times log2(e). With -DAPPENDS=1: one new token, whose key and value, like its
 // queries, are as `append` takes them.
 extern "C" __global__ void __launch_bounds__(tenpak::THREADS, BLOCKS)
-    attend(const u16* q, u16* out, u8* store, u8* ring, const int* lengths, const int* counts, float* partial,
+    attend(const u16* q, u16* out, u8* store, u8* ring, const int* lengths, const int* counts, float2* partial,
            u32* counters, long long q_sequence, long long q_token, int tokens, int heads, int kv_heads, int capacity,
            int ring_tiles, int window, float scale
 #if APPENDS
@@ -162,12 +208,11 @@ extern "C" __global__ void __launch_bounds__(tenpak::THREADS, BLOCKS)
     // nothing. The cache of its layer has been written by the launch like this of the step before, and lengths at the end of
     // that; each step begins with one that overlaps with nothing.
     if (!APPENDS) wait_for_previous();
-    const int lane = threadIdx.x % LANES, warp = threadIdx.x / LANES, sequence = blockIdx.z;
+    const int lane = lane_of_warp(), warp = threadIdx.x / LANES, sequence = blockIdx.z, split = blockIdx.x;
+    const int before = lengths[sequence];
     const int group = heads / kv_heads, wanted = tokens * group, chunks = (wanted + COLUMNS - 1) / COLUMNS;
     const int kv_head = blockIdx.y / chunks, first_column = blockIdx.y % chunks * COLUMNS;
     const int columns = min(COLUMNS, wanted - first_column);
-    const int before = lengths[sequence];
-    const int total = before + (counts ? min(max(counts[sequence], 0), tokens) : tokens);
     constexpr int EACH = (COLUMNS + WARPS - 1) / WARPS;
     u16 raw[EACH][PER_LANE] = {};
     auto load_queries = [&]() {
@@ -178,46 +223,69 @@ extern "C" __global__ void __launch_bounds__(tenpak::THREADS, BLOCKS)
             load(raw[i], q + sequence * q_sequence + at / group * q_token + (long long)(kv_head * group + at % group) * DIM, lane);
         }
     };
-    // Queries are on their way while lengths are.
     if (!APPENDS) load_queries();
 
-    // This block's tiles, of those that any of its columns sees.
+    u8* memory = dynamic_shared();
+    const u32 stages = shared_address(memory) + warp * STAGES * STAGE;
+    auto after = [&](u32 stage) { return stage == stages + (STAGES - 1) * STAGE ? stages : stage + STAGE; };
+    const u64 pair = (u64)sequence * kv_heads + kv_head;
+    u8* halves = ring + pair * ring_tiles * Halves::BYTES;
+    u8* coded = BITS == 16 ? halves : store + pair * capacity * Codes::BYTES;
+    auto copy_codes = [&](u32 to, int tile, int end) {
+        const u8* from = coded + (u64)tile * Codes::BYTES;
+        if (tile + TILES <= end) copy<STAGE>(to, from, lane);
+        else copy_part<STAGE>(to, from, (end - tile) * Codes::BYTES, lane);
+    };
+    const int step = gridDim.x * WARPS * TILES;
+    int first = (split * WARPS + warp) * TILES;
+    // Without a window this warp's first tiles do not depend on the length, which is still on its way.
+    const bool early = !APPENDS && window == 0 && first < capacity;
+    if (early) {
+        copy_codes(stages, first, capacity);
+        commit();
+    }
+
+    // The tiles that any of this block's columns sees; from `recent` on they are FP16.
+    const int total = before + (counts ? min(max(counts[sequence], 0), tokens) : tokens);
     const int oldest = before + first_column / group + 1, newest = before + (first_column + columns - 1) / group + 1;
     const int first_tile = window ? max(0, oldest - window) / TILE : 0;
     const int last_tile = min((min(newest, total) + TILE - 1) / TILE, capacity);
-    const int codes = BITS == 16 ? last_tile : min(quantised(total) / TILE, last_tile);
+    const int codes = BITS == 16 ? last_tile : min(quantised(total) / TILE, last_tile), recent = max(first_tile, codes);
     const int count = max(0, last_tile - first_tile);
-    const int splits = min((int)gridDim.x, max(1, (count + WARPS - 1) / WARPS));
-    const int each = max(1, (count + splits - 1) / splits), used = max(1, (count + each - 1) / each);
-    const int split = blockIdx.x;
-    if (split >= used) return;
-    const int begin = first_tile + split * each + warp, end = min(first_tile + (split + 1) * each, last_tile);
+    const int used = max(1, min((int)gridDim.x, (count + WARPS * TILES - 1) / (WARPS * TILES))), warps = used * WARPS;
+    if (split >= used) {
+        wait<0>();
+        return;
+    }
+    first += first_tile;
 
-    u8* memory = dynamic_shared();
+    // Copies to the stages in turn: this warp's codes, then its FP16 tiles, in each two stages.
+    int coming = early ? first + step : first;
+    int newer = recent + (split * WARPS + warp + warps - (recent - first_tile) % warps) % warps, coming_newer = newer, part = 0;
+    u32 place = early ? after(stages) : stages;
+    auto fetch_newer = [&]() {
+        if (BITS != 16 && coming_newer < last_tile) {
+            copy<Halves::CODES>(place, halves + (u64)(coming_newer % ring_tiles) * Halves::BYTES + part * Halves::CODES, lane);
+            coming_newer += part * warps;
+            part ^= 1;
+        }
+        commit();
+        place = after(place);
+    };
+    auto fetch = [&]() {
+        if (coming >= codes) {
+            fetch_newer();
+            return;
+        }
+        copy_codes(place, coming, codes);
+        coming += step;
+        commit();
+        place = after(place);
+    };
+
     __shared__ u16 q_shared[COLUMNS * Q_ROW];
     __shared__ float q_sums[COLUMNS];
     __shared__ int last_arrived;
-    const u64 pair = (u64)sequence * kv_heads + kv_head;
-    const u8* source = BITS == 16 ? ring + pair * ring_tiles * Halves::BYTES : store + pair * capacity * Codes::BYTES;
-    const int coded_end = min(end, codes);
-    const int coded = begin < coded_end ? (coded_end - begin + WARPS - 1) / WARPS : 0;
-    u8* stages = memory + warp * STAGES * Codes::BYTES;
-    auto fetch = [&](int i) {
-        if (i < coded) {
-            const u8* from = source + (u64)(begin + i * WARPS) * Codes::BYTES;
-            u8* to = stages + i % STAGES * Codes::BYTES;
-#pragma unroll
-            for (int c = 0; c < Codes::BYTES; c += 16 * LANES) {
-                if (c + 16 * LANES <= Codes::BYTES || c + 16 * lane < Codes::BYTES)
-                    copy16(to + c + 16 * lane, from + c + 16 * lane);
-            }
-        }
-        commit();
-    };
-    auto fetch_first = [&]() {
-#pragma unroll
-        for (int i = 0; i < STAGES - 1; ++i) fetch(i);
-    };
 #if APPENDS
     __shared__ float lines[WARPS][PER_LANE * LANES];
     __shared__ float angles[DIM];     // of this position: cosines, and as many sines behind them
@@ -232,19 +300,22 @@ extern "C" __global__ void __launch_bounds__(tenpak::THREADS, BLOCKS)
                              capacity,
                              ring_tiles,
                              store + pair * capacity * Codes::BYTES,
-                             ring + pair * ring_tiles * Halves::BYTES,
+                             halves,
                              false};
-    const bool takes = split == used - 1;
+    // Which split has a tile.
+    const int new_tile = max(0, before / TILE - first_tile);
+    const bool takes = split == (BITS == 16 ? new_tile / (WARPS * TILES) % (int)gridDim.x : new_tile % warps / WARPS);
 #if BITS != 16
     static_assert(RECENT >= TILE, "a tile that is quantised has no new token");
-    const int due = quantised(before) / TILE, due_in = max(0, due - first_tile) / each;
+    const int due = quantised(before) / TILE, due_in = max(0, due - first_tile) / (WARPS * TILES) % (int)gridDim.x;
     // Its codes are copied next, by cp.async: that reads as other loads of the block do (in the generic proxy), after the
     // barrier which ends this.
     if (quantised(before + 1) / TILE > due && split == due_in)
         appended.settle(due, *(Newest::Settling*)memory, lines[warp], warp, lane);
 #endif
-    // Copies of FP16 tiles would be of the newest as it was.
-    if (BITS != 16 || !takes) fetch_first();
+    // Copies of FP16 tiles may be of the newest as it was.
+    int fetched = 0;
+    for (; fetched < STAGES - 1 && (BITS == 16 ? !takes : coming < codes); ++fetched) fetch();
     // What turns and norms the token is here before the token is.
     if (rotary) {
         const float* cosines = rotary + (u64)min(before, positions - 1) * half;
@@ -266,12 +337,8 @@ extern "C" __global__ void __launch_bounds__(tenpak::THREADS, BLOCKS)
         load(newest_raw, value ? appended.values[0] : appended.keys[0], lane);
         appended.put(newest_raw, value, before, lines[warp], lane);
     }
-    if (BITS == 16 && takes) {
-        __syncthreads();
-        fetch_first();
-    }
 #else
-    fetch_first();
+    const int fetched = early;
 #endif
 
     // Queries, scaled, as halves; turned where keys are.
@@ -320,24 +387,41 @@ extern "C" __global__ void __launch_bounds__(tenpak::THREADS, BLOCKS)
     }
     const int all_from = window ? max(0, newest - window) : 0, all_to = oldest;
 
-    State state = {{NOTHING, NOTHING}};
-    for (int i = 0; i < coded; ++i) {
+    // Now, so that neither queries nor what is appended waits for the copies.
+    for (int i = fetched; i < STAGES - 1; ++i) fetch();
+
+    State state = {{}, {NOTHING, NOTHING}};
+    Seen seen_codes = seen;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) seen_codes.high[i] = min(seen.high[i], codes * TILE);
+    u32 stage = stages;
+    for (bool nothing = early && first >= codes; nothing || first < codes;) {
         wait<STAGES - 2>();
         __syncwarp();
-        fetch(i + STAGES - 1);
-        const int first = (begin + i * WARPS) * TILE;
-        tile<BITS>(state, stages + i % STAGES * Codes::BYTES, first, query, q_sum, seen,
-                   first < all_from || first + TILE > all_to, lane);
+        fetch();
+        if (!nothing) {
+            const bool edge = first * TILE < all_from || (first + TILES) * TILE > min(all_to, codes * TILE);
+            attend_to<BITS, TILES>(state, stage, stage + Codes::CODES, first, query, q_sum, seen_codes, edge, lane);
+            first += step;
+        }
+        nothing = false;
+        stage = after(stage);
     }
     if constexpr (BITS != 16) {
+        // Codes were in units.
 #pragma unroll
         for (int step = 0; step < STEPS; ++step) {
 #pragma unroll
             for (int i = 0; i < 4; ++i) state.out[step][i] *= code_unit<BITS>(i / 2);
         }
-        const u8* halves = ring + pair * ring_tiles * Halves::BYTES;
-        for (int t = begin + coded * WARPS; t < end; t += WARPS) {
-            tile<16>(state, halves + (u64)(t % ring_tiles) * Halves::BYTES, t * TILE, query, q_sum, seen, true, lane);
+        for (; newer < last_tile; newer += warps) {
+            wait<STAGES - 3>();
+            __syncwarp();
+            fetch_newer();
+            attend_to<16, 1>(state, stage, after(stage), newer, query, q_sum, seen, true, lane);
+            __syncwarp();
+            fetch_newer();
+            stage = after(after(stage));
         }
     }
 
@@ -356,128 +440,97 @@ extern "C" __global__ void __launch_bounds__(tenpak::THREADS, BLOCKS)
     float* tops = sums + WARPS * SUMS;        // [WARPS][COLUMNS]
     float* totals = tops + WARPS * COLUMNS;   // [WARPS][COLUMNS]
 #pragma unroll
-    for (int step = 0; step < STEPS; ++step) {
+    for (int i = 0; i < 2; ++i) {
+        if (pair_of + i >= columns) continue;
+        float* line = sums + warp * SUMS + (pair_of + i) * SUM_ROW + row;
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            sums[warp * SUMS + (pair_of + i % 2) * SUM_ROW + step * 16 + row + i / 2 * 8] =
-                state.out[step][i] + state.shift[i % 2];
+        for (int step = 0; step < STEPS; ++step) {
+            line[step * 16] = state.out[step][i] + state.shift[i];
+            line[step * 16 + 8] = state.out[step][i + 2] + state.shift[i];
         }
-    }
-    if (row == 0) {
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-            tops[warp * COLUMNS + pair_of + i] = state.top[i];
+        if (row == 0) {
+            tops[warp * COLUMNS + pair_of + i] = state.limit[i] == NOTHING ? NOTHING : state.base[i];
             totals[warp * COLUMNS + pair_of + i] = state.sum[i];
         }
     }
     __syncthreads();
-    // Output d and d + 1 of column c of all warps, weighed by how far below the highest maximum each one's is; also the
-    // highest maximum and the sum. Each thread weighs for itself, which is faster than to wait for one that does.
-    auto mix = [&](int c, int d, float& top, float& total) {
+    // Two outputs, divided by the sum of what weighs them.
+    auto write = [&](int p, float2 x, float total) {
+        const int at = first_column + p / (DIM / 2);
+        const u64 to = ((u64)sequence * tokens + at / group) * heads + kv_head * group + at % group;
+        // A token that is not real may have seen nothing.
+        const float factor = total > 0.0f ? 1.0f / total : 0.0f;
+        *(u32*)(out + to * DIM + p % (DIM / 2) * 2) = pack<BF16>(x.x * factor, x.y * factor);
+    };
+    const u64 row_of_all = (u64)sequence * gridDim.y + blockIdx.y;
+    float2* parts = partial + row_of_all * gridDim.x * PART;
+    // A pair of outputs of all warps, weighed by how far below the highest maximum each one's is. Each thread weighs for
+    // itself, which is faster than to wait for one that does.
+    for (int p = threadIdx.x; p < columns * (DIM / 2); p += THREADS) {
+        const int c = p / (DIM / 2);
         float2 sum = {0.0f, 0.0f};
-        top = NOTHING;
-        total = 0.0f;
+        float top = NOTHING, total = 0.0f;
 #pragma unroll
         for (int w = 0; w < WARPS; ++w) top = fmaxf(top, tops[w * COLUMNS + c]);
 #pragma unroll
         for (int w = 0; w < WARPS; ++w) {
             const float factor = power_of_two(tops[w * COLUMNS + c] - top);
-            const float2 x = *(const float2*)(sums + w * SUMS + c * SUM_ROW + d);
+            const float2 x = *(const float2*)(sums + w * SUMS + c * SUM_ROW + p % (DIM / 2) * 2);
             sum.x += x.x * factor;
             sum.y += x.y * factor;
             total += totals[w * COLUMNS + c] * factor;
         }
-        return sum;
-    };
-    auto write = [&]() {
-        for (int i = threadIdx.x * 2; i < columns * DIM; i += 2 * THREADS) {
-            const int c = i / DIM, at = first_column + c;
-            const u64 line = ((u64)sequence * tokens + at / group) * heads + kv_head * group + at % group;
-            float top, total;
-            const float2 x = mix(c, i % DIM, top, total);
-            // A token that is not real may have seen nothing.
-            const float factor = total > 0.0f ? 1.0f / total : 0.0f;
-            *(u32*)(out + line * DIM + i % DIM) = pack<BF16>(x.x * factor, x.y * factor);
-        }
-    };
-    if (used == 1) {
-        write();
-        return;
-    }
-    const u64 place = (u64)sequence * gridDim.y + blockIdx.y;
-    float* parts = partial + place * gridDim.x * PART;
-    float* mine = parts + split * PART;
-    for (int i = threadIdx.x * 2; i < columns * DIM; i += 2 * THREADS) {
-        float top, total;
-        *(float2*)(mine + i) = mix(i / DIM, i % DIM, top, total);
-        if (i % DIM == 0) {
-            mine[COLUMNS * DIM + i / DIM] = top;
-            mine[COLUMNS * DIM + COLUMNS + i / DIM] = total;
+        if (used == 1) {
+            write(p, sum, total);
+        } else {
+            __stcg(parts + split * PART + p, sum);
+            if (p % (DIM / 2) == 0) __stcg(parts + split * PART + COLUMNS * (DIM / 2) + c, float2{top, total});
         }
     }
+    if (used == 1) return;
     __syncthreads();
-    if (threadIdx.x == 0) {
-        __threadfence();
-        last_arrived = atomicAdd(counters + place, 1u) == (u32)(used - 1);
-        __threadfence();
-    }
+    if (threadIdx.x == 0) last_arrived = arrive_at(counters + row_of_all) == (u32)(used - 1);
     __syncthreads();
     if (!last_arrived) return;
-    if (threadIdx.x == 0) counters[place] = 0;
+    if (threadIdx.x == 0) counters[row_of_all] = 0;
 
-    // Each warp adds some of the splits, then the warps' results meet as before.
-    float4 line[COLUMNS][(DIM + 127) / 128];
+    // Two lanes take four outputs, each of every other split, eight at once: as many reads are under way.
+    for (int at = warp * LANES; at < columns * (DIM / 2); at += THREADS) {
+        const int four = (at + lane) / 2, c = four / (DIM / 4);
+        const bool there = c < columns;
+        float4 sum = {0.0f, 0.0f, 0.0f, 0.0f};
+        float top = NOTHING, total = 0.0f;
+        for (int s = lane % 2; s < used; s += 16) {
+            float4 x[8];
+            float2 weight[8];
 #pragma unroll
-    for (int c = 0; c < COLUMNS; ++c) {
+            for (int i = 0; i < 8; ++i) {
+                x[i] = {0.0f, 0.0f, 0.0f, 0.0f};
+                weight[i] = {NOTHING, 0.0f};
+                if (!there || s + 2 * i >= used) continue;
+                const float2* part = parts + (s + 2 * i) * PART;
+                x[i] = __ldcg((const float4*)part + four);
+                weight[i] = __ldcg(part + COLUMNS * (DIM / 2) + c);
+            }
+            float higher = top;
 #pragma unroll
-        for (int k = 0; k < (DIM + 127) / 128; ++k) line[c][k] = {0.0f, 0.0f, 0.0f, 0.0f};
-    }
-    float top = NOTHING, sum = 0.0f;  // of column lane % COLUMNS
-#pragma unroll 2
-    for (int s = warp; s < used; s += WARPS) {
-        const float* from = parts + s * PART;
-        float split_top = NOTHING, split_sum = 0.0f;
-        if (lane % COLUMNS < columns) {
-            split_top = __ldcg(from + COLUMNS * DIM + lane % COLUMNS);
-            split_sum = __ldcg(from + COLUMNS * DIM + COLUMNS + lane % COLUMNS);
-        }
-        float4 x[COLUMNS][(DIM + 127) / 128];
+            for (int i = 0; i < 8; ++i) higher = fmaxf(higher, weight[i].x);
+            const float keep = power_of_two(top - higher);
+            top = higher;
+            sum = {sum.x * keep, sum.y * keep, sum.z * keep, sum.w * keep};
+            total *= keep;
 #pragma unroll
-        for (int c = 0; c < COLUMNS; ++c) {
-#pragma unroll
-            for (int k = 0; k < (DIM + 127) / 128; ++k) {
-                x[c][k] = {0.0f, 0.0f, 0.0f, 0.0f};
-                if (c < columns && k * 128 + lane * 4 < DIM)
-                    x[c][k] = __ldcg((const float4*)(from + c * DIM + k * 128 + lane * 4));
+            for (int i = 0; i < 8; ++i) {
+                const float factor = power_of_two(weight[i].x - top);
+                sum = {sum.x + x[i].x * factor, sum.y + x[i].y * factor, sum.z + x[i].z * factor, sum.w + x[i].w * factor};
+                total += weight[i].y * factor;
             }
         }
-        const float higher = fmaxf(top, split_top);
-        const float keep = power_of_two(top - higher), take = power_of_two(split_top - higher);
-        top = higher;
-        sum = sum * keep + split_sum * take;
-#pragma unroll
-        for (int c = 0; c < COLUMNS; ++c) {
-            const float kept = from_lane(keep, c), taken = from_lane(take, c);
-#pragma unroll
-            for (int k = 0; k < (DIM + 127) / 128; ++k) {
-                line[c][k].x = line[c][k].x * kept + x[c][k].x * taken;
-                line[c][k].y = line[c][k].y * kept + x[c][k].y * taken;
-                line[c][k].z = line[c][k].z * kept + x[c][k].z * taken;
-                line[c][k].w = line[c][k].w * kept + x[c][k].w * taken;
-            }
-        }
+        const float higher = fmaxf(top, exchange(top, 1)), factor = power_of_two(top - higher);
+        sum = {sum.x * factor, sum.y * factor, sum.z * factor, sum.w * factor};
+        total *= factor;
+        sum = {sum.x + exchange(sum.x, 1), sum.y + exchange(sum.y, 1), sum.z + exchange(sum.z, 1), sum.w + exchange(sum.w, 1)};
+        total += exchange(total, 1);
+        if (there) write(2 * four + lane % 2, lane % 2 ? float2{sum.z, sum.w} : float2{sum.x, sum.y}, total);
     }
-#pragma unroll
-    for (int c = 0; c < COLUMNS; ++c) {
-#pragma unroll
-        for (int k = 0; k < (DIM + 127) / 128; ++k) {
-            if (k * 128 + lane * 4 < DIM) *(float4*)(sums + warp * SUMS + c * SUM_ROW + k * 128 + lane * 4) = line[c][k];
-        }
-    }
-    if (lane < COLUMNS) {
-        tops[warp * COLUMNS + lane] = top;
-        totals[warp * COLUMNS + lane] = sum;
-    }
-    __syncthreads();
-    write();
 }

@@ -52,8 +52,7 @@ decode_parts(const unsigned char* first, const unsigned char* second, const unsi
     const Parts parts{first, second, third, fourth};
     Layout::Param param{};
     Layout::RowParam row_param{};
-    if constexpr (HAS_PARAMS)
-        param = Layout::param(parts, at.row * ((k + Layout::GROUP - 1) / Layout::GROUP) + at.column / Layout::GROUP);
+    if constexpr (HAS_PARAMS) param = Layout::param(parts, part_group<Layout>(at, shape));
     if constexpr (HAS_ROW_PARAMS) row_param = Layout::row_param(parts, part_row<Layout>(at, shape));
     store(static_cast<Out*>(out), at, shape, inner, part_codes(parts, at, shape), param, row_param, Exponent{factor, largest});
 }

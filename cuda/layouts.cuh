@@ -12,8 +12,8 @@
 // of lane t and step 1 takes 8t+4..8t+7. So no shuffle is needed, and the activations' fragment for token g is x[g][32j + 8t ..
 // 8t+7], sixteen bytes of row-major memory.
 //
-// Selected at compile time: -DLAYOUT=int4_g32_fp16 -DBF16=0, and for int4_lut16 also -DLUT16_TABLES=..., the four
-// tables of rust/codec/lut16.rs as sixteen little-endian words.
+// Selected at compile time: -DLAYOUT=int4_g32_fp16 -DBF16=0, and for int4_lut16 and _lut32 also -DLUT16_TABLES=..., the
+// layout's four tables of rust/codec/lut.rs as sixteen little-endian words.
 #pragma once
 
 typedef unsigned char u8;
@@ -531,6 +531,7 @@ using int4_g128_fp16 = AffineWide<128>;
 using int4_g8_u8 = AffineBytes<8>;
 using int4_g16_u8 = AffineBytes<16>;
 using int4_lut16 = Lut16;
+using int4_lut32 = Lut16;  // packed with each parameter twice
 using int8_sym = EightBit;
 
 #ifdef LAYOUT

@@ -32,10 +32,9 @@ pack(const unsigned char* first, const unsigned char* second, const unsigned cha
     }
     if constexpr (HAS_PARAMS) {
         constexpr int GROUP = Layout::GROUP;
-        const u64 groups = (k + GROUP - 1) / GROUP;
         if (at.column % GROUP == 0)
             reinterpret_cast<Layout::Param*>(params)[packed_group<GROUP>(at, shape)] =
-                Layout::param(parts, at.row * groups + at.column / GROUP);
+                Layout::param(parts, part_group<Layout>(at, shape));
     }
     if constexpr (HAS_ROW_PARAMS) {
         constexpr int EVERY = Layout::ROW_RUN;

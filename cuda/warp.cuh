@@ -17,9 +17,34 @@ struct alignas(16) Vector {
     u32 words[4];
 };
 
+// Where copies to it begin 16 bytes off a line, each takes four times as long to write.
 __device__ __forceinline__ u8* dynamic_shared() {
-    extern __shared__ Vector memory[];
+    extern __shared__ __align__(128) Vector memory[];
     return (u8*)memory;
+}
+
+// What the compiler does not ask for again in every loop, as it does for threadIdx and the addresses of shared arrays.
+__device__ __forceinline__ int lane_of_warp() {
+    int lane;
+    asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane));
+    return lane;
+}
+__device__ __forceinline__ u32 shared_address(const void* p) {
+    u32 at;
+    asm volatile("mov.u32 %0, %1;" : "=r"(at) : "r"((u32)__cvta_generic_to_shared(p)));
+    return at;
+}
+__device__ __forceinline__ void read(u32 (&words)[1], u32 at) {
+    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(words[0]) : "r"(at) : "memory");
+}
+__device__ __forceinline__ void read(u32 (&words)[2], u32 at) {
+    asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(words[0]), "=r"(words[1]) : "r"(at) : "memory");
+}
+__device__ __forceinline__ void read(u32 (&words)[4], u32 at) {
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+                 : "r"(at)
+                 : "memory");
 }
 
 // d += a b: a is 16 x 16, b is 16 x 8, d is 16 x 8 in FP32. Lane 4g + t holds of a rows g and g + 8, columns 2t, 2t + 1
@@ -60,15 +85,25 @@ __device__ __forceinline__ void load_transposed(u32 (&d)[4], const void* row) {
 }
 
 // 16 bytes from global to shared memory, in the background; zeros where `there` is false.
-__device__ __forceinline__ void copy16(void* to, const void* from, bool there = true) {
-    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"((u32)__cvta_generic_to_shared(to)),
-                 "l"(from), "r"(there ? 16 : 0)
+__device__ __forceinline__ void copy16(u32 to, const void* from, bool there = true) {
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(there ? 16 : 0)
                  : "memory");
+}
+__device__ __forceinline__ void copy16(void* to, const void* from, bool there = true) {
+    copy16((u32)__cvta_generic_to_shared(to), from, there);
 }
 __device__ __forceinline__ void commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int PENDING>
 __device__ __forceinline__ void wait() {
     asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
+}
+
+// Adds one to a counter, after all that the block stored before its last barrier and before all that it reads after the
+// next; what it was.
+__device__ __forceinline__ u32 arrive_at(u32* counter) {
+    u32 before;
+    asm volatile("atom.add.acq_rel.gpu.global.u32 %0, [%1], 1;" : "=r"(before) : "l"(counter) : "memory");
+    return before;
 }
 
 __device__ __forceinline__ float exchange(float x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }

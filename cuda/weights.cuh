@@ -2,8 +2,8 @@
 // products (layouts.cuh).
 //
 // Kernels that include this are compiled with --fmad=false, so that weights are those of the core, bit for bit.
-// Selected at compile time: -DLAYOUT=int4_g32_fp16, and for int4_lut16 also -DLUT16_TABLES=..., the four tables of
-// rust/codec/lut16.rs as sixteen little-endian words.
+// Selected at compile time: -DLAYOUT=int4_g32_fp16, and for int4_lut16 and _lut32 also -DLUT16_TABLES=..., the layout's
+// four tables of rust/codec/lut.rs as sixteen little-endian words.
 #pragma once
 #include "floats.cuh"
 
@@ -72,14 +72,15 @@ __device__ __forceinline__ T element(const u8* part, u64 i) {
 }
 
 // A layout has: the type Param of the parameters of a group of GROUP, and RowParam of those of a row (of each ROW_RUN
-// columns of it, if that is not 0), either of which may be Nothing; how to read them from parts; NATURAL, whether a packed
-// word is a run of codes in order; and value(code, param, row_param), a weight as the core rebuilds it.
+// columns of it, if that is not 0), either of which may be Nothing; how to read them from parts, where each stands for
+// REPEAT times as many weights; NATURAL, whether a packed word is a run of codes in order; and value(code, param,
+// row_param), a weight as the core rebuilds it.
 
 struct Nothing {};
 
 template <int GROUP_>
 struct AffinePairs {
-    static constexpr int GROUP = GROUP_, CODE_BITS = 4, ROW_RUN = 0;
+    static constexpr int GROUP = GROUP_, CODE_BITS = 4, ROW_RUN = 0, REPEAT = 1;
     static constexpr bool NATURAL = false;
     using Param = u32;
     using RowParam = Nothing;
@@ -94,7 +95,7 @@ struct AffinePairs {
 
 template <int GROUP_>
 struct AffineBytes {
-    static constexpr int GROUP = GROUP_, CODE_BITS = 4, ROW_RUN = 0;
+    static constexpr int GROUP = GROUP_, CODE_BITS = 4, ROW_RUN = 0, REPEAT = 1;
     static constexpr bool NATURAL = false;
     using Param = u16;
     using RowParam = u64;  // s0, ds, o0, do
@@ -115,8 +116,9 @@ struct AffineBytes {
 __constant__ const u32 LUT16_WORDS[16] = {LUT16_TABLES};
 #endif
 
+template <int REPEAT_>
 struct Lut16 {
-    static constexpr int GROUP = 16, CODE_BITS = 4, ROW_RUN = 256;
+    static constexpr int GROUP = 16, CODE_BITS = 4, ROW_RUN = 256, REPEAT = REPEAT_;
     static constexpr bool NATURAL = true;
     using Param = u8;
     using RowParam = u16;
@@ -134,7 +136,7 @@ struct Lut16 {
 };
 
 struct EightBit {
-    static constexpr int GROUP = RUN, CODE_BITS = 8, ROW_RUN = 0;
+    static constexpr int GROUP = RUN, CODE_BITS = 8, ROW_RUN = 0, REPEAT = 1;
     static constexpr bool NATURAL = true;
     using Param = Nothing;
     static __device__ __forceinline__ Param param(const Parts&, u64) { return {}; }
@@ -155,7 +157,8 @@ using int4_g64_fp16 = AffinePairs<64>;
 using int4_g128_fp16 = AffinePairs<128>;
 using int4_g8_u8 = AffineBytes<8>;
 using int4_g16_u8 = AffineBytes<16>;
-using int4_lut16 = Lut16;
+using int4_lut16 = Lut16<1>;
+using int4_lut32 = Lut16<2>;
 using int8_sym = EightBit;
 
 #ifdef LAYOUT
@@ -167,8 +170,15 @@ constexpr bool HAS_ROW_PARAMS = !same<Layout::RowParam, Nothing>;
 
 template <class L>
 __device__ __forceinline__ u64 part_row(const Place& at, Shape s) {
+    constexpr int RUN_OF_PART = L::ROW_RUN * L::REPEAT;
     if constexpr (L::ROW_RUN == 0) return at.row;
-    else return at.row * ((s.k + L::ROW_RUN - 1) / L::ROW_RUN) + at.column / L::ROW_RUN;
+    else return at.row * ((s.k + RUN_OF_PART - 1) / RUN_OF_PART) + at.column / RUN_OF_PART;
+}
+// The place among a part's groups.
+template <class L>
+__device__ __forceinline__ u64 part_group(const Place& at, Shape s) {
+    constexpr int GROUP_OF_PART = L::GROUP * L::REPEAT;
+    return at.row * ((s.k + GROUP_OF_PART - 1) / GROUP_OF_PART) + at.column / GROUP_OF_PART;
 }
 template <class L>
 __device__ __forceinline__ u64 packed_row(const Place& at, Shape s) {
@@ -187,9 +197,9 @@ __device__ __forceinline__ int nibble_of(const Place& at, Shape s, int i) {
     return Layout::NATURAL ? i : at.word(s) + i % 2 * 4;
 }
 
-// A code as it is packed, or one as it was: int4_lut16 has bits 2 and 3 exchanged (layouts.cuh says why).
+// A code as it is packed, or one as it was: codes into tables have bits 2 and 3 exchanged (layouts.cuh says why).
 __device__ __forceinline__ int exchanged(int code) {
-    if constexpr (same<Layout, Lut16>) return (code & 3) | (code & 4) << 1 | (code & 8) >> 1;
+    if constexpr (same<Layout, int4_lut16> || same<Layout, int4_lut32>) return (code & 3) | (code & 4) << 1 | (code & 8) >> 1;
     else return code;
 }
 

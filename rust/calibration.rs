@@ -2,7 +2,8 @@
 //!
 //! Layers that read the same input share its statistics. An input NAME has the tensors `NAME.diagonal`
 //! ([in], E[x_j²]) and, unless only diagonals were gathered, `NAME.second_moment` ([in, in], E[x xᵀ]), both
-//! FP32; the metadata key `tenpak.calibration` holds JSON that says which weights read which input.
+//! FP32. A weight NAME.weight may have `NAME.output_moment` ([out, out], E[g gᵀ] of the gradients of the layer's
+//! outputs). The metadata key `tenpak.calibration` holds JSON that says which weights read which input.
 
 use crate::error::{Error, Result};
 use crate::input::{Model, Safetensors};
@@ -61,12 +62,19 @@ pub fn importance_of(mean_squares: &mut [f32]) {
     }
 }
 
+/// What a weight's statistics are called by.
+fn stem(weight: &str) -> &str {
+    weight.strip_suffix(".weight").unwrap_or(weight)
+}
+
 /// An open file of statistics.
 pub struct Calibration {
     file: Safetensors,
     model: String,
     inputs: Vec<Input>,
     by_weight: HashMap<String, usize>,
+    /// The tensors of the outputs' second moments, and how many outputs they are of.
+    outputs: HashMap<String, (usize, usize)>,
 }
 
 /// One input of one or several layers.
@@ -76,6 +84,8 @@ pub struct Input {
     pub cols: usize,
     /// Tokens that were seen.
     pub tokens: u64,
+    /// Tokens whose gradients were.
+    output_tokens: u64,
     diagonal: usize,
     moment: Option<usize>,
 }
@@ -91,6 +101,8 @@ struct Metadata {
 #[derive(Deserialize)]
 struct MetadataInput {
     tokens: u64,
+    #[serde(default)]
+    output_tokens: u64,
     weights: Vec<String>,
 }
 
@@ -118,9 +130,9 @@ impl Calibration {
         }
         let tensors: HashMap<&str, usize> =
             file.tensors().iter().enumerate().map(|(i, t)| (t.name.as_str(), i)).collect();
-        let (mut inputs, mut by_weight) = (Vec::new(), HashMap::new());
+        let (mut inputs, mut by_weight, mut outputs) = (Vec::new(), HashMap::new(), HashMap::new());
         for (name, input) in metadata.inputs {
-            let find = |kind: &str, rank: usize| {
+            let find = |name: &str, kind: &str, rank: usize| {
                 let Some(&i) = tensors.get(format!("{name}.{kind}").as_str()) else { return Ok(None) };
                 let info = &file.tensors()[i];
                 let square = info.shape.len() == rank && info.shape.iter().all(|n| *n == info.shape[0]);
@@ -134,23 +146,32 @@ impl Calibration {
                 }
                 Ok(Some((i, info.shape[0])))
             };
-            let Some((diagonal, cols)) = find("diagonal", 1)? else {
+            let Some((diagonal, cols)) = find(&name, "diagonal", 1)? else {
                 return Err(Error::input(format!("tensor {:?} is missing", format!("{name}.diagonal"))));
             };
-            let moment = find("second_moment", 2)?;
+            let moment = find(&name, "second_moment", 2)?;
             if let Some((_, found)) = moment.filter(|m| m.1 != cols) {
                 return Err(Error::input(format!(
                     "{name:?} has a diagonal of {cols} numbers and a second moment of {found} columns"
                 )));
             }
             for weight in input.weights {
+                if let Some(found) = find(stem(&weight), "output_moment", 2)? {
+                    outputs.insert(weight.clone(), found);
+                }
                 if by_weight.insert(weight.clone(), inputs.len()).is_some() {
                     return Err(Error::input(format!("weight {weight:?} reads two inputs")));
                 }
             }
-            inputs.push(Input { cols, tokens: input.tokens, diagonal, moment: moment.map(|m| m.0) });
+            inputs.push(Input {
+                cols,
+                tokens: input.tokens,
+                output_tokens: input.output_tokens,
+                diagonal,
+                moment: moment.map(|m| m.0),
+            });
         }
-        Ok(Calibration { model: metadata.model, inputs, by_weight, file })
+        Ok(Calibration { model: metadata.model, inputs, by_weight, outputs, file })
     }
 
     /// The digest of the model that the statistics are of, in hexadecimal; empty where it is not known.
@@ -202,6 +223,18 @@ impl Calibration {
     /// An input error if the file has changed.
     pub fn moment(&self, index: usize) -> Result<Option<Vec<f32>>> {
         self.inputs[index].moment.map(|i| self.floats(i)).transpose()
+    }
+
+    /// The second moment of the gradients of a weight's outputs, `[rows, rows]`, with their number and that of the
+    /// tokens it is a mean of; `None` where it was not gathered.
+    ///
+    /// # Errors
+    /// An input error if the file has changed.
+    pub fn output_moment(&self, weight: &str) -> Result<Option<(Vec<f32>, usize, u64)>> {
+        let (Some(&(tensor, rows)), Some(input)) = (self.outputs.get(weight), self.find(weight)) else {
+            return Ok(None);
+        };
+        Ok(Some((self.floats(tensor)?, rows, self.inputs[input].output_tokens)))
     }
 
     fn floats(&self, tensor: usize) -> Result<Vec<f32>> {

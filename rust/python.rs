@@ -170,6 +170,7 @@ fn encode(
     codec: &str,
     mut importance: Option<Vec<f32>>,
     second_moment: Option<Bytes>,
+    output_moment: Option<Bytes>,
     tokens: Option<u64>,
     measure: bool,
     threads: usize,
@@ -179,11 +180,15 @@ fn encode(
         let tensor =
             Tensor { shape, encoding: Encoding::Plain(dtype_named(dtype)?), bytes: data.as_slice().into() };
         let codec = codec::find(codec)?;
+        let rows = Rows::new(&tensor.shape, axis)?;
+        let floats = |moment: &Bytes| -> Vec<f32> {
+            moment.as_slice().as_chunks().0.iter().map(|b| f32::from_ne_bytes(*b)).collect()
+        };
+        let outputs = output_moment.as_ref().map(|m| Factor::new(&floats(m), rows.count(), tokens, LAPACK));
+        let outputs = outputs.transpose()?;
         let factor = match &second_moment {
             Some(moment) => {
-                let floats: Vec<f32> =
-                    moment.as_slice().as_chunks().0.iter().map(|b| f32::from_ne_bytes(*b)).collect();
-                let cols = Rows::new(&tensor.shape, axis)?.cols;
+                let (floats, cols) = (floats(moment), rows.cols);
                 let factor = Factor::new(&floats, cols, tokens, LAPACK)?;
                 importance.get_or_insert_with(|| floats.iter().step_by(cols + 1).copied().collect());
                 Some(factor)
@@ -196,6 +201,7 @@ fn encode(
         let options = runner::Options {
             importance: importance.as_deref(),
             factor: factor.as_ref(),
+            outputs: outputs.as_ref(),
             measure,
             meter: None,
         };
@@ -349,7 +355,7 @@ fn _core(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add_function(wrap_pyfunction!(exit_codes, m)?)?;
     m.add_function(wrap_pyfunction!(kernels::cuda_source, m)?)?;
     m.add_function(wrap_pyfunction!(kernels::exponent, m)?)?;
-    m.add_function(wrap_pyfunction!(kernels::lut16_tables, m)?)?;
+    m.add_function(wrap_pyfunction!(kernels::tables, m)?)?;
     m.add_function(wrap_pyfunction!(delta::make_delta, m)?)?;
     m.add_function(wrap_pyfunction!(delta::materialize, m)?)?;
     m.add_function(wrap_pyfunction!(output_format, m)?)?;

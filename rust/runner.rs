@@ -5,6 +5,7 @@
 
 mod buffer;
 mod error_sums;
+mod together;
 
 pub use buffer::zeroed;
 
@@ -31,6 +32,9 @@ pub struct Options<'a> {
     pub importance: Option<&'a [f32]>,
     /// To choose codes again, column by column; layouts without error feedback pass it over.
     pub factor: Option<&'a Factor>,
+    /// The second moment of the gradients of the layer's outputs, one for each row; then codes that are chosen again
+    /// also make good what other rows have lost.
+    pub outputs: Option<&'a Factor>,
     /// Whether to measure the squared error.
     pub measure: bool,
     /// Where to count weights, and look for a request to stop.
@@ -152,6 +156,13 @@ pub fn encode_into(
             "the second moment has {} columns, the tensor {}",
             factor.cols(),
             rows.cols
+        )));
+    }
+    if let Some(outputs) = options.outputs.filter(|f| f.cols() != rows.count()) {
+        return Err(Error::usage(format!(
+            "the second moment of the outputs has {} columns, the tensor {} rows",
+            outputs.cols(),
+            rows.count()
         )));
     }
     let wanted = codec.layout.part_bytes(rows.count() as u64, rows.cols as u64);
@@ -277,11 +288,14 @@ impl Job<'_> {
     }
 
     fn run(&self, exponent: i32, parts: &mut [&mut [u8]]) -> (Outcome, Range) {
-        let mut outcome = Outcome { exponent, ..Outcome::default() };
-        let mut range = Range::default();
         if self.rows.is_empty() {
             parts.iter_mut().for_each(|p| p.fill(0));
-            return (outcome, range);
+            return Sums::default().outcome(exponent);
+        }
+        if let (Some(outputs), Some(_), Some(_)) =
+            (self.options.outputs, self.options.factor, self.codec.layout.calibrated)
+        {
+            return self.run_together(outputs, exponent, parts);
         }
         let (count, cols) = (self.rows.count(), self.rows.cols);
         let strip_rows = self.strip_rows();
@@ -298,28 +312,27 @@ impl Job<'_> {
             .map_init(Scratch::default, |scratch, (i, parts)| {
                 let first = i * strip_rows;
                 let n = strip_rows.min(count - first);
-                match self.options.meter {
-                    Some(meter) if meter.is_stopped() => return Default::default(),
-                    // Each weight is counted once, whether or not it takes a second pass.
-                    Some(meter) if exponent == 0 => meter.add((n * cols) as u64),
-                    _ => {}
+                if !self.go_on(n, exponent) {
+                    return Sums::default();
                 }
                 self.strip(first, n, exponent, parts, scratch)
             })
             .collect();
         // In the order of the strips, so that the sums do not depend on the threads.
-        for strip in done {
-            range = range.and(strip.range);
-            outcome.squared_error += strip.error;
-            outcome.squared_norm += strip.norm;
-            if let Some(strip) = strip.output {
-                let output = outcome.output.get_or_insert_default();
-                output.error += strip.error;
-                output.before += strip.before;
-                output.norm += strip.norm;
-            }
+        let mut total = Sums::default();
+        done.iter().for_each(|strip| total.add(strip));
+        total.outcome(exponent)
+    }
+
+    /// Counts `rows` rows, which are next, unless it was asked to stop.
+    fn go_on(&self, rows: usize, exponent: i32) -> bool {
+        match self.options.meter {
+            Some(meter) if meter.is_stopped() => return false,
+            // Each weight is counted once, whether or not it takes a second pass.
+            Some(meter) if exponent == 0 => meter.add((rows * self.rows.cols) as u64),
+            _ => {}
         }
-        (outcome, range)
+        true
     }
 
     fn strip(
@@ -330,7 +343,9 @@ impl Job<'_> {
         parts: &mut [&mut [u8]],
         scratch: &mut Scratch,
     ) -> Sums {
-        let weights = self.weights(first, n, &mut scratch.weights);
+        // Its memory comes back below.
+        let mut own = std::mem::take(&mut scratch.weights);
+        let weights = self.weights(first, n, &mut own);
         let scaled;
         let data = if exponent == 0 {
             weights
@@ -339,6 +354,21 @@ impl Job<'_> {
             scaled = weights.iter().map(|w| w * factor).collect::<Vec<_>>();
             &scaled
         };
+        let sums = self.encode_strip(data, data, exponent, parts, scratch);
+        scratch.weights = own;
+        sums
+    }
+
+    /// Encodes the rows `data` of a strip, whose errors are counted from `exact`; `scratch.rebuilt` is what they became
+    /// where that is measured, or other rows are to know it.
+    fn encode_strip(
+        &self,
+        data: &[f32],
+        exact: &[f32],
+        exponent: i32,
+        parts: &mut [&mut [u8]],
+        scratch: &mut Scratch,
+    ) -> Sums {
         let strip = Strip { data, cols: self.rows.cols, importance: self.options.importance };
         let layout = self.codec.layout;
         let encode = match layout.calibrated {
@@ -355,11 +385,11 @@ impl Job<'_> {
                 (calibrated.feedback)(self.level, layout, factor, strip, parts);
             sums.output = Some(OutputError { error: error * unit, before: before * unit, norm: norm * unit });
         }
-        if self.options.measure {
+        if self.options.measure || self.options.outputs.is_some() {
             let parts: Vec<&[u8]> = parts.iter().map(|p| &**p).collect();
             scratch.rebuilt.resize(data.len(), 0.0);
             (layout.decode)(self.level, &parts, self.rows.cols, &mut scratch.rebuilt);
-            [sums.error, sums.norm] = error_sums(data, &scratch.rebuilt).map(|sum| sum * unit);
+            [sums.error, sums.norm] = error_sums(exact, &scratch.rebuilt).map(|sum| sum * unit);
         }
         sums
     }
@@ -372,6 +402,25 @@ struct Sums {
     error: f64,
     norm: f64,
     output: Option<OutputError>,
+}
+
+impl Sums {
+    fn add(&mut self, other: &Sums) {
+        self.range = self.range.and(other.range);
+        self.error += other.error;
+        self.norm += other.norm;
+        if let Some(other) = other.output {
+            let output = self.output.get_or_insert_default();
+            output.error += other.error;
+            output.before += other.before;
+            output.norm += other.norm;
+        }
+    }
+
+    fn outcome(self, exponent: i32) -> (Outcome, Range) {
+        let Sums { range, error, norm, output } = self;
+        (Outcome { exponent, squared_error: error, squared_norm: norm, output }, range)
+    }
 }
 
 #[derive(Default)]

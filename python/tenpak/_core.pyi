@@ -19,12 +19,12 @@ __all__ = [
     "encode",
     "exit_codes",
     "exponent",
-    "lut16_tables",
     "make_delta",
     "materialize",
     "output_format",
     "part_shapes",
     "simd",
+    "tables",
     "wgpu_adapters",
 ]
 __version__: str
@@ -81,7 +81,7 @@ def wgpu_adapters() -> list[dict[str, Any]]: ...
 def exit_codes() -> list[tuple[str, int]]: ...
 def output_format(path: str) -> str: ...
 def cuda_source(name: str) -> str: ...
-def lut16_tables() -> list[list[int]]: ...
+def tables(layout: str) -> list[list[int]]: ...
 def exponent(codec: str, largest: float) -> int: ...
 def part_shapes(codec: str, shape: list[int], axis: int) -> list[tuple[str, str, int, int]]: ...
 def encode(
@@ -92,6 +92,7 @@ def encode(
     codec: str,
     importance: list[float] | None,
     second_moment: _Buffer | None,
+    output_moment: _Buffer | None,
     tokens: int | None,
     measure: bool,
     threads: int,

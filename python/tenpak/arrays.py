@@ -56,6 +56,7 @@ def encode(
     *,
     importance: ArrayLike | None = None,
     second_moment: ArrayLike | None = None,
+    output_moment: ArrayLike | None = None,
     tokens: int | None = None,
     measure: bool = False,
     threads: int | None = None,
@@ -73,7 +74,10 @@ def encode(
         second_moment: H = E[x xᵀ] of the layer's input, [in, in] float32: codes are chosen column by column, each
             making good what those before it have lost (GPTQ, Frantar et al. 2022). `importance` is then H's
             diagonal unless it is given.
-        tokens: How many tokens `second_moment` is a mean of: it is trusted less where they were few.
+        output_moment: With `second_moment`, E[g gᵀ] of gradients at the layer's outputs, [out, out] float32: outputs,
+            too, then make good what others have lost, and `output_error` is of what they were to be (YAQA, Tseng
+            et al. 2025).
+        tokens: How many tokens moments are a mean of: they are trusted less where they were few.
         measure: Whether to fill `relative_error`.
         threads: Threads to use; None for one on each core. The result does not depend on it.
         out: The result of an earlier call with the same codec and shape, whose memory is used again.
@@ -97,9 +101,12 @@ def encode(
         parts = out.parts
         if {name: (part.shape, part.dtype) for name, part in parts.items()} != wanted:
             raise UsageError(f"out holds {out.codec} of shape {out.shape}, not {codec} of shape {tuple(shape)}")
-    moment = None
-    if second_moment is not None:
-        moment = np.ascontiguousarray(second_moment, np.float32)
+    if output_moment is not None and second_moment is None:
+        raise UsageError("output_moment is of use beside a second_moment only")
+
+    def moment(given: ArrayLike | None) -> NDArray[np.uint8] | None:
+        return None if given is None else np.ascontiguousarray(given, np.float32).reshape(-1).view(np.uint8)
+
     weights = None if importance is None else np.asarray(importance, np.float32).reshape(-1).tolist()
     buffers = [part.reshape(-1).view(np.uint8) for part in parts.values()]
     exponent, error, norm, output = _core.encode(
@@ -109,7 +116,8 @@ def encode(
         position,
         codec,
         weights,
-        None if moment is None else moment.reshape(-1).view(np.uint8),
+        moment(second_moment),
+        moment(output_moment),
         tokens,
         measure,
         checked_threads(threads),

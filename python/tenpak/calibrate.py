@@ -1,13 +1,22 @@
 """Gathers what a model's linear layers read: the statistics that calibrated encoders heed.
 
-A model goes through layer by layer, all windows of the text through one layer before the next, so that the
-statistics and weights of one layer are in memory at a time, beside the windows' hidden states.
+A model is gone through layer by layer, all windows of the text through one layer before the next, so that the
+statistics and weights of one layer are in memory at a time, beside the windows' hidden states. Where gradients are
+wanted, some windows then go backwards, for which what all layers were given is set aside, in a file if it is much.
+
+Gradients are those of the loss that the model expects of itself, at tokens that it samples, so that their second
+moments are its Fisher information: as far as that is a Kronecker product, a layer's weights [out, in] that are off by E
+add tr(G E H Eᵀ) to the divergence, with H = E[|g|² x xᵀ] over inputs x and G = E[|x|² g gᵀ] over gradients g at the
+outputs (Tseng et al. 2025, "Model-preserving adaptive rounding"). Few tokens have most of those weights, so that H is
+better off with windows that count all tokens alike beside those.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 import os
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -18,9 +27,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tenpak import arrays
-from tenpak.decoder import Block, Decoder, Linear
+from tenpak.decoder import Block, Decoder, Head, Linear
+from tenpak.decoder.gradients import norm_backward
 from tenpak.errors import UsageError
-from tenpak.evaluate import Device, array_module, tokens_of, windows_of
+from tenpak.evaluate import POSITIONS, Device, array_module, tokens_of, windows_of
 from tenpak.sampling import checked_seed
 from tenpak.statistics import StatisticsWriter
 
@@ -33,6 +43,12 @@ SAMPLED_WINDOWS = 64
 
 #: Tokens that are computed at once.
 TOKENS_AT_ONCE = 4096
+#: Of so many batches one goes backwards, which takes three times as long.
+BACKWARD_EVERY = 2
+#: Bytes of what is set aside in memory.
+MEMORY = 4 << 30
+#: Outputs of a layer above which no second moment of their gradients is gathered: it would be more than 1 GiB.
+MOST_OUTPUTS = 1 << 14
 
 
 @dataclass(frozen=True)
@@ -69,6 +85,7 @@ def calibrate(
     context: int | None = None,
     seed: int = 0,
     diagonal: bool = False,
+    gradients: bool = True,
     sequential: str | None = None,
     encoder: str = "gptq",
     device: Device = "cpu",
@@ -86,8 +103,11 @@ def calibrate(
             or 64 samples.
         context: Tokens in a window; None for 1024, or as many as the model was made for.
         seed: For sampling.
-        diagonal: Only E[x_j²], which takes little space and suits the encoder `diag`.
-        sequential: A codec: each layer's statistics are gathered with all layers before it quantised under it.
+        diagonal: Only E[x_j²], which takes little space and suits the encoder `diag`; no gradients.
+        gradients: Let some windows go backwards too, and weigh tokens and outputs by how much they matter. It takes
+            twice as long, and room for what all layers were given in those windows.
+        sequential: A codec: each layer's statistics are gathered with all layers before it quantised under it, and
+            without gradients.
         encoder: For `sequential`: `gptq` or `diag`.
         device: Where to compute, for a model that is not open yet; `cuda` needs CuPy.
         force: Replace an existing output.
@@ -117,7 +137,11 @@ def calibrate(
         else:
             tokens = _spread(windows_of(tokens_of(decoder, text), context, None), windows)
         weights = inputs = 0
-        for gathered in _walk(decoder, tokens, diagonal, sequential, encoder, progress):
+        if gradients and not diagonal and sequential is None:
+            walk = _walk_backward(decoder, tokens, seed, Path(output).parent, progress)
+        else:
+            walk = _walk(decoder, tokens, diagonal, sequential, encoder, progress)
+        for gathered in walk:
             writer.add(*gathered)
             inputs += 1
             weights += len(gathered[0])
@@ -158,15 +182,19 @@ def sample(
     cache = decoder.cache()
     for step in range(1, context):
         logits = decoder.logits(tokens[:, step - 1 : step], cache)[:, -1]
-        # The inverse of the distribution function, at one uniform number a window.
         logits -= logits.max(axis=-1, keepdims=True)
-        sums = xp.cumsum(xp.exp(logits), axis=-1, dtype=np.float64)
-        below = sums < xp.asarray(random.random(windows))[:, None] * sums[:, -1:]
-        chosen = below.sum(axis=-1)
+        chosen = _drawn(xp.exp(logits, out=logits), random, xp)
         tokens[:, step] = chosen if xp is np else xp.asnumpy(chosen)
         if progress is not None:
             progress(step, context - 1, "sampling text")
     return tokens
+
+
+def _drawn(weights: Any, random: np.random.Generator, xp: Any) -> Any:
+    """One index for each row of weights [n, choices], drawn with their probabilities."""
+    # The inverse of the distribution function, at one uniform number a row.
+    sums = xp.cumsum(weights, axis=-1, dtype=np.float64)
+    return (sums < xp.asarray(random.random(len(weights)))[:, None] * sums[:, -1:]).sum(axis=-1)
 
 
 #: Names of the weights that read an input, tokens seen, E[x_j²], and E[x xᵀ].
@@ -219,6 +247,172 @@ def _walk(
         yield from sums.means()
 
 
+def _walk_backward(
+    decoder: Decoder, tokens: NDArray[np.int64], seed: int, folder: Path, progress: Progress | None
+) -> Any:
+    """Yields the statistics of one input after another, and of the outputs of what reads it, the last layer's first."""
+    xp, layers, at_once = decoder.xp, decoder.config.layers, max(1, TOKENS_AT_ONCE // tokens.shape[1])
+    hidden = [decoder.embed(tokens[i : i + at_once]) for i in range(0, len(tokens), at_once)]
+    total, done = (layers + 1) * len(hidden) + 2 * layers * len(hidden[::BACKWARD_EVERY]), 0
+
+    def step(steps: int = 1) -> None:
+        nonlocal done
+        done += steps
+        if progress is not None:
+            progress(done, total, "gathering statistics")
+
+    with _Shelf(folder, xp) as shelf:
+        given: list[list[Any]] = []
+        moments: list[_Moments] = []
+        for index in range(layers):
+            block = decoder.block(index)
+            given.append([shelf.put(h) for h in hidden[::BACKWARD_EVERY]])
+            moments.append(_Moments(xp))
+            for i, h in enumerate(hidden):
+                hidden[i] = block(h, observe=moments[-1].add if i % BACKWARD_EVERY else None)
+                step()
+            moments[-1].set_aside(shelf)
+        del block
+        head, random = decoder.head, np.random.default_rng(checked_seed(seed))
+        if isinstance(head.linear, Linear):
+            sums = _Sums(xp, diagonal=False)
+            for h in hidden:
+                sums.add((head.linear.name,), head.norm(h))
+            yield from sums.means()
+        gradients = []
+        for i in range(len(hidden)):
+            h, hidden[i] = hidden[i], None
+            if i % BACKWARD_EVERY == 0:
+                gradients.append(_loss_backward(head, h, random, xp))
+            step()
+        for index in reversed(range(layers)):
+            block, here = decoder.block(index), moments.pop()
+            here.take_back(shelf)
+            for i, h in enumerate(given.pop()):
+                gradients[i] = block.backward(shelf.get(h), gradients[i], here.add_backward)
+                step(2)
+            del block
+            yield from here.means()
+
+
+class _Shelf:
+    """FP32 arrays set aside: in memory, and beyond `MEMORY` bytes in a file without a name."""
+
+    def __init__(self, folder: Path, xp: Any) -> None:
+        self._folder, self._xp = folder, xp
+        self._room = MEMORY
+        self._file: Any = None
+
+    def put(self, array: Any) -> Any:
+        """What `get` wants for it."""
+        host = _on_host(array, self._xp)
+        self._room -= host.nbytes
+        if self._room >= 0:
+            return host
+        if self._file is None:
+            # Closed by __exit__.
+            self._file = tempfile.TemporaryFile(dir=self._folder)  # noqa: SIM115
+        at = self._file.seek(0, os.SEEK_END)
+        self._file.write(np.ascontiguousarray(host).data)
+        return at, host.shape
+
+    def get(self, kept: Any) -> Any:
+        if not isinstance(kept, np.ndarray):
+            at, shape = kept
+            self._file.seek(at)
+            kept = np.frombuffer(self._file.read(4 * math.prod(shape)), np.float32).reshape(shape)
+        return self._xp.asarray(kept)
+
+    def __enter__(self) -> _Shelf:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._file is not None:
+            self._file.close()
+
+
+def _on_host(array: Any, xp: Any) -> NDArray[np.float32]:
+    host: NDArray[np.float32] = array if xp is np else xp.asnumpy(array)
+    return host
+
+
+def _loss_backward(head: Head, h: Any, random: np.random.Generator, xp: Any) -> Any:
+    """The gradient at hidden states [batch, T, width] of the loss at a token that is sampled for each of them."""
+    flat = h.reshape(-1, h.shape[-1])
+    d = xp.empty_like(flat)
+    for first in range(0, len(flat), POSITIONS):
+        here = flat[first : first + POSITIONS]
+        p = head(here)
+        p -= p.max(axis=-1, keepdims=True)
+        xp.exp(p, out=p)
+        chosen = _drawn(p, random, xp)
+        p /= p.sum(axis=-1, keepdims=True)
+        p[xp.arange(len(p)), chosen] -= 1
+        d[first : first + POSITIONS] = norm_backward(head.norm, here, p @ head.linear.weight, xp=xp)
+    return d.reshape(h.shape)
+
+
+class _Moments:
+    """E[x xᵀ] of every distinct input and E[g gᵀ] of every weight's outputs, in FP32."""
+
+    def __init__(self, xp: Any) -> None:
+        self._xp = xp
+        self._inputs: dict[tuple[str, ...], Any] = {}
+        self._outputs: dict[str, Any] = {}
+        #: Tokens that were seen, and those that went backwards.
+        self._tokens: dict[tuple[str, ...], list[int]] = {}
+
+    def add(self, names: tuple[str, ...], x: Any) -> None:
+        """Every token as much as the others."""
+        self._sum(self._inputs, names, x.reshape(-1, x.shape[-1]))
+        self._count(names, x, backward=False)
+
+    def add_backward(self, names: tuple[str, ...], x: Any, gradients: list[Any]) -> None:
+        """Inputs by the squares of gradients, and gradients by those of inputs, each over their mean."""
+        x, *gradients = (array.reshape(-1, array.shape[-1]) for array in (x, *gradients))
+        self._sum(self._inputs, names, x, sum(map(self._squares, gradients)))
+        squares = self._squares(x)
+        for name, g in zip(names, gradients, strict=True):
+            if g.shape[1] <= MOST_OUTPUTS:
+                self._sum(self._outputs, name, g, squares)
+        self._count(names, x, backward=True)
+
+    def set_aside(self, shelf: _Shelf) -> None:
+        """Until `take_back`."""
+        self._inputs = {names: shelf.put(total) for names, total in self._inputs.items()}
+
+    def take_back(self, shelf: _Shelf) -> None:
+        self._inputs = {names: shelf.get(total) for names, total in self._inputs.items()}
+
+    def means(self) -> Any:
+        def mean(total: Any, tokens: int) -> NDArray[np.float32]:
+            return _on_host(total / np.float32(tokens), self._xp)
+
+        for names, total in self._inputs.items():
+            seen, of_outputs = self._tokens[names]
+            moment = mean(total, seen)
+            outputs = {name: mean(self._outputs[name], of_outputs) for name in names if name in self._outputs}
+            yield names, seen, np.diagonal(moment).copy(), moment, outputs, of_outputs
+
+    def _squares(self, x: Any) -> Any:
+        return self._xp.einsum("ij,ij->i", x, x)
+
+    def _sum(self, sums: dict[Any, Any], key: Any, x: Any, squares: Any = None) -> None:
+        """Adds Σ x xᵀ, each token by its part of `squares`."""
+        if squares is not None:
+            # Where nothing matters, nothing counts.
+            mean = self._xp.maximum(squares.mean(), np.float32(np.finfo(np.float32).tiny))
+            x = x * self._xp.sqrt(squares / mean)[:, None]
+        new = x.T @ x
+        sums[key] = sums[key] + new if key in sums else new
+
+    def _count(self, names: tuple[str, ...], x: Any, backward: bool) -> None:
+        tokens = self._tokens.setdefault(names, [0, 0])
+        count = x.size // x.shape[-1]
+        tokens[0] += count
+        tokens[1] += count * backward
+
+
 class _Sums:
     """Σ x_j² or Σ x xᵀ of every distinct input, in FP32."""
 
@@ -238,8 +432,7 @@ class _Sums:
 
     def means(self) -> Any:
         for names, total in self._sums.items():
-            mean = total / np.float32(self._tokens[names])
-            array = mean if self._xp is np else self._xp.asnumpy(mean)
+            array = _on_host(total / np.float32(self._tokens[names]), self._xp)
             if self._diagonal:
                 yield names, self._tokens[names], array, None
             else:

@@ -1,8 +1,9 @@
 """The file of statistics that calibrated encoders read: one safetensors file, written input by input.
 
 An input NAME has `NAME.diagonal` ([in], E[x_j²]) and, unless only diagonals are wanted, `NAME.second_moment`
-([in, in], E[x xᵀ]), both FP32. The metadata key `tenpak.calibration` holds JSON that says which weights read which
-input, how many tokens were seen, and of which model and text.
+([in, in], E[x xᵀ]), both FP32; a weight NAME.weight may have `NAME.output_moment` ([out, out], E[g gᵀ] of the gradients
+at its layer's outputs). The metadata key `tenpak.calibration` holds JSON that says which weights read which input, how
+many tokens and gradients were seen, and of which model and text.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
@@ -51,6 +52,8 @@ class StatisticsWriter:
         tokens: int,
         diagonal: NDArray[np.float32],
         second_moment: NDArray[np.float32] | None,
+        output_moments: Mapping[str, NDArray[np.float32]] | None = None,
+        output_tokens: int = 0,
     ) -> None:
         """Adds the statistics of one input.
 
@@ -59,13 +62,19 @@ class StatisticsWriter:
             tokens: How many tokens were seen.
             diagonal: E[x_j²], [in].
             second_moment: E[x xᵀ], [in, in], or None.
+            output_moments: E[g gᵀ] by the weight's name, [out, out].
+            output_tokens: How many tokens these are of.
         """
         names = list(weights)
         name = names[0].removesuffix(".weight")
         self._inputs[name] = {"tokens": int(tokens), "weights": names}
+        if output_moments:
+            self._inputs[name]["output_tokens"] = int(output_tokens)
         self._append(f"{name}.diagonal", diagonal)
         if second_moment is not None:
             self._append(f"{name}.second_moment", second_moment)
+        for weight, moment in (output_moments or {}).items():
+            self._append(f"{weight.removesuffix('.weight')}.output_moment", moment)
 
     def finish(self, about: dict[str, Any]) -> None:
         """Writes the header, with `about` beside the inputs, and puts the file in its place."""

@@ -39,6 +39,7 @@ pub const fn layout<const G: usize>(name: &'static str, parts: &'static [Part]) 
         parts,
         rebuild: "q*s + o",
         normal_from: 1.0 / 64.0,
+        tables: None,
         decode: decode::<G>,
         under_rows: None,
         calibrated: Some(Calibrated { search: encode::<Search, G>, feedback: feedback::<Affine<G>> }),

@@ -28,6 +28,7 @@ pub const fn layout<const G: usize, const BITS: u32>(name: &'static str, parts: 
         rebuild: "q*(s0 + u*ds) + (o0 + v*do)",
         // Steps are some 4,000 times smaller than weights.
         normal_from: 0.125,
+        tables: None,
         decode: decode::<G, BITS>,
         under_rows: Some(encode_under_rows::<G, BITS>),
         calibrated: Some(Calibrated { search: encode::<G, BITS>, feedback: feedback::<AffineU8<G, BITS>> }),

@@ -19,6 +19,7 @@ pub static INT8_SYM: Layout = Layout {
     rebuild: "q*s",
     // FP32 scales do not care, but a scale must not be subnormal.
     normal_from: f32::MIN_POSITIVE * 1024.0,
+    tables: None,
     decode,
     under_rows: None,
     calibrated: None,

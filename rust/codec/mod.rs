@@ -12,17 +12,19 @@ mod feedback;
 mod groups;
 mod half_floats;
 mod int8_sym;
-mod lut16;
+mod lut;
 mod minmax;
+mod outputs;
 mod range;
 mod search;
 pub mod simd;
 mod trial;
 
 pub use factor::{Cholesky, Factor};
-pub use feedback::{OutputError, ROWS as FEEDBACK_ROWS, store_bits};
+pub use feedback::{Column, OutputError, ROWS as FEEDBACK_ROWS, store_bits};
 pub use half_floats::{narrow_f16, widen_f16};
-pub use lut16::TABLES as LUT16_TABLES;
+pub use lut::Tables;
+pub use outputs::owed;
 pub use range::{EXPONENTS, Range};
 
 use search::Search;
@@ -102,6 +104,8 @@ pub struct Layout {
     /// The largest magnitude of a tensor from which FP16 parameters are precise; below it (and above what
     /// FP16 holds) a tensor is scaled by a power of two, the index's `exponent`.
     pub normal_from: f32,
+    /// The tables that codes index, where there are some.
+    pub tables: Option<&'static Tables>,
     /// Decodes whole rows: `parts[i]` holds rows of part i, `out` is `[rows, cols]`.
     pub decode: fn(level: Level, parts: &[&[u8]], cols: usize, out: &mut [f32]),
     /// As [`Codec::encode`], for rows whose own numbers (the parts that are [`Per::Row`]) are given: what is stored
@@ -238,10 +242,18 @@ pub static ALL: &[Codec] = &[
     Codec {
         name: "int4_lut16_v1",
         version: 1,
-        summary: "the smallest: 7x, from learned tables",
-        layout: &lut16::INT4_LUT16,
+        summary: "7x, from learned tables: near the default at three quarters of its size",
+        layout: &INT4_LUT16,
         encoder: SEARCH,
-        encode: lut16::encode,
+        encode: lut::encode::<16>,
+    },
+    Codec {
+        name: "int4_lut32_v1",
+        version: 1,
+        summary: "the smallest: 7.5x, from learned tables",
+        layout: &INT4_LUT32,
+        encoder: SEARCH,
+        encode: lut::encode::<32>,
     },
 ];
 
@@ -253,6 +265,8 @@ static INT5_G32_U8: Layout =
     affine_u8::layout::<32, 5>("int5_g32_u8", &const { affine_u8::parts_with_high::<32, 5>() });
 static INT6_G32_U8: Layout =
     affine_u8::layout::<32, 6>("int6_g32_u8", &const { affine_u8::parts_with_high::<32, 6>() });
+static INT4_LUT16: Layout = lut::layout::<16>("int4_lut16", &const { lut::parts::<16>() });
+static INT4_LUT32: Layout = lut::layout::<32>("int4_lut32", &const { lut::parts::<32>() });
 static INT4_G16_U8: Layout = affine_u8::layout::<16, 4>("int4_g16_u8", &const { affine_u8::parts::<16>() });
 
 /// The codec of that name.

@@ -48,6 +48,8 @@ pub struct Help {
     pub importance: Option<Vec<f32>>,
     /// For error feedback.
     pub factor: Option<Arc<Factor>>,
+    /// For error feedback among rows.
+    pub outputs: Option<Factor>,
 }
 
 impl<'a> Calibrated<'a> {
@@ -177,15 +179,23 @@ impl<'a> Calibrated<'a> {
     /// An input error for statistics that cannot be.
     pub fn help(&self, index: usize, name: &str) -> Result<Help> {
         if let Some(Treatment::Estimate) = self.help[index] {
-            return Ok(Help { importance: self.estimates.get(name).cloned(), factor: None });
+            return Ok(Help { importance: self.estimates.get(name).cloned(), ..Help::default() });
         }
         let (Some(options), Some(Treatment::Input { input, encoder, .. })) = (self.options, self.help[index])
         else {
             return Ok(Help::default());
         };
         let importance = Some(options.statistics.importance(input)?);
-        let factor = if encoder == Encoder::Gptq { Some(self.factor(input)?) } else { None };
-        Ok(Help { importance, factor })
+        if encoder != Encoder::Gptq {
+            return Ok(Help { importance, ..Help::default() });
+        }
+        let factor = Some(self.factor(input)?);
+        let outputs = match options.statistics.output_moment(name)? {
+            // No layer but this one has these outputs.
+            Some((moment, rows, tokens)) => Some(Factor::new(&moment, rows, Some(tokens), options.cholesky)?),
+            None => None,
+        };
+        Ok(Help { importance, factor, outputs })
     }
 
     fn factor(&self, input: usize) -> Result<Arc<Factor>> {

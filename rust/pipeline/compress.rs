@@ -239,6 +239,7 @@ impl<'a> Job<'a> {
         let options = runner::Options {
             importance: help.importance.as_deref(),
             factor: help.factor.as_deref(),
+            outputs: help.outputs.as_ref(),
             measure: true,
             meter: Some(meter),
         };

@@ -17,6 +17,7 @@ static SOURCES: &[(&str, &str)] = sources![
     "attention.cu",
     "attention_prefill.cu",
     "cache.cuh",
+    "cluster.cuh",
     "columns.cuh",
     "decode.cu",
     "dense.cu",
@@ -57,10 +58,11 @@ pub fn cuda_source(py: Python<'_>, name: &str) -> PyResult<&'static str> {
         .ok_or_else(|| to_py(py, Error::usage(format!("no CUDA source {name:?}; there are {}", names()))))
 }
 
-/// The four tables of `int4_lut16`, sixteen values each.
+/// The tables that codes of a layout index, sixteen values each; none where it has none.
 #[pyfunction]
-pub fn lut16_tables() -> Vec<Vec<i8>> {
-    codec::LUT16_TABLES.iter().map(|table| table.to_vec()).collect()
+pub fn tables(layout: &str) -> Vec<Vec<i8>> {
+    let known = codec::ALL.iter().map(|codec| codec.layout).find(|known| known.name == layout);
+    known.and_then(|layout| layout.tables).into_iter().flatten().map(|table| table.to_vec()).collect()
 }
 
 /// The exponent that a codec gives a tensor whose largest magnitude is that.

@@ -4,7 +4,7 @@
 //! read from the table's parts, never from its name.
 
 use super::template::Constant;
-use crate::codec::{LUT16_TABLES, Layout, Part, Per};
+use crate::codec::{Layout, Part, Per, Tables};
 use crate::error::{Error, Result};
 use crate::tensor::Dtype;
 use half::f16;
@@ -22,7 +22,7 @@ enum Family {
     /// Codes of four bits and more, one-byte scale and offset on a line for each row.
     AffineBytes { group: usize, high_bits: usize },
     /// Four-bit codes into tables.
-    Tables { group: usize, run: usize },
+    Tables { group: usize, run: usize, tables: &'static Tables },
     /// Bytes under a scale for each row.
     Bytes,
 }
@@ -70,7 +70,7 @@ impl Form {
                 _ => return Err(unknown(layout)),
             },
             [(Dtype::U8, Per::Weight(4)), (Dtype::U8, Per::Run(group)), (Dtype::F16, Per::Run(run))] => {
-                Family::Tables { group, run }
+                Family::Tables { group, run, tables: layout.tables.ok_or_else(|| unknown(layout))? }
             }
             [(Dtype::I8, Per::Weight(8)), (Dtype::F32, Per::Row(1))] => Family::Bytes,
             _ => return Err(unknown(layout)),
@@ -104,8 +104,8 @@ impl Form {
             Family::AffineBytes { group, high_bits } => {
                 vec![("GROUP", group.to_string()), ("HIGH_BITS", high_bits.to_string())]
             }
-            Family::Tables { group, run } => {
-                let values: Vec<String> = LUT16_TABLES.iter().flatten().map(|v| format!("{v}.0")).collect();
+            Family::Tables { group, run, tables } => {
+                let values: Vec<String> = tables.iter().flatten().map(|v| format!("{v}.0")).collect();
                 vec![("GROUP", group.to_string()), ("SUPER", run.to_string()), ("TABLES", values.join(", "))]
             }
             Family::Bytes => vec![],
@@ -121,7 +121,7 @@ impl Form {
     pub fn groups(self, cols: usize) -> (usize, usize) {
         match self.family {
             Family::AffineHalf { group } | Family::AffineBytes { group, .. } => (cols.div_ceil(group), 0),
-            Family::Tables { group, run } => (cols.div_ceil(group), cols.div_ceil(run)),
+            Family::Tables { group, run, .. } => (cols.div_ceil(group), cols.div_ceil(run)),
             Family::Bytes => (0, 0),
         }
     }

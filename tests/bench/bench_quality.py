@@ -1,12 +1,15 @@
 """What quantising loses: every codec and encoder of Tenpak beside other tools' formats, on real models.
 
     python tests/bench/bench_quality.py [--models FOLDER …] [--device cuda] [--windows N] [--only REGEX] [--update]
+    python tests/bench/bench_quality.py --merge ROWS …
 
 Every model is compressed to an artifact on disk, opened again and evaluated beside the original, over all windows of
 1,024 tokens of text/dev.txt under TENPAK_REFERENCE (../shared). Statistics come from 160 windows of
-text/calibration.txt, or from text that the model samples. Other tools' formats go through the same evaluation, their
-weights quantised and rebuilt layer by layer. Linear layers only, embeddings and heads as they are, but for the rows
-`whole model`. Results go to results/quality.json, from which quality_page.py makes docs/quality.md.
+text/calibration.txt, or from as much text as `tenpak calibrate --self` lets the model sample. Other tools' formats go
+through the same evaluation, their weights quantised and rebuilt layer by layer. Linear layers only, embeddings and
+heads as they are, but for the rows `whole model`. Results go to results/quality.json, from which quality_page.py makes
+docs/quality.md. Several runs, each with rows (--only) and results (--results) of its own, may share statistics
+(--folder) and a GPU; --merge puts the `.rows` files that they leave into the results.
 """
 
 from __future__ import annotations
@@ -32,9 +35,9 @@ REFERENCE = Path(os.environ.get("TENPAK_REFERENCE", Path(__file__).resolve().par
 DEV, CALIBRATION = REFERENCE / "text" / "dev.txt", REFERENCE / "text" / "calibration.txt"
 
 #: Encoders beside the codec's own: the option's value, and which statistics it heeds.
-CALIBRATED = {"diag": ("diag", "text"), "gptq": ("gptq", "text"), "gptq, own text": ("gptq", "self")}
-#: Codecs whose statistics are also gathered layer after quantised layer.
-SEQUENTIAL = ("int4_opt_v1", "int4_lut16_v1")
+CALIBRATED = {"diag": ("diag", "inputs"), "gptq": ("gptq", "text"), "gptq, own text": ("gptq", "self")}
+#: Codecs that are also given statistics of inputs only, and those gathered layer after quantised layer.
+INPUTS_ONLY = ("int4_opt_v1", "int4_lut16_v1")
 
 
 class Original(Decoder):
@@ -56,34 +59,31 @@ class Original(Decoder):
 class Bench:
     """One model, its statistics and its rows."""
 
-    def __init__(self, model: Path, folder: Path, args: argparse.Namespace) -> None:
-        self.model, self.folder, self.args = model, folder, args
+    def __init__(self, model: Path, folder: Path, args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
+        self.model, self.folder, self.args, self.rows = model, folder, args, rows
         self.original = Original.open(model, xp=array_module(args.device))
         self.wanted = re.compile(args.only)
-        self.rows: list[dict[str, Any]] = []
-        self._statistics: dict[str, Path] = {}
 
     def statistics(self, kind: str) -> Path:
-        """`text`, `self`, or a codec's name for statistics with the layers before quantised."""
-        if kind not in self._statistics:
-            path = self.folder / f"{self.model.name}.{kind}.safetensors"
+        """`text`, `self`, `inputs` of the text only, or a codec's name for those with the layers before quantised."""
+        path = self.folder / f"{self.model.name}.{kind}.safetensors"
+        if not path.exists():
             started = time.perf_counter()
             tenpak.calibrate(
                 # Not the one that remembers, since every window is computed once here.
                 Decoder(self.original.source, xp=self.original.xp),
                 path,
                 None if kind == "self" else CALIBRATION,
-                windows=self.args.calibration_windows,
-                sequential=None if kind in ("text", "self") else kind,
-                force=True,
+                windows=None if kind == "self" else self.args.calibration_windows,
+                gradients=kind in ("text", "self"),
+                sequential=None if kind in ("text", "self", "inputs") else kind,
             )
             print(f"# {self.model.name}: statistics {kind} in {time.perf_counter() - started:.1f} s", flush=True)
-            self._statistics[kind] = path
-        return self._statistics[kind]
+        return path
 
     def importance(self) -> dict[str, np.ndarray]:
         """E[x_j²] by the weight's name."""
-        with safe_open(self.statistics("text"), "np") as file:
+        with safe_open(self.statistics("inputs"), "np") as file:
             inputs = json.loads(file.metadata()["tenpak.calibration"])["inputs"]
             return {
                 weight: file.get_tensor(f"{name}.diagonal")
@@ -95,7 +95,7 @@ class Bench:
         """A row for a file that Tenpak writes."""
         if not self.wanted.search(name):
             return
-        path = self.folder / "model.tenpak"
+        path = self.folder / f"{self.model.name}.{os.getpid()}.tenpak"
         kept = {} if whole else {"embeddings": "keep"}
         started = time.perf_counter()
         done = tenpak.compress(self.model, path, codec, force=True, **kept, **options)
@@ -136,7 +136,7 @@ class Bench:
         decoder: Decoder,
         whole: bool,
     ) -> None:
-        """Evaluates and keeps."""
+        """Evaluates and keeps; a long run must not lose what it has."""
         found = tenpak.evaluate(decoder, DEV, against=self.original, context=1024, windows=self.args.windows)
         comparison = found.comparison
         assert comparison is not None
@@ -161,6 +161,7 @@ class Bench:
                 "seconds": seconds,
             }
         )
+        self.args.results.with_suffix(".rows").write_text(json.dumps(self.rows))
         print(
             f"{self.model.name:12s} {name:36s} {bits:6.3f} bits  {comparison.change.value:+6.2f} %  "
             f"KL {1e3 * comparison.divergence.value:7.3f}e-3 ± {1e3 * (comparison.divergence.error or 0):.3f}  "
@@ -182,13 +183,12 @@ class Bench:
                 name = f"{codec.name}, {label}"
                 if self.wanted.search(name):
                     self.artifact(name, codec.name, label, calibration=self.statistics(kind), encoder=encoder)
-        for codec_name in SEQUENTIAL:
-            name = f"{codec_name}, gptq, sequential"
-            if self.wanted.search(name):
-                self.artifact(
-                    name, codec_name, "gptq, sequential", calibration=self.statistics(codec_name), encoder="gptq"
-                )
-        for codec_name in ("int8_sym_v1", "int4_opt_v1", "int4_lut16_v1"):
+        for codec_name in INPUTS_ONLY:
+            for label, kind in (("gptq, inputs only", "inputs"), ("gptq, sequential", codec_name)):
+                name = f"{codec_name}, {label}"
+                if self.wanted.search(name):
+                    self.artifact(name, codec_name, label, calibration=self.statistics(kind), encoder="gptq")
+        for codec_name in ("int8_sym_v1", "int4_opt_v1", "int4_lut16_v1", "int4_lut32_v1"):
             self.artifact(f"whole model: {codec_name}", codec_name, "", whole=True)
             if codec_name != "int8_sym_v1" and self.wanted.search("whole model"):
                 statistics = self.statistics("text")
@@ -218,15 +218,18 @@ def main() -> None:
     parser.add_argument("--update", action="store_true", help="keep the rows of the results that are not measured now")
     parser.add_argument("--no-peers", dest="peers", action="store_false")
     parser.add_argument("--results", type=Path, default=RESULTS / "quality.json")
+    parser.add_argument("--folder", type=Path, help="where statistics lie, and stay")
+    parser.add_argument("--merge", type=Path, nargs="+", metavar="ROWS", help="`.rows` files to put into the results")
     args = parser.parse_args()
     rows: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory(prefix="tenpak-quality-") as folder:
+    if args.merge:
+        results = json.loads(args.results.read_text())
+        rows = [row for path in args.merge for row in json.loads(path.read_text())]
+        report(args.results.stem, results["machine"], updated(results["rows"], rows), results["notes"])
+        return
+    with tempfile.TemporaryDirectory(prefix="tenpak-quality-") as temporary:
         for model in args.models:
-            bench = Bench(model, Path(folder), args)
-            bench.run()
-            rows += bench.rows
-            # A long run must not lose what it has.
-            args.results.with_suffix(".rows").write_text(json.dumps(rows))
+            Bench(model, args.folder or Path(temporary), args, rows).run()
     if args.update:
         rows = updated(json.loads(args.results.read_text())["rows"], rows)
     about = machine("tenpak", "numpy", *quality_peers.packages())

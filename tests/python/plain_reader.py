@@ -106,17 +106,21 @@ def affine(q, cols, n, scales, offsets):
     return q.astype(np.float32) * spread(scales, n, cols) + spread(offsets, n, cols)
 
 
-def lut16(parts, cols):
-    level = (parts["scales"] & 63).astype(np.int8)
-    level = np.where(level >= 32, level - 64, level)
-    table = np.repeat(parts["scales"] >> 6, 16, axis=1)[:, :cols]
-    scale = spread(parts["supers"], 256, cols) * spread(level, 16, cols)
-    return scale * TABLES[table, nibbles(parts["codes"], cols)]
+def lut_layout(n):
+    parts = [("codes", "u1", lambda c: runs(c, 2)), ("scales", "u1", lambda c: runs(c, n))]
+    parts.append(("supers", "<f2", lambda c: runs(c, 16 * n)))
+
+    def rebuild(p, cols):
+        level = (p["scales"] & 63).astype(np.int8)
+        level = np.where(level >= 32, level - 64, level)
+        table = np.repeat(p["scales"] >> 6, n, axis=1)[:, :cols]
+        scale = spread(p["supers"], 16 * n, cols) * spread(level, n, cols)
+        return scale * TABLES[table, nibbles(p["codes"], cols)]
+
+    return parts, rebuild
 
 
 INT8 = [("codes", "i1", lambda c: c), ("scales", "<f4", lambda c: 1)]
-LUT16 = [("codes", "u1", lambda c: runs(c, 2)), ("scales", "u1", lambda c: runs(c, 16))]
-LUT16.append(("supers", "<f2", lambda c: runs(c, 256)))
 LAYOUTS = {
     "int4_opt_v1": fp16_layout(16),
     "int4_opt_llama_v1": fp16_layout(8),
@@ -128,7 +132,8 @@ LAYOUTS = {
     "int5_g32_v1": u8_layout(32, 5),
     "int6_g32_v1": u8_layout(32, 6),
     "int8_sym_v1": (INT8, lambda p, c: p["codes"].astype(np.float32) * p["scales"]),
-    "int4_lut16_v1": (LUT16, lut16),
+    "int4_lut16_v1": lut_layout(16),
+    "int4_lut32_v1": lut_layout(32),
 }
 
 

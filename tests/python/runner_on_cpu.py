@@ -162,7 +162,7 @@ def runner_on_cpu() -> Iterator[SimpleNamespace]:
         for module in loaded.values():
             if hasattr(module, "function"):
                 module.function = function
-        device = SimpleNamespace(multiprocessors=3, shared=225 << 10, shared_all=228 << 10)
+        device = SimpleNamespace(multiprocessors=3, shared=225 << 10, shared_all=228 << 10, hopper=False)
         for name in ("attention", "glue"):
             loaded[name].device_of = lambda number: device
         loaded["projections"].launch = _launch

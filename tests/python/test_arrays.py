@@ -28,13 +28,16 @@ def test_the_table_has_the_codecs_that_the_documents_promise():
         "int6_g32_v1",
         "int8_sym_v1",
         "int4_lut16_v1",
+        "int4_lut32_v1",
     }
     bits = {name: codec.bits_per_weight for name, codec in table.items()}
     assert bits["int4_opt_v1"] == 6
     assert bits["int4_opt_llama_v1"] == 8
     assert bits["int4_g32_fp16_v1"] == 5
     assert bits["int4_lut16_v1"] == 4.5625
+    assert bits["int4_lut32_v1"] == 4.28125
     assert table["int4_lut16_v1"].compression == pytest.approx(7.01, abs=0.01)
+    assert table["int4_lut32_v1"].compression == pytest.approx(7.47, abs=0.01)
 
 
 @every_codec

@@ -34,7 +34,7 @@ def statistics(tmp_path: Path, model: Path) -> Path:
 def test_statistics_are_the_moments_of_what_linear_layers_read(tmp_path, model):
     path = tmp_path / "s.safetensors"
     tokens = np.random.default_rng(0).integers(0, 2048, (3, 40))
-    report = tenpak.calibrate(model, path, tokens.reshape(-1), windows=3, context=40)
+    report = tenpak.calibrate(model, path, tokens.reshape(-1), windows=3, context=40, gradients=False)
     decoder, seen = Decoder.open(model), {}
     h = decoder.embed(tokens)
     for block in decoder.blocks:
@@ -51,6 +51,118 @@ def test_statistics_are_the_moments_of_what_linear_layers_read(tmp_path, model):
         moment = tensors[f"{name}.second_moment"]
         np.testing.assert_allclose(moment, wanted, rtol=1e-3, atol=1e-5 * np.abs(wanted).max())
         np.testing.assert_array_equal(tensors[f"{name}.diagonal"], np.diagonal(moment))
+
+
+def test_gradients_weigh_tokens_and_outputs(tmp_path, llama, monkeypatch):
+    """Both moments by their definitions, from passes of its own over the same samples."""
+    module, path = sys.modules["tenpak.calibrate"], tmp_path / "s.safetensors"
+    tokens = np.random.default_rng(0).integers(0, 2048, (3, 40))
+    monkeypatch.setattr(module, "TOKENS_AT_ONCE", 40)
+    tenpak.calibrate(llama, path, tokens.reshape(-1), windows=3, context=40, seed=7)
+    in_memory = path.read_bytes()
+    monkeypatch.setattr(module, "MEMORY", 0)
+    tenpak.calibrate(llama, path, tokens.reshape(-1), windows=3, context=40, seed=7, force=True)
+    assert path.read_bytes() == in_memory
+    assert files_in(tmp_path) == {"s.safetensors"}
+
+    decoder, plain, seen = Decoder.open(llama), {}, {}
+    random, flat = np.random.default_rng(7), lambda x: x.reshape(-1, x.shape[-1]).astype(np.float64)
+    h = decoder.embed(tokens[1:2])
+    for block in decoder.blocks:
+        h = block(h, observe=lambda names, x: plain.update({names: flat(x)}))
+    # Windows 0 and 2 go backwards.
+    for window in (tokens[:1], tokens[2:]):
+        hidden = [decoder.embed(window)]
+        for block in decoder.blocks:
+            hidden.append(block(hidden[-1]))
+        d = module._loss_backward(decoder.head, hidden.pop(), random, np)
+        for block in reversed(decoder.blocks):
+            d = block.backward(
+                hidden.pop(),
+                d,
+                lambda names, x, gs: seen.setdefault(names, []).append((flat(x), [flat(g) for g in gs])),
+            )
+
+    def close(found, wanted):
+        np.testing.assert_allclose(found, wanted, rtol=1e-3, atol=1e-5 * np.abs(wanted).max())
+
+    tensors, inputs = load_file(path), about(path)["inputs"]
+    assert plain.keys() == seen.keys()
+    for names, windows in seen.items():
+        name = names[0].removesuffix(".weight")
+        assert inputs[name] == {"tokens": 120, "weights": list(names), "output_tokens": 80}
+        total = plain[names].T @ plain[names]
+        for x, gradients in windows:
+            squares = sum(np.square(g).sum(1) for g in gradients)
+            total += (x * (squares / squares.mean())[:, None]).T @ x
+        close(tensors[f"{name}.second_moment"], total / 120)
+        for i, weight in enumerate(names):
+            total = 0
+            for x, gradients in windows:
+                squares = np.square(x).sum(1)
+                total += (gradients[i] * (squares / squares.mean())[:, None]).T @ gradients[i]
+            close(tensors[f"{weight.removesuffix('.weight')}.output_moment"], total / 80)
+
+
+def test_the_gradient_of_a_loss_is_that_of_differences(llama):
+    """At the last hidden states, against a step along a direction in FP64."""
+    module, decoder = sys.modules["tenpak.calibrate"], Decoder.open(llama)
+    h = decoder.embed(np.random.default_rng(0).integers(0, 2048, (1, 6)))
+    for block in decoder.blocks:
+        h = block(h)
+    d = module._loss_backward(decoder.head, h, np.random.default_rng(3), np)
+    head, norm = decoder.head.linear.weight.astype(np.float64), decoder.head.norm
+    logits = decoder.head(h)[0]
+    logits -= logits.max(axis=-1, keepdims=True)
+    chosen = module._drawn(np.exp(logits), np.random.default_rng(3), np)
+
+    def loss(h):
+        normed = h / np.sqrt(np.square(h).mean(-1, keepdims=True) + norm.eps) * norm.weight
+        logits = normed[0] @ head.T
+        return float((np.log(np.exp(logits).sum(-1)) - logits[np.arange(6), chosen]).sum())
+
+    direction = np.random.default_rng(1).standard_normal(h.shape)
+    step = 1e-4 * direction
+    slope = (loss(h + step) - loss(h - step)) / 2e-4
+    assert float((d * direction).sum()) == pytest.approx(slope, rel=1e-4)
+
+
+@pytest.mark.parametrize("codec", [c.name for c in tenpak.codecs() if c.code_bits < 8])
+def test_rows_make_good_what_others_have_lost(codec):
+    """tr(G E H Eᵀ) falls, in both orientations, whatever the number of threads."""
+    random = np.random.default_rng(0)
+
+    def moment(width):
+        x = random.standard_normal((900, 12)) @ random.standard_normal((12, width))
+        x += random.standard_normal((900, width))
+        return (x.T @ x / len(x)).astype(np.float32)
+
+    g, h, weight = moment(200), moment(96), gaussian(200, 96)
+
+    def loss(encoded: tenpak.Encoded) -> float:
+        e = (weight - tenpak.decode(encoded)).astype(np.float64)
+        return float(np.sum((g @ e) * (e @ h)))
+
+    alone = tenpak.encode(weight, codec, second_moment=h)
+    together = tenpak.encode(weight, codec, second_moment=h, output_moment=g, measure=True)
+    assert loss(together) < 0.9 * loss(alone)
+    delta = weight - tenpak.decode(together)
+    assert together.relative_error == pytest.approx(float((delta**2).sum() / (weight**2).sum()), rel=1e-4)
+    turned = tenpak.encode(weight.T.copy(), codec, axis=0, second_moment=h, output_moment=g, threads=1)
+    for name, part in together.parts.items():
+        np.testing.assert_array_equal(part, turned.parts[name])
+    # Outputs that do not depend on each other have nothing to make good.
+    diagonal = tenpak.encode(weight, codec, second_moment=h, output_moment=np.diag(np.linspace(2, 1, 200)))
+    for name, part in alone.parts.items():
+        np.testing.assert_array_equal(part, diagonal.parts[name])
+    tiny = tenpak.encode(weight * 1e-6, codec, second_moment=h, output_moment=g)
+    assert tiny.exponent < 0
+    weight = weight * np.float32(1e-6)
+    assert loss(tiny) < 0.9 * loss(tenpak.encode(weight, codec, second_moment=h))
+    with pytest.raises(UsageError, match="beside a second_moment"):
+        tenpak.encode(weight, codec, output_moment=g)
+    with pytest.raises(UsageError, match="second moment of 40000 numbers"):
+        tenpak.encode(weight[:40], codec, second_moment=h, output_moment=g)
 
 
 def test_the_same_text_gives_the_same_bytes(tmp_path, llama):
@@ -72,7 +184,7 @@ def test_windows_are_spread_over_the_text(tmp_path, llama):
 @pytest.mark.parametrize("codec", [c.name for c in tenpak.codecs() if c.code_bits < 8])
 def test_outputs_lose_less_with_statistics(tmp_path, llama, codec, encoder):
     statistics = tmp_path / "s.safetensors"
-    tenpak.calibrate(llama, statistics, TEXT, windows=8, context=CONTEXT)
+    tenpak.calibrate(llama, statistics, TEXT, windows=8, context=CONTEXT, gradients=False)
     tensors, inputs = load_file(statistics), about(statistics)["inputs"]
     moments = {w: tensors[f"{name}.second_moment"] for name, i in inputs.items() for w in i["weights"]}
 
@@ -154,7 +266,7 @@ def test_compress_with_own_text(tmp_path, llama, monkeypatch):
 
 def test_sequential_statistics_see_quantised_layers(tmp_path, llama):
     plain, sequential = tmp_path / "plain", tmp_path / "sequential"
-    tenpak.calibrate(llama, plain, TEXT, windows=8, context=CONTEXT)
+    tenpak.calibrate(llama, plain, TEXT, windows=8, context=CONTEXT, gradients=False)
     tenpak.calibrate(llama, sequential, TEXT, windows=8, context=CONTEXT, sequential="int4_lut16_v1")
     a, b = load_file(plain), load_file(sequential)
     assert a.keys() == b.keys()

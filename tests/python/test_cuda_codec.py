@@ -145,15 +145,16 @@ def test_lanes_and_words_of_the_reference_are_those_that_layouts_cuh_draws(name)
     layout = layouts.find(name)
     n, k, rng = 21, 150, np.random.default_rng(1)
     group, eight = layout.group or k, layout.code_bits == 8
+    tables, part_group = name.startswith("int4_lut"), group * layout.repeat
     codes = rng.integers(0, 256, (n, k if eight else -(-k // 2)), np.uint8)
-    fields = {i: rng.integers(0, 256, (n, -(-k // group)), np.uint8) for i in layout.group_parts}
+    fields = {i: rng.integers(0, 256, (n, -(-k // part_group)), np.uint8) for i in layout.group_parts}
     if layout.param is not None and layout.param.itemsize == 4:
         fields = {i: rng.integers(0, 2**16, part.shape, np.uint16) for i, part in fields.items()}
     parts = [codes, *(np.empty((n, 0), np.uint8) for _ in range(3))]
     for i, part in fields.items():
         parts[i] = part
     if layout.row_part is not None:
-        width = -(-k // layout.row_run) if layout.row_run else layout.row_params
+        width = -(-k // (layout.row_run * layout.repeat)) if layout.row_run else layout.row_params
         parts[layout.row_part] = rng.integers(0, 2**16, (n, width)).astype(layout.row_param)
     packed, params, rows = layouts.pack(layout, parts, n, k)
     supers = None if not layout.row_run else rows
@@ -166,14 +167,14 @@ def test_lanes_and_words_of_the_reference_are_those_that_layouts_cuh_draws(name)
                 plane = packed[strip, tile].reshape(2, 32, 4)[word // 2, lane].copy()
                 assert plane.view(np.uint8).reshape(4, 2, 2)[i // 2, word % 2, i % 2] == codes[row, column] ^ 128
             else:
-                at, place = (word, i) if name == "int4_lut16" else (i // 2, word + i % 2 * 4)
+                at, place = (word, i) if tables else (i // 2, word + i % 2 * 4)
                 code = int(codes[row, column // 2]) >> (4 * (column % 2)) & 15
-                if name == "int4_lut16":
+                if tables:
                     code = code & 3 | (code & 4) << 1 | (code & 8) >> 1
                 assert packed[strip, tile].reshape(32, 4)[lane, at] >> np.uint32(4 * place) & 15 == code
             if params is None:
                 continue
-            raw = [int(fields[j][row, column // group]) for j in fields]
+            raw = [int(fields[j][row, column // part_group]) for j in fields]
             bits = 8 * next(iter(fields.values())).itemsize
             wanted = sum(value << (bits * j) for j, value in enumerate(raw))
             if group <= 32:
@@ -182,6 +183,7 @@ def test_lanes_and_words_of_the_reference_are_those_that_layouts_cuh_draws(name)
             else:
                 assert params[strip, column // group].reshape(8, 2)[g, word % 2] == wanted
         if supers is not None:
-            assert np.array_equal(supers[row // 16, :, row % 16], parts[layout.row_part][row])
+            repeated = np.repeat(parts[layout.row_part][row], layout.repeat)[: -(-k // layout.row_run)]
+            assert np.array_equal(supers[row // 16, :, row % 16], repeated)
         elif layout.row_part is not None:
             assert np.array_equal(rows.reshape(-1, parts[layout.row_part].shape[1])[row], parts[layout.row_part][row])

@@ -41,7 +41,7 @@ def defines_of(name: str, layout: str, arch: str) -> list[dict[str, object]]:
     if name == "dense.cu":
         return [{"LAYOUT": layout, "BF16": bf16} for bf16 in (0, 1)]
     if name == "skinny.cu":
-        integer = INTEGER[: 2 if layout == "int4_lut16" else int(layout in plans.INTEGER)]
+        integer = INTEGER[: 2 if layout in plans.TABLES else int(layout in plans.INTEGER)]
         configurations = [*SKINNY, *integer]
         if arch != "sm_80":
             configurations += [*ENGINE, *({**defines, "ENGINE": 1} for defines in integer)]
@@ -60,7 +60,7 @@ STEP: list[tuple[str, dict[str, object]]] = [
     *(("embed.cu", {"LAYOUT": layout}) for layout in LAYOUTS),
     *(("embed.cu", {"IN": kind}) for kind in (16, 32)),
     *(("product.cu", {"IN": 16 << (i % 2), "BF16": 0, "OUTPUT": i}) for i in range(3)),
-    ("sample.cu", {"THREADS": 1024}),
+    ("sample.cu", {"THREADS": 1024, "CLUSTER": 1}),
     *(
         ("skinny.cu", {"LAYOUT": layout, "BF16": 0, **SKINNY[0], **fused.defines})
         for layout in ("int4_g32_fp16", "int8_sym")
@@ -102,6 +102,8 @@ def test_every_kernel_compiles_for_every_layout(name, arch, layout):
 def test_a_decoders_step_compiles(arch):
     for name, defines in [*STEP, *products_of_a_step(H200 if arch.startswith("sm_90") else A100)]:
         assert kernels.compile_to_cubin(name, defines, arch).startswith(b"\x7fELF")
+    if arch != "sm_80":
+        assert kernels.compile_to_cubin("sample.cu", plans.sample_defines(H200), arch).startswith(b"\x7fELF")
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
@@ -113,25 +115,18 @@ def test_the_encoder_compiles_for_every_group(arch):
             assert cubin.startswith(b"\x7fELF")
 
 
-def test_tables_can_be_looked_up_in_halves():
-    """What cuda/layouts.cuh asks of them: entries at the same place of both halves have the same sign, none is -1."""
-    for table in _core.lut16_tables():
-        assert all(entry < -1 for entry in table[:8])
-        assert all(entry >= 0 for entry in table[8:])
-
-
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize("dim", [32, 64, 80, 96, 128, 256])
 def test_the_cache_and_attention_compile_for_every_head(arch, dim):
     prefill = kernels.compile_to_cubin("attention_prefill.cu", {"DIM": dim, "BF16": 1}, arch)
     assert prefill.startswith(b"\x7fELF")
-    for bits, warps in ((4, 16 if dim <= 128 else 8), (8, 8), (16, 4)):
-        defines = {"BITS": bits, "DIM": dim, "RECENT": 64, "BF16": int(bits == 8)}
-        assert kernels.compile_to_cubin("append.cu", defines, arch).startswith(b"\x7fELF")
-        defines |= {"WARPS": warps, "STAGES": 3, "BLOCKS": 1}
-        for appends in (0, 1):
-            cubin = kernels.compile_to_cubin("attention.cu", {**defines, "APPENDS": appends}, arch)
-            assert cubin.startswith(b"\x7fELF")
+    for bits in (4, 8, 16):
+        bf16 = bits == 8
+        cubin = kernels.compile_to_cubin("append.cu", plans.cache_defines(bits, dim, bf16), arch)
+        assert cubin.startswith(b"\x7fELF")
+        plan = plans.choose_attention(A100 if arch == "sm_80" else H200, bits, dim, bf16, 1, 1, 8, 8, 64)
+        for defines in (plan.defines, plan.appending):
+            assert kernels.compile_to_cubin("attention.cu", defines, arch).startswith(b"\x7fELF")
 
 
 def test_architectures():
@@ -228,7 +223,7 @@ def test_nvcc_compiles_what_nvrtc_does(tmp_path):
         for header, text in kernels.headers(name).items():
             (tmp_path / header).write_text(text)
     skinny = {"LAYOUT": "int4_lut16", "BF16": 0, **INTEGER[0], "GATED": 1, "ACTIVATION": 1, "OVERLAP": 1}
-    for name, defines in (("skinny.cu", skinny), ("sample.cu", {"THREADS": 1024})):
+    for name, defines in (("skinny.cu", skinny), ("sample.cu", plans.sample_defines(H200))):
         ahead.compile_with_nvcc(nvcc, (name, tuple(defines.items())), "sm_90", tmp_path, tmp_path)
         made = tmp_path / kernels.ahead_name(name, defines, "sm_90")
         assert made.read_bytes().startswith(b"\x7fELF")
@@ -280,4 +275,4 @@ def test_layouts_have_one_list():
     for codec in tenpak.codecs():
         if codec.layout in LAYOUTS:
             layout = layouts.find(codec.layout)
-            assert (layout.group or None, layout.code_bits) == (codec.group, codec.code_bits)
+            assert (layout.group * layout.repeat or None, layout.code_bits) == (codec.group, codec.code_bits)

@@ -16,7 +16,7 @@ import pytest
 import tenpak
 from support import DATA, REFERENCE, gaussian, require
 from tenpak import _core
-from tenpak.decoder import Cache, Config, Decoder, Rope, layers
+from tenpak.decoder import Cache, Config, Decoder, Rope, gradients, layers
 from tenpak.errors import ArtifactError, InputError, StorageError, UnsupportedError, UsageError
 
 LLAMA = {
@@ -509,3 +509,43 @@ def test_large_tensors_are_read_whole_by_many_threads(tmp_path):
     out = np.empty_like(array)
     _core.Model(str(path)).read("w", 3, out.reshape(-1).view(np.uint8))
     assert np.array_equal(out, array)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_gradients_at_linear_outputs_are_those_of_torch(tmp_path, variant):
+    require("torch")
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    folder = build_with_transformers(tmp_path / "model", VARIANTS[variant])
+    decoder = Decoder.open(folder)
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    modules, wanted = dict(theirs.named_modules()), {}
+    names = [name.removesuffix(".weight") for block in decoder.blocks for name in block.linears]
+    for name in names:
+
+        def keep(_module: object, _into: object, out: tuple, name: str = name) -> None:
+            wanted[name] = out[0].numpy()
+
+        modules[name].register_full_backward_hook(keep)
+    tokens = some_tokens(decoder, steps=40)
+    embedded = theirs.get_input_embeddings()(torch.from_numpy(tokens)).detach().requires_grad_(True)
+    weights = gaussian(*tokens.shape, decoder.config.vocab, seed=1)
+    (theirs(inputs_embeds=embedded).logits * torch.from_numpy(weights)).sum().backward()
+
+    hidden = [decoder.embed(tokens)]
+    for block in decoder.blocks:
+        hidden.append(block(hidden[-1]))
+    d = gradients.norm_backward(decoder.head.norm, hidden.pop(), weights @ decoder.head.linear.weight, xp=np)
+    found = {}
+    for block in reversed(decoder.blocks):
+        d = block.backward(
+            hidden.pop(),
+            d,
+            lambda names, x, at: found.update({n.removesuffix(".weight"): g for n, g in zip(names, at, strict=True)}),
+        )
+    assert found.keys() == wanted.keys()
+    for name, gradient in found.items():
+        assert distance(gradient, wanted[name]) < 1e-4, name
+    if decoder.config.family == "llama":
+        assert distance(d, embedded.grad.numpy()) < 1e-4

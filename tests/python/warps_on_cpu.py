@@ -90,6 +90,7 @@ inline void __threadfence() {}
 template <class T> T atomicAdd(T* at, T value) { T old = *at; *at += value; return old; }
 inline u64 __umul64hi(u64 a, u64 b) { return (u64)((unsigned __int128)a * b >> 64); }
 template <class T> T __ldcg(const T* at) { return *at; }
+template <class T> void __stcg(T* to, T value) { *to = value; }
 
 namespace tenpak {
 constexpr int LANES = 32;
@@ -143,7 +144,17 @@ inline void load_transposed(u32 (&d)[4], const void* row) {
     for (int m = 0; m < 4; ++m)
         d[m] = ((const u16*)all[8 * m + 2 * t][0])[g] | (u32)((const u16*)all[8 * m + 2 * t + 1][0])[g] << 16;
 }
+inline int lane_of_warp() { return threadIdx.x % 32; }
+// Dynamic shared memory has addresses from 64 on.
+inline u32 shared_address(const void* p) { return (u32)((const u8*)p - dynamic.data()) + 64; }
+inline u8* at_address(u32 at, int bytes) {
+    if (at < 64 || at - 64 + bytes > dynamic.size() || at % bytes) abort();
+    return dynamic.data() + at - 64;
+}
+template <int N> void read(u32 (&words)[N], u32 at) { memcpy(words, at_address(at, 4 * N), 4 * N); }
 inline void copy16(void* to, const void* from, bool there = true) { current->open.push_back({to, from, there}); }
+inline void copy16(u32 to, const void* from, bool there = true) { copy16(at_address(to, 16), from, there); }
+inline u32 arrive_at(u32* counter) { return (*counter)++; }
 inline void commit() {
     current->groups.push_back(std::move(current->open));
     current->open.clear();

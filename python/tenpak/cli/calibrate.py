@@ -7,9 +7,11 @@ examples:
   tenpak compress --input model-folder --output model.tenpak --calibration statistics.safetensors
 
 The text should be of the kind that the model will be used for; --self needs none, since the model samples its own.
-Statistics serve every codec and both encoders, but those of --sequential only the codec that they name. --diagonal
-keeps mean squares alone: small, and enough for --encoder diag. Models are those that `tenpak eval` reads;
-`tenpak.torch.collect_statistics` gathers from any other, in PyTorch.
+Half of the windows also go backwards through the model, to weigh tokens and outputs by how much they matter;
+--inputs-only leaves that out, in half the time and less memory, but codes are then chosen less well.
+Statistics serve every codec and both encoders, but those of --sequential, which are of inputs only, just the codec that
+they name. --diagonal keeps mean squares of inputs alone: small, and enough for --encoder diag. Models are those that
+`tenpak eval` reads; `tenpak.torch.collect_statistics` gathers from any other, in PyTorch, of inputs only.
 """
 
 from __future__ import annotations
@@ -39,6 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--context", type=int, metavar="N", help="tokens in a window (1024, or the model's most)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="for sampling (%(default)s)")
     parser.add_argument("--diagonal", action="store_true", help="mean squares alone, for --encoder diag")
+    parser.add_argument("--inputs-only", action="store_true", help="no gradients at outputs")
     parser.add_argument(
         "--sequential",
         choices=codecs,
@@ -61,6 +64,7 @@ def run(arguments: argparse.Namespace) -> None:
             context=arguments.context,
             seed=arguments.seed,
             diagonal=arguments.diagonal,
+            gradients=not arguments.inputs_only,
             sequential=arguments.sequential,
             encoder=arguments.encoder,
             device=arguments.device,

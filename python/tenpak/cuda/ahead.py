@@ -36,6 +36,7 @@ from tenpak.cuda.plans import (
     choose_attention,
     dense_from,
     norm_defines,
+    sample_defines,
 )
 from tenpak.decoder import Config
 from tenpak.decoder.kv import BITS
@@ -120,6 +121,7 @@ def builds(
                     attention = choose_attention(here, bits, head_dim, bf16, 1, 1, 8, 8, 64)
                     add("attention.cu", attention.defines)
                     add("attention.cu", attention.appending)
+        add("sample.cu", sample_defines(here))
     for layout in chosen:
         add("pack.cu", {"LAYOUT": layout})
         add("embed.cu", {"LAYOUT": layout})
@@ -149,7 +151,6 @@ def builds(
         add("embed.cu", {"IN": kind})
         for output in range(3):
             add("product.cu", {"IN": kind, "BF16": 0, "OUTPUT": output})
-    add("sample.cu", {"THREADS": 1024})
     return list(found)
 
 

@@ -132,7 +132,8 @@ def source(name: str) -> str:
 
 def options(name: str, defines: Defines, arch: str) -> tuple[str, ...]:
     """What NVRTC is told for a source."""
-    given = {**defines, **({"LUT16_TABLES": lut16_tables()} if defines.get("LAYOUT") == "int4_lut16" else {})}
+    tables = table_words(str(defines.get("LAYOUT", "")))
+    given = {**defines, **({"LUT16_TABLES": tables} if tables else {})}
     return (
         "-std=c++17",
         f"-arch={arch}",
@@ -143,9 +144,9 @@ def options(name: str, defines: Defines, arch: str) -> tuple[str, ...]:
 
 
 @functools.cache
-def lut16_tables() -> str:
-    """The tables of `int4_lut16` as sixteen little-endian words, for `LUT16_TABLES`."""
-    entries = bytes(entry & 255 for table in _core.lut16_tables() for entry in table)
+def table_words(layout: str) -> str:
+    """The tables of a layout as sixteen little-endian words, for `LUT16_TABLES`; empty where it has none."""
+    entries = bytes(entry & 255 for table in _core.tables(layout) for entry in table)
     return ",".join(f"0x{int.from_bytes(entries[i : i + 4], 'little'):08x}u" for i in range(0, len(entries), 4))
 
 

@@ -104,5 +104,5 @@ def _by_rows(layout: Layout, params: torch.Tensor, rows: int) -> torch.Tensor:
 @functools.cache
 def _tables(layout: Layout, device: torch.device) -> torch.Tensor:
     """The tables one after another, each in the order of packed codes."""
-    tables = torch.tensor(_core.lut16_tables(), dtype=torch.float32, device=device)
+    tables = torch.tensor(_core.tables(layout.name), dtype=torch.float32, device=device)
     return tables[:, layout.packed_as].reshape(-1)

@@ -10,13 +10,12 @@ from typing import Any
 import numpy as np
 
 from tenpak.cuda.compile import function
-from tenpak.cuda.plans import ACTIVATIONS, NORM_THREADS, OUTPUTS, Output, norm_defines
+from tenpak.cuda.plans import ACTIVATIONS, NORM_THREADS, OUTPUTS, Output, norm_defines, sample_defines
 from tenpak.cuda.products import device_of
 from tenpak.sampling import Sampling
 
-_SAMPLE_THREADS = 1024
-#: Shared memory of cuda/sample.cu: a histogram.
-_BINS_BYTES = 8 << 13
+#: Shared memory of a block of cuda/sample.cu: two histograms.
+_BINS_BYTES = 2 * 8 << 9
 
 
 def norm(norm: Any, h: Any, added: Any, out: Any) -> None:
@@ -129,12 +128,15 @@ def sample(scores: Any, how: Any, lengths: Any, token: Any) -> None:
         lengths: int32 [1].
         token: int32 [1], to be filled; -1 where a score is NaN or infinite.
     """
+    here = device_of(scores.device.id)
+    defines = sample_defines(here)
+    threads, blocks = defines["THREADS"], defines["CLUSTER"]
     # Scores that fit are read from global memory once.
-    shared = _BINS_BYTES + int(scores.nbytes)
-    room = shared <= device_of(scores.device.id).shared
+    shared = _BINS_BYTES + 4 * -(-int(scores.size) // blocks)
+    room = shared <= here.shared
     pointers = (scores.data.ptr, np.int32(scores.size), how.data.ptr, lengths.data.ptr, token.data.ptr)
-    kernel = function("sample.cu", "sample", {"THREADS": _SAMPLE_THREADS}, scores.device.id)
-    kernel((1, 1, 1), (_SAMPLE_THREADS,), (*pointers, np.int32(room)), shared if room else _BINS_BYTES)
+    kernel = function("sample.cu", "sample", defines, scores.device.id)
+    kernel((blocks, 1, 1), (threads,), (*pointers, np.int32(room)), shared if room else _BINS_BYTES)
 
 
 def _address(array: Any) -> int:

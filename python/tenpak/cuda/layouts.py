@@ -32,7 +32,7 @@ class Layout:
     """What the packed form of one layout of the codec table is made of."""
 
     name: str
-    #: Weights that share parameters; 0 where only a whole row does.
+    #: Weights that share packed parameters; 0 where only a whole row does.
     group: int
     code_bits: int = 4
     #: Whether a word of four-bit codes is eight columns in order. Else word P has pair P of each of a lane's four.
@@ -51,6 +51,8 @@ class Layout:
     row_params: int = 1
     #: Columns that one of them is for; 0 for the whole row.
     row_run: int = 0
+    #: How often each parameter of an artifact is packed, whose groups and runs are as many times as long.
+    repeat: int = 1
 
     def sizes(self, n: int, k: int, batch: int) -> Sizes:
         """Shapes of packed codes (uint32), params and row_params for a weight [n, k] (or [batch, n, k])."""
@@ -72,6 +74,21 @@ class Layout:
     def zero_word(self) -> np.uint32:
         """A word of codes that stand for zero."""
         return np.uint32(0x80808080 if self.code_bits == 8 else 0)
+
+
+def _tables(group: int) -> Layout:
+    return Layout(
+        f"int4_lut{group}",
+        16,
+        natural=True,
+        packed_as=EXCHANGED,
+        group_parts=(1,),
+        param=np.dtype("u1"),
+        row_part=2,
+        row_param=np.dtype("<u2"),
+        row_run=256,
+        repeat=group // 16,
+    )
 
 
 def _pairs(group: int) -> Layout:
@@ -96,17 +113,7 @@ LAYOUTS: dict[str, Layout] = {
     for layout in (
         *map(_pairs, (8, 16, 32, 64, 128)),
         *map(_bytes, (8, 16)),
-        Layout(
-            "int4_lut16",
-            16,
-            natural=True,
-            packed_as=EXCHANGED,
-            group_parts=(1,),
-            param=np.dtype("u1"),
-            row_part=2,
-            row_param=np.dtype("<u2"),
-            row_run=256,
-        ),
+        *map(_tables, (16, 32)),
         Layout("int8_sym", 0, code_bits=8, natural=True, row_part=1, row_param=np.dtype("<u4")),
     )
 }
@@ -198,6 +205,7 @@ def pack(
         joined = np.zeros(fields[0].shape, layout.param)
         for i, field in enumerate(fields):
             joined |= field.astype(layout.param) << layout.param.type(8 * field.itemsize * i)
+        joined = np.repeat(joined, layout.repeat, axis=1)[:, : _up(k, layout.group)]
         if layout.group <= 32:
             subgroups = 32 // layout.group
             groups = padded(joined, tiles * 2 * subgroups).reshape(matrix_count, strips, 2, 8, tiles, 2, subgroups)
@@ -208,7 +216,11 @@ def pack(
 
     row_params = None
     if layout.row_part is not None and layout.row_param is not None and sizes[2] is not None:
-        rows = padded(parts[layout.row_part].view(layout.row_param), parts[layout.row_part].shape[-1])
+        rows = parts[layout.row_part].view(layout.row_param)
+        width = rows.shape[-1]
+        if layout.row_run:
+            rows, width = np.repeat(rows, layout.repeat, axis=1), _up(k, layout.row_run)
+        rows = padded(rows, width)
         if layout.row_run:
             rows = rows.reshape(matrix_count, strips, TILE_ROWS, -1).transpose(0, 1, 3, 2)
         row_params = np.ascontiguousarray(rows).reshape(sizes[2])

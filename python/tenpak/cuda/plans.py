@@ -3,8 +3,8 @@
 The choices are measured ones (tests/bench/bench_gemm.py, bench_attention.py) and ship with the package: nothing is
 tuned at run time.
 
-- up to 8 tokens, and 16 where x fits in shared memory: `skinny`, bound by memory (one token of most layouts in
-  integers);
+- up to 8 tokens, and 16 where x fits in shared memory: `skinny`, bound by memory (one token of most layouts, and two of
+  tables, in integers);
 - more on Hopper: from `WIDE_FROM` tokens on `wide`, whose tokens the copy engine brings, and `prefill` for fewer and
   where it cannot bring them; both on the tensor cores' warpgroup instructions;
 - `dense_from` tokens and more: the weight is unpacked, a part at a time, for cuBLAS.
@@ -32,12 +32,15 @@ STAGE_BYTES = {
     "int4_g8_u8": 1536,
     "int4_g16_u8": 1280,
     "int4_lut16": 1184,
+    "int4_lut32": 1184,
     "int8_sym": 2048,
 }
 
+#: Layouts that look codes up in tables (Lut16 of cuda/layouts.cuh).
+TABLES = frozenset({"int4_lut16", "int4_lut32"})
 #: Layouts of which one token is multiplied in integers (cuda/integers.cuh). The others have so many bytes that memory
 #: takes the time either way.
-INTEGER = frozenset({"int4_g16_fp16", "int4_g32_fp16", "int4_g64_fp16", "int4_g128_fp16", "int4_g16_u8", "int4_lut16"})
+INTEGER = TABLES | {"int4_g16_fp16", "int4_g32_fp16", "int4_g64_fp16", "int4_g128_fp16", "int4_g16_u8"}
 #: Tokens from which `wide` is faster than what is for fewer.
 WIDE_FROM = 17
 #: Weights from which more tiles in flight pay for the shared memory they take.
@@ -104,6 +107,11 @@ def norm_defines(width: int, centred: bool) -> dict[str, object]:
     return {"THREADS": NORM_THREADS, "EACH": divide_up(width, NORM_THREADS), "BF16": 0, "CENTRED": int(centred)}
 
 
+def sample_defines(here: Device) -> dict[str, int]:
+    """Macros of sample.cu: where there are clusters, the blocks of one choose a token together."""
+    return {"THREADS": 1024, "CLUSTER": 8 if here.hopper else 1}
+
+
 PLAIN = Fused()
 #: Tokens that a product with another `Fused` may have.
 FEW = 8
@@ -152,12 +160,12 @@ class Form:
 
 def _forms(device: Device, layout: str, n: int, k: int, m: int, integer: int, overlaps: bool) -> list[Form]:
     """What `skinny_plans` tries, the best first, as measured."""
-    large, lut16 = n * k >= LARGE, layout == "int4_lut16"
+    large, tables = n * k >= LARGE, layout in TABLES
     depth = 3 if large and STAGE_BYTES[layout] <= 1280 and not integer else 2
     forms = [Form(8, depth, 2), Form(16, 2, 1), Form(8, depth, 1)]
     if integer * k > 8192:
         forms.insert(0, Form(16, 2, 1))
-    elif m > 2 and not large and not lut16:
+    elif m > 2 and not large and not tables:
         forms[:0] = [Form(12, 3, 1), Form(12, 2, 1)]
     if not device.hopper or m > 16:
         return forms
@@ -168,20 +176,20 @@ def _forms(device: Device, layout: str, n: int, k: int, m: int, integer: int, ov
     if integer:
         if large:
             forms[:0] = [engine(16, 4, 1), engine(16, 3, 1)]
-        elif k <= 8192 and (overlaps or layout in ("int4_lut16", "int4_g16_u8")):
+        elif k <= 8192 and (overlaps or tables or layout == "int4_g16_u8"):
             # Of two blocks the first to end makes room for the launch that waits.
             forms.insert(0, engine(8, 3, 2))
         else:
             forms[:0] = [engine(12, 5, 1), engine(12, 3, 1)]
     elif m > 4:
-        first = engine(8, 3, 1, 2) if not large else engine(16, 3, 1) if lut16 else engine(8, 4, 1, 2)
+        first = engine(8, 3, 1, 2) if not large else engine(16, 3, 1) if tables else engine(8, 4, 1, 2)
         forms[:0] = [first, engine(12, 3, 1), engine(12, 2, 1)]
-    elif m > 1 and not (large and lut16):
+    elif m > 1 and not (large and tables):
         forms.insert(0, engine(8, 3, 2))
     return forms
 
 
-#: Tiles that a slice of K is a multiple of: those of a super-scale of `int4_lut16`.
+#: Tiles that a slice of K is a multiple of: those of a super-scale of `TABLES`.
 SLICE_TILES = 4
 
 
@@ -192,11 +200,13 @@ def x_row_bytes(layout: str, integer: int, tiles: int) -> int:
     """
     if not integer:
         return 2 * TILE_COLS * tiles + 64
-    group = LAYOUTS[layout].group
-    # Where groups are smaller than a tile, and codes are packed by pairs, tiles are there twice.
-    versions = 2 if group < TILE_COLS and not LAYOUTS[layout].natural else 1
-    block = 2 * TILE_COLS
-    return divide_up(divide_up(tiles, 2) * (2 * block * versions + 4 + block // group * 4), 128) * 128 + 32
+    if layout in TABLES:
+        versions, units = 1, 0
+    else:
+        group = LAYOUTS[layout].group
+        # Where groups are smaller than a tile, tiles are there twice.
+        versions, units = 2 if group < TILE_COLS else 1, 2 * TILE_COLS // group
+    return divide_up(divide_up(tiles, 2) * (4 * TILE_COLS * versions + 4 + 4 * units), 128) * 128 + 32
 
 
 def skinny_plans(
@@ -218,7 +228,7 @@ def skinny_plans(
     average = divide_up(m, batch) if grouped else m
     columns = next((c for c in (1, 2, 4) if average <= 8 * c), 8)
     # Tokens that are multiplied in integers; not experts', of which one may have many.
-    most_integer = 0 if layout not in INTEGER or grouped else 2 if layout == "int4_lut16" and n * k >= LARGE else 1
+    most_integer = 0 if layout not in INTEGER or grouped else 2 if layout in TABLES and n * k >= LARGE else 1
     integer = m if m <= most_integer else 0
     chunk = integer or 8 * columns
     at_once = min(chunk, m)
@@ -418,23 +428,25 @@ def choose_attention(
     capacity: int,
 ) -> AttentionPlan:
     """The configuration for `tokens` new tokens a sequence over a cache of `capacity` tiles."""
-    # Measured on an H200: one block a multiprocessor, for fewer splits to merge; of small tiles few in flight, but then
-    # many warps, whose registers are too few for heads of 256.
-    many = bits == 4 and head_dim <= 128
-    warps, tile = 16 if many else 8, tile_bytes(bits, head_dim)
-    most = device.shared_all - query_bytes(head_dim)
-    while most // (warps * tile) < 2:
-        warps //= 2
-    stages = min(3 if many else 5, most // (warps * tile))
+    # Measured on an H200: one block a multiprocessor, for fewer splits to merge; as many tiles at a time as an FP16 tile
+    # has bytes (or half as many, where shared memory is small), and some 16 KiB on their way to each warp.
+    warps, tiles, least = 8, 16 // bits, 2 if bits == 16 else 3
+    most, tile = device.shared_all - query_bytes(head_dim), tile_bytes(bits, head_dim)
+    while most // (warps * tiles * tile) < least:
+        if tiles * bits == 16 and bits < 16:
+            tiles //= 2
+        else:
+            warps //= 2
+    stages = min(1 + 17920 // (tiles * tile), most // (warps * tiles * tile))
     merge = warps * (COLUMNS * (head_dim + 4) + 2 * COLUMNS) * 4
     rows = kv_heads * divide_up(tokens * heads // kv_heads, COLUMNS)
     splits = max(1, min(device.multiprocessors // (rows * batch), divide_up(capacity, warps)))
     part = (COLUMNS * head_dim + 2 * COLUMNS) * 4
     return AttentionPlan(
-        {**cache_defines(bits, head_dim, bf16), "WARPS": warps, "STAGES": stages, "BLOCKS": 1},
+        {**cache_defines(bits, head_dim, bf16), "WARPS": warps, "TILES": tiles, "STAGES": stages, "BLOCKS": 1},
         (splits, rows, batch),
         warps,
-        max(warps * stages * tile, merge),
+        max(warps * stages * tiles * tile, merge),
         splits * rows * batch * part if splits > 1 else 0,
         rows * batch,
     )

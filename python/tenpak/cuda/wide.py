@@ -22,7 +22,7 @@ SHAPES = (
     (1 << 31, ((2, 256), (3, 128), (2, 128))),
 )
 #: Parameters that two tiles share, or that go beyond tiles: bytes of one tile where they are not half of two.
-ONE_TILE = {"int4_g128_fp16": 576, "int4_lut16": 608}
+ONE_TILE = {"int4_g128_fp16": 576, "int4_lut16": 608, "int4_lut32": 608}
 MOST_STAGES = 10
 #: Blocks of a cluster: larger ones are not all there at once.
 CLUSTER = 2

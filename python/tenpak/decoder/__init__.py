@@ -6,11 +6,23 @@ model = Decoder.open("model.tenpak")
 logits = model.logits([model.encode_text("It was a dark and stormy")])
 """
 
-from tenpak.decoder.block import Block, Observe
+from tenpak.decoder.block import Block, Observe, ObserveBackward
 from tenpak.decoder.cache import Cache
 from tenpak.decoder.config import Config, Rope
 from tenpak.decoder.decoder import Decoder, Head
 from tenpak.decoder.linear import Linear
 from tenpak.decoder.source import Source, open_source
 
-__all__ = ["Block", "Cache", "Config", "Decoder", "Head", "Linear", "Observe", "Rope", "Source", "open_source"]
+__all__ = [
+    "Block",
+    "Cache",
+    "Config",
+    "Decoder",
+    "Head",
+    "Linear",
+    "Observe",
+    "ObserveBackward",
+    "Rope",
+    "Source",
+    "open_source",
+]

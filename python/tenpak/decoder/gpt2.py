@@ -6,7 +6,7 @@ from typing import Any
 
 from tenpak.decoder.block import Block, Observe
 from tenpak.decoder.cache import Cache
-from tenpak.decoder.layers import LayerNorm, activation
+from tenpak.decoder.layers import LayerNorm
 from tenpak.decoder.weights import Weights
 
 EMBEDDING, POSITIONS = "wte.weight", "wpe.weight"
@@ -25,13 +25,10 @@ class GPT2Block(Block):
         self.mlp_norm = norm(weights, f"{at}.ln_2")
         self.up = (self._add(weights.linear(f"{at}.mlp.c_fc", inner, width, bias=True)),)
         self.down = (self._add(weights.linear(f"{at}.mlp.c_proj", width, inner, bias=True)),)
-        self._activate = activation(self._config.activation, xp=weights.xp)
 
     def __call__(self, h: Any, start: int = 0, cache: Cache | None = None, observe: Observe | None = None) -> Any:
-        width, heads = self._config.width, self._config.heads
-        (qkv,) = self._project(self.qkv, self.attention_norm(h), observe)
-        q, k, v = (self._heads(qkv[..., i * width : (i + 1) * width], heads) for i in range(3))
-        mixed = self._attend(q, k, v, start, cache, None)
+        q, k, v = self._split(self._project(self.qkv, self.attention_norm(h), observe))
+        mixed = self._attend(q, k, v, start, cache)
         (y,) = self._project(self.out, mixed, observe)
         h = h + y
         (up,) = self._project(self.up, self.mlp_norm(h), observe)

@@ -62,14 +62,16 @@ class Rotary:
         self._cos: Any = None
         self._sin: Any = None
 
-    def __call__(self, x: Any, start: int) -> Any:
-        """Rotates [batch, heads, T, head_dim] at positions `start …`, into a new array."""
+    def __call__(self, x: Any, start: int, *, back: bool = False) -> Any:
+        """Rotates [batch, heads, T, head_dim] at positions `start …`, or back, into a new array."""
         xp, steps, half = self._xp, x.shape[2], x.shape[3] // 2
         if self._cos is None or len(self._cos) < start + steps:
             positions = np.arange(max(start + steps, 2 * start), dtype=np.float32)
             angles = positions[:, None] * self._frequencies
             self._cos, self._sin = xp.asarray(np.cos(angles)), xp.asarray(np.sin(angles))
         cos, sin = self._cos[start : start + steps], self._sin[start : start + steps]
+        if back:
+            sin = -sin
         first, second = x[..., :half], x[..., half:]
         y = xp.empty(x.shape, x.dtype)
         xp.multiply(first, cos, out=y[..., :half])
@@ -202,15 +204,14 @@ def attention(q: Any, k: Any, v: Any, scale: float, window: int | None = None, *
     k, v = k[:, :, None].swapaxes(-1, -2), v[:, :, None]
     out = xp.empty((batch, steps, kv_heads, heads // kv_heads, head_dim), q.dtype)
     turned = out.transpose(0, 2, 3, 1, 4)
-    budget = _SCORES_CPU if xp is np else _SCORES
-    at_once = max(1, min(steps, budget // (batch * heads * min(total, window or total))))
+    at_once = queries_at_once(batch * heads * min(total, window or total), steps, xp)
     for start in range(0, steps, at_once):
         end = min(start + at_once, steps)
         # What no query of these sees is left out, so that half of all scores are never computed.
         low = 0 if window is None else max(0, past + start - window + 1)
         high = past + end
         scores = q[..., start:end, :] @ k[..., low:high]
-        _hide(scores, past + start, low, window, xp)
+        hide(scores, past + start, low, window, xp)
         scores -= scores.max(axis=-1, keepdims=True)
         xp.exp(scores, out=scores)
         mixed = scores @ v[..., low:high, :]
@@ -219,7 +220,12 @@ def attention(q: Any, k: Any, v: Any, scale: float, window: int | None = None, *
     return out.reshape(batch, steps, heads * head_dim)
 
 
-def _hide(scores: Any, first: int, low: int, window: int | None, xp: Any) -> None:
+def queries_at_once(each: int, steps: int, xp: Any) -> int:
+    """How many of `steps` queries are computed at once, each of which has so many scores."""
+    return max(1, min(steps, (_SCORES_CPU if xp is np else _SCORES) // each))
+
+
+def hide(scores: Any, first: int, low: int, window: int | None, xp: Any) -> None:
     """Sets scores […, queries, keys] that causality or the window forbid to -∞; they start at `first` and `low`."""
     queries, keys = scores.shape[-2:]
     if queries == 1:

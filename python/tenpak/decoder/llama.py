@@ -6,7 +6,7 @@ from typing import Any
 
 from tenpak.decoder.block import Block, Observe
 from tenpak.decoder.cache import Cache
-from tenpak.decoder.layers import RMSNorm, Rotary, activation
+from tenpak.decoder.layers import RMSNorm, Rotary
 from tenpak.decoder.weights import Weights
 
 EMBEDDING = "embed_tokens.weight"
@@ -38,15 +38,11 @@ class LlamaBlock(Block):
             self._add(weights.linear(f"{at}.mlp.up_proj", inner, width, config.mlp_bias)),
         )
         self.down = (self._add(weights.linear(f"{at}.mlp.down_proj", width, inner, config.mlp_bias)),)
-        self._activate = activation(config.activation, xp=weights.xp)
 
     def __call__(self, h: Any, start: int = 0, cache: Cache | None = None, observe: Observe | None = None) -> Any:
-        config = self._config
-        q, k, v = self._project(self.qkv, self.attention_norm(h), observe)
-        q, k, v = self._heads(q, config.heads), self._heads(k, config.kv_heads), self._heads(v, config.kv_heads)
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        mixed = self._attend(q, k, v, start, cache, self._rotary)
+        q, k, v = self._split(self._project(self.qkv, self.attention_norm(h), observe))
+        q, k = self._normed(q, k)
+        mixed = self._attend(q, k, v, start, cache)
         (y,) = self._project(self.out, mixed, observe)
         h = h + y
         gate, up = self._project(self.up, self.mlp_norm(h), observe)

@@ -1,9 +1,9 @@
-//! The layout `int4_lut16`: codes that index one of four learned tables, a signed six-bit scale for each
-//! group of 16 weights, and an FP16 super-scale for each 256. 4.5625 bits, the 7x layout.
+//! The layouts `int4_lutN`: codes that index one of four learned tables, a signed six-bit scale for each group of
+//! N weights, and an FP16 super-scale for each sixteen groups. 4.5625 bits with groups of 16, 4.28125 with 32.
 //!
-//! A rebuilt weight is d·L·T\[t\]\[q\]. The tables were learned off line by tests/bench/learn_tables.py; being
-//! uneven, they spend codes where weights are, and a group takes the one that fits it, forwards or (with a
-//! negative scale) backwards.
+//! A rebuilt weight is d·L·T\[t\]\[q\]. The tables were learned off line by tests/bench/learn_tables.py (those
+//! that it learned for groups of 32 came within half a per cent of the same error); being uneven, they spend codes
+//! where weights are, and a group takes the one that fits it, forwards or (with a negative scale) backwards.
 
 use super::affine::{round_f16, widen};
 use super::feedback::{Group, Nearest, feedback};
@@ -15,14 +15,13 @@ use super::trial::Step;
 use super::{Calibrated, Layout, Part, Per, Strip};
 use crate::tensor::Dtype;
 
-/// Weights in a group.
-pub const GROUP: usize = 16;
+/// Groups under one super-scale: one in each lane.
+const GROUPS: usize = LANES;
 
-/// Weights under one super-scale.
-pub const SUPER: usize = 256;
+/// Four tables, ascending.
+pub type Tables = [[i8; 16]; 4];
 
-/// The tables, ascending.
-pub const TABLES: [[i8; 16]; 4] = [
+const TABLES: Tables = [
     [-126, -106, -88, -70, -53, -38, -24, -11, 1, 14, 28, 42, 57, 74, 95, 127],
     [-127, -103, -81, -61, -44, -30, -17, -4, 8, 21, 34, 48, 63, 79, 98, 119],
     [-127, -90, -64, -49, -36, -25, -14, -4, 6, 16, 26, 36, 47, 60, 75, 116],
@@ -35,23 +34,31 @@ const SCALE_BITS: u32 = 6;
 /// The range of L.
 const SCALES: (f32, f32) = (-32.0, 31.0);
 
-/// The layout.
-pub static INT4_LUT16: Layout = Layout {
-    name: "int4_lut16",
-    group: Some(GROUP),
-    code_bits: 4,
-    parts: &[
+/// The layout with groups of `G`.
+pub const fn layout<const G: usize>(name: &'static str, parts: &'static [Part]) -> Layout {
+    Layout {
+        name,
+        group: Some(G),
+        code_bits: 4,
+        parts,
+        rebuild: "d*L*T[t][q]",
+        // Super-scales are some 4,000 times smaller than weights.
+        normal_from: 0.125,
+        tables: Some(&TABLES),
+        decode: decode::<G>,
+        under_rows: None,
+        calibrated: Some(Calibrated { search: encode::<G>, feedback: feedback::<Lut<G>> }),
+    }
+}
+
+/// The parts of the layout with groups of `G`.
+pub const fn parts<const G: usize>() -> [Part; 3] {
+    [
         Part { name: "codes", dtype: Dtype::U8, per: Per::Weight(4) },
-        Part { name: "scales", dtype: Dtype::U8, per: Per::Run(GROUP) },
-        Part { name: "supers", dtype: Dtype::F16, per: Per::Run(SUPER) },
-    ],
-    rebuild: "d*L*T[t][q]",
-    // Super-scales are some 4,000 times smaller than weights.
-    normal_from: 0.125,
-    decode,
-    under_rows: None,
-    calibrated: Some(Calibrated { search: encode, feedback: feedback::<Lut16> }),
-};
+        Part { name: "scales", dtype: Dtype::U8, per: Per::Run(G) },
+        Part { name: "supers", dtype: Dtype::F16, per: Per::Run(G * GROUPS) },
+    ]
+}
 
 /// Places of the largest weight in a table that the search tries, relative to the table's first value. The
 /// scale is refitted for each, so that places in between gain little.
@@ -67,16 +74,16 @@ const SUPERS: usize = 17;
 const ROUNDS: usize = 1;
 
 /// Encodes rows by searching tables, directions and scales; see the file's head and [`search`].
-pub fn encode(level: Level, strip: Strip<'_>, parts: &mut [&mut [u8]]) -> Range {
-    level.run(Encode { strip, parts })
+pub fn encode<const G: usize>(level: Level, strip: Strip<'_>, parts: &mut [&mut [u8]]) -> Range {
+    level.run(Encode::<G> { strip, parts })
 }
 
-struct Encode<'a, 'b, 'c> {
+struct Encode<'a, 'b, 'c, const G: usize> {
     strip: Strip<'a>,
     parts: &'b mut [&'c mut [u8]],
 }
 
-impl Kernel for Encode<'_, '_, '_> {
+impl<const G: usize> Kernel for Encode<'_, '_, '_, G> {
     type Output = Range;
 
     #[inline(always)]
@@ -87,31 +94,32 @@ impl Kernel for Encode<'_, '_, '_> {
         if cols == 0 {
             return range.finish(s);
         }
+        let of_super = G * GROUPS;
         let tables = Table::new(s);
         let rows = self.strip.data.chunks_exact(cols);
         let codes = codes.chunks_exact_mut(cols.div_ceil(2));
-        let scales = scales.chunks_exact_mut(cols.div_ceil(GROUP));
-        let supers = supers.chunks_exact_mut(2 * cols.div_ceil(SUPER));
+        let scales = scales.chunks_exact_mut(cols.div_ceil(G));
+        let supers = supers.chunks_exact_mut(2 * cols.div_ceil(of_super));
+        // What is missing of a last super-block, which weighs nothing.
+        let (mut padded, mut weights) = (vec![0.0; of_super], vec![0.0; of_super]);
         for ((row, codes), (scales, supers)) in rows.zip(codes).zip(scales.zip(supers)) {
-            let blocks = row.chunks(SUPER).zip(codes.chunks_mut(SUPER / 2));
-            let parameters = scales.chunks_mut(SUPER / GROUP).zip(supers.as_chunks_mut::<2>().0);
+            let blocks = row.chunks(of_super).zip(codes.chunks_mut(of_super / 2));
+            let parameters = scales.chunks_mut(GROUPS).zip(supers.as_chunks_mut::<2>().0);
             for (i, ((x, codes), (scales, d))) in blocks.zip(parameters).enumerate() {
-                let importance = self.strip.importance.map(|w| &w[i * SUPER..][..x.len()]);
-                let fit = if x.len() == SUPER {
-                    super_block(s, &tables, x, importance, &mut range)
+                let importance = self.strip.importance.map(|w| &w[i * of_super..][..x.len()]);
+                let fit = if x.len() == of_super {
+                    super_block::<S, G>(s, &tables, x, importance, &mut range)
                 } else {
-                    // What is missing weighs nothing.
-                    let (mut padded, mut weights) = ([0.0; SUPER], [0.0; SUPER]);
                     padded[..x.len()].copy_from_slice(x);
                     match importance {
                         Some(w) => weights[..x.len()].copy_from_slice(w),
                         None => weights[..x.len()].fill(1.0),
                     }
-                    super_block(s, &tables, &padded, Some(&weights), &mut range)
+                    super_block::<S, G>(s, &tables, &padded, Some(&weights), &mut range)
                 };
                 *d = fit.d.to_le_bytes();
                 scales.copy_from_slice(&fit.scales[..scales.len()]);
-                write_codes(s, &tables, x, &fit, codes);
+                write_codes::<S, G>(s, &tables, x, &fit, codes);
             }
         }
         range.finish(s)
@@ -123,26 +131,26 @@ struct Fit {
     /// The super-scale's FP16 bits.
     d: u16,
     /// L and t of every group.
-    scales: [u8; LANES],
+    scales: [u8; GROUPS],
 }
 
 #[inline(always)]
-fn super_block<S: Simd>(
+fn super_block<S: Simd, const G: usize>(
     s: S,
     tables: &[Table<S>; 4],
     data: &[f32],
     importance: Option<&[f32]>,
     range: &mut RangeLanes<S>,
 ) -> Fit {
-    let strip = Strip { data, cols: SUPER, importance };
-    let grid = Grid::new(&strip, GROUP);
+    let strip = Strip { data, cols: G * GROUPS, importance };
+    let grid = Grid::new(&strip, G);
     let block = grid.first();
-    let x = grid.weights::<S, GROUP>(s, data, &block).all(s);
+    let x = grid.weights::<S, G>(s, data, &block).all(s);
     range.add(s, &x);
     if importance.is_none() {
-        fit::<S, false>(s, tables, &x, &[s.splat(1.0); GROUP])
+        fit::<S, G, false>(s, tables, &x, &[s.splat(1.0); G])
     } else {
-        fit::<S, true>(s, tables, &x, &grid.load_importance(s, importance, &block))
+        fit::<S, G, true>(s, tables, &x, &grid.load_importance(s, importance, &block))
     }
 }
 
@@ -163,18 +171,24 @@ const BUCKET: f32 = 9.0;
 /// Adding this to a small number leaves it, rounded, in the lowest bits; 16 puts zero in the middle bucket.
 const TO_BUCKET: f32 = 12_582_912.0 + 16.0;
 
-const _: () = {
+const fn check(tables: &Tables) {
     let mut t = 0;
     while t < 4 {
         let mut i = 2;
         while i < 16 {
-            let (a, b, c) = (TABLES[t][i - 2] as i32, TABLES[t][i - 1] as i32, TABLES[t][i] as i32);
+            let (a, b, c) = (tables[t][i - 2] as i32, tables[t][i - 1] as i32, tables[t][i] as i32);
             assert!(a < b && b < c, "tables ascend");
             assert!((b + c) - (a + b) > 2 * BUCKET as i32, "a bucket holds at most one threshold");
             i += 1;
         }
+        // cuda/layouts.cuh looks a code up by its sign, and adds what it finds to -1.
+        assert!(tables[t][7] < -1 && tables[t][8] >= 0, "half of a table is negative");
         t += 1;
     }
+}
+
+const _: () = {
+    check(&TABLES);
 };
 
 /// The bits of each bucket's threshold and code.
@@ -235,11 +249,11 @@ impl<S: Simd> Table<S> {
 
 /// Σw·v·x and Σw·v² for the values v nearest to x·inverse, which may be anything only if `ANY`.
 #[inline(always)]
-fn sums<S: Simd, const WEIGHTED: bool, const ANY: bool>(
+fn sums<S: Simd, const G: usize, const WEIGHTED: bool, const ANY: bool>(
     s: S,
     table: &Table<S>,
-    x: &[S::F; GROUP],
-    w: &[S::F; GROUP],
+    x: &[S::F; G],
+    w: &[S::F; G],
     inverse: S::F,
 ) -> (S::F, S::F) {
     // Two sums of each, because one would wait for its own additions.
@@ -257,17 +271,17 @@ fn sums<S: Simd, const WEIGHTED: bool, const ANY: bool>(
 
 /// Parameters for sixteen groups: first each group's own scale, then L and t under a common super-scale.
 #[inline(always)]
-fn fit<S: Simd, const WEIGHTED: bool>(
+fn fit<S: Simd, const G: usize, const WEIGHTED: bool>(
     s: S,
     tables: &[Table<S>; 4],
-    x: &[S::F; GROUP],
-    w: &[S::F; GROUP],
+    x: &[S::F; G],
+    w: &[S::F; G],
 ) -> Fit {
-    let (d, curvature) = search::<S, WEIGHTED>(s, tables, x, w);
+    let (d, curvature) = search::<S, G, WEIGHTED>(s, tables, x, w);
     let mut d_super = f16_of(s, common(s, d, curvature));
     let mut choice = Choice { l: whole_scale(s, d, d_super), t: s.splat(0.0) };
     for round in 0..=ROUNDS {
-        let (chosen, [vx, vv]) = choose::<S, WEIGHTED>(s, tables, x, w, choice.l, d_super);
+        let (chosen, [vx, vv]) = choose::<S, G, WEIGHTED>(s, tables, x, w, choice.l, d_super);
         choice = chosen;
         if round == ROUNDS {
             break;
@@ -318,11 +332,11 @@ fn sum<S: Simd>(s: S, x: S::F) -> f32 {
 /// The scale of each group that, alone, leaves the least error: for every table, both directions and
 /// several places of the largest weight; and Σw·v² for it.
 #[inline(always)]
-fn search<S: Simd, const WEIGHTED: bool>(
+fn search<S: Simd, const G: usize, const WEIGHTED: bool>(
     s: S,
     tables: &[Table<S>; 4],
-    x: &[S::F; GROUP],
-    w: &[S::F; GROUP],
+    x: &[S::F; G],
+    w: &[S::F; G],
 ) -> (S::F, S::F) {
     let zero = s.splat(0.0);
     let mut largest = x[0];
@@ -335,7 +349,8 @@ fn search<S: Simd, const WEIGHTED: bool>(
         for sign in [1.0, -1.0] {
             for shift in SHIFTS {
                 let place = sign * (f32::from(values[0]) + shift);
-                let (vx, vv) = sums::<S, WEIGHTED, false>(s, table, x, w, s.mul(s.splat(place), per_largest));
+                let (vx, vv) =
+                    sums::<S, G, WEIGHTED, false>(s, table, x, w, s.mul(s.splat(place), per_largest));
                 let d = s.div(vx, vv);
                 let gain = s.mul(d, vx);
                 let better = s.lt(best, gain);
@@ -357,11 +372,11 @@ struct Choice<S: Simd> {
 
 /// The best of L - 1, L, L + 1 and all tables under a super-scale, with Σw·v·x and Σw·v².
 #[inline(always)]
-fn choose<S: Simd, const WEIGHTED: bool>(
+fn choose<S: Simd, const G: usize, const WEIGHTED: bool>(
     s: S,
     tables: &[Table<S>; 4],
-    x: &[S::F; GROUP],
-    w: &[S::F; GROUP],
+    x: &[S::F; G],
+    w: &[S::F; G],
     l: S::F,
     d_super: f32,
 ) -> (Choice<S>, [S::F; 2]) {
@@ -374,7 +389,7 @@ fn choose<S: Simd, const WEIGHTED: bool>(
             let l = clamp_scale(s, s.add(l, s.splat(step)));
             let scale = s.mul(s.splat(d_super), l);
             let inverse = divide_lanes(s, s.splat(1.0), scale);
-            let (vx, vv) = sums::<S, WEIGHTED, true>(s, table, x, w, inverse);
+            let (vx, vv) = sums::<S, G, WEIGHTED, true>(s, table, x, w, inverse);
             // Σw(x - scale·v)² less Σw·x², which is the same for all.
             let error = s.mul(scale, s.sub(s.mul(scale, vv), s.mul(s.splat(2.0), vx)));
             let better = s.lt(error, best);
@@ -428,36 +443,44 @@ fn unpack_scale(byte: u8) -> (f32, usize) {
 
 /// Writes the nearest codes of a super-block of `x.len()` weights.
 #[inline(always)]
-fn write_codes<S: Simd>(s: S, tables: &[Table<S>; 4], x: &[f32], fit: &Fit, codes: &mut [u8]) {
+fn write_codes<S: Simd, const G: usize>(
+    s: S,
+    tables: &[Table<S>; 4],
+    x: &[f32],
+    fit: &Fit,
+    codes: &mut [u8],
+) {
     let d = half::f16::from_bits(fit.d).to_f32();
-    let groups = x.chunks(GROUP).zip(codes.chunks_mut(GROUP / 2));
+    let groups = x.chunks(G).zip(codes.chunks_mut(G / 2));
     for ((x, codes), scale) in groups.zip(fit.scales) {
         let (l, t) = unpack_scale(scale);
         let scale = d * l;
         let inverse = if scale == 0.0 { 0.0 } else { 1.0 / scale };
-        let mut padded = [0.0; GROUP];
-        padded[..x.len()].copy_from_slice(x);
-        let code = tables[t].code_any(s, s.mul(s.load(&padded), s.splat(inverse)));
-        let packed = s.pack_nibbles(s.and(code, s.splat_i(15)));
-        codes.copy_from_slice(&packed[..codes.len()]);
-        if !x.len().is_multiple_of(2) {
-            // The last nibble of an odd row is zero, so that equal weights give equal bytes.
-            codes[x.len() / 2] &= 15;
+        for (x, codes) in x.chunks(LANES).zip(codes.chunks_mut(LANES / 2)) {
+            let mut padded = [0.0; LANES];
+            padded[..x.len()].copy_from_slice(x);
+            let code = tables[t].code_any(s, s.mul(s.load(&padded), s.splat(inverse)));
+            let packed = s.pack_nibbles(s.and(code, s.splat_i(15)));
+            codes.copy_from_slice(&packed[..codes.len()]);
+            if !x.len().is_multiple_of(2) {
+                // The last nibble of an odd row is zero, so that equal weights give equal bytes.
+                codes[x.len() / 2] &= 15;
+            }
         }
     }
 }
 
-fn decode(level: Level, parts: &[&[u8]], cols: usize, out: &mut [f32]) {
-    level.run(Decode { parts, cols, out })
+fn decode<const G: usize>(level: Level, parts: &[&[u8]], cols: usize, out: &mut [f32]) {
+    level.run(Decode::<G> { parts, cols, out })
 }
 
-struct Decode<'a, 'b> {
+struct Decode<'a, 'b, const G: usize> {
     parts: &'a [&'a [u8]],
     cols: usize,
     out: &'b mut [f32],
 }
 
-impl Kernel for Decode<'_, '_> {
+impl<const G: usize> Kernel for Decode<'_, '_, G> {
     type Output = ();
 
     #[inline(always)]
@@ -469,27 +492,28 @@ impl Kernel for Decode<'_, '_> {
         }
         let values = Table::new(s).map(|t| t.values);
         let codes = codes.chunks_exact(cols.div_ceil(2));
-        let scales = scales.chunks_exact(cols.div_ceil(GROUP));
-        let supers = supers.chunks_exact(2 * cols.div_ceil(SUPER));
+        let scales = scales.chunks_exact(cols.div_ceil(G));
+        let supers = supers.chunks_exact(2 * cols.div_ceil(G * GROUPS));
         for ((out, codes), (scales, supers)) in
             self.out.chunks_exact_mut(cols).zip(codes).zip(scales.zip(supers))
         {
             // Sixteen super-scales are widened at a time.
-            let runs = out.chunks_mut(SUPER * LANES).zip(codes.chunks(SUPER * LANES / 2));
-            let parameters = scales.chunks(LANES * LANES).zip(supers.chunks(2 * LANES));
+            let runs = out.chunks_mut(G * GROUPS * LANES).zip(codes.chunks(G * GROUPS * LANES / 2));
+            let parameters = scales.chunks(GROUPS * LANES).zip(supers.chunks(2 * LANES));
             for ((out, codes), (scales, supers)) in runs.zip(parameters) {
                 let supers = widen(s, supers);
-                let groups = out.chunks_mut(GROUP).zip(codes.chunks(GROUP / 2)).zip(scales);
-                for (g, ((out, codes), &scale)) in groups.enumerate() {
-                    let (l, t) = unpack_scale(scale);
-                    let scale = s.splat(supers[g / LANES] * l);
+                let vectors = out.chunks_mut(LANES).zip(codes.chunks(LANES / 2));
+                for (v, (out, codes)) in vectors.enumerate() {
+                    let g = v * LANES / G;
+                    let (l, t) = unpack_scale(scales[g]);
+                    let scale = s.splat(supers[g / GROUPS] * l);
                     if let (Some(out), Some(codes)) = (out.first_chunk_mut(), codes.first_chunk()) {
                         s.store(s.mul(scale, s.lookup16(values[t], s.nibbles(codes))), out);
                         continue;
                     }
-                    let mut padded = [0; GROUP / 2];
+                    let mut padded = [0; LANES / 2];
                     padded[..codes.len()].copy_from_slice(codes);
-                    let mut rebuilt = [0.0; GROUP];
+                    let mut rebuilt = [0.0; LANES];
                     s.store(s.mul(scale, s.lookup16(values[t], s.nibbles(&padded))), &mut rebuilt);
                     out.copy_from_slice(&rebuilt[..out.len()]);
                 }
@@ -499,10 +523,10 @@ impl Kernel for Decode<'_, '_> {
 }
 
 /// The rule for one weight, with its group's scale d·L and table t.
-pub struct Lut16;
+pub struct Lut<const G: usize>;
 
-impl Nearest for Lut16 {
-    const GROUP: usize = GROUP;
+impl<const G: usize> Nearest for Lut<G> {
+    const GROUP: usize = G;
     const OFFSET: bool = false;
     type Ready<S: Simd> = [Table<S>; 4];
 
@@ -514,11 +538,11 @@ impl Nearest for Lut16 {
     fn parameters(parts: &[&[u8]], cols: usize, [scales, tables, units]: [&mut [f32]; 3]) {
         let mut supers = vec![0f32; parts[2].len() / 2];
         widen_f16(parts[2], &mut supers);
-        let (groups, per_row) = (cols.div_ceil(GROUP), cols.div_ceil(SUPER));
+        let (groups, per_row) = (cols.div_ceil(G), cols.div_ceil(G * GROUPS));
         for (i, &byte) in parts[1].iter().enumerate() {
             let (row, group) = (i / groups, i % groups);
             let (l, t) = unpack_scale(byte);
-            units[i] = supers[row * per_row + group / (SUPER / GROUP)];
+            units[i] = supers[row * per_row + group / GROUPS];
             scales[i] = units[i] * l;
             tables[i] = t as f32;
         }
