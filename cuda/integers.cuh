@@ -54,7 +54,7 @@ struct Digits {
     static __device__ __forceinline__ int units_at(int columns) { return scales_at(columns) + blocks(columns) * 4; }
     static __device__ __forceinline__ int row_bytes(int tiles) {
         const int b = blocks(tiles * TILE_COLS);
-        return (b * (BLOCK_BYTES + 4 + BLOCK_COLS / UNIT * 4) + 127) / 128 * 128 + 32;
+        return (b * (BLOCK_BYTES + 4 + (TABLES ? 0 : BLOCK_COLS / UNIT * 4)) + 127) / 128 * 128 + 32;
     }
 
     // Four neighbouring values; zeros beyond k.

@@ -42,7 +42,7 @@ def defines_of(name: str, layout: str, arch: str) -> list[dict[str, object]]:
     if name == "dense.cu":
         return [{"LAYOUT": layout, "BF16": bf16} for bf16 in (0, 1)]
     if name == "skinny.cu":
-        integer = INTEGER[: plans.INTEGER.get(layout, 0)]
+        integer = INTEGER[: 2 if layout in plans.TABLES else int(layout in plans.INTEGER)]
         configurations = [*SKINNY, *integer]
         if arch != "sm_80":
             configurations += [*ENGINE, *({**defines, "ENGINE": 1} for defines in integer)]

@@ -36,16 +36,11 @@ STAGE_BYTES = {
     "int8_sym": 2048,
 }
 
-#: Layouts of which few tokens are multiplied in integers, and how many (cuda/integers.cuh). The others have so many
-#: bytes that memory takes the time either way.
-INTEGER = {
-    "int4_g16_u8": 1,
-    "int4_g32_fp16": 1,
-    "int4_g64_fp16": 1,
-    "int4_g128_fp16": 1,
-    "int4_lut16": 2,
-    "int4_lut32": 2,
-}
+#: Layouts that look codes up in tables (Lut16 of cuda/layouts.cuh).
+TABLES = frozenset({"int4_lut16", "int4_lut32"})
+#: Layouts of which one token is multiplied in integers (cuda/integers.cuh). The others have so many bytes that memory
+#: takes the time either way.
+INTEGER = TABLES | {"int4_g16_fp16", "int4_g32_fp16", "int4_g64_fp16", "int4_g128_fp16", "int4_g16_u8"}
 #: Tokens from which `wide` is faster than what is for fewer.
 WIDE_FROM = 17
 #: Weights from which more tiles in flight pay for the shared memory they take.
@@ -163,14 +158,14 @@ class Form:
     engine: bool = False
 
 
-def _forms(device: Device, layout: str, n: int, k: int, m: int, integer: int) -> list[Form]:
+def _forms(device: Device, layout: str, n: int, k: int, m: int, integer: int, overlaps: bool) -> list[Form]:
     """What `skinny_plans` tries, the best first, as measured."""
-    large, lut16 = n * k >= LARGE, layout == "int4_lut16"
+    large, tables = n * k >= LARGE, layout in TABLES
     depth = 3 if large and STAGE_BYTES[layout] <= 1280 and not integer else 2
     forms = [Form(8, depth, 2), Form(16, 2, 1), Form(8, depth, 1)]
     if integer * k > 8192:
         forms.insert(0, Form(16, 2, 1))
-    elif m > 2 and not large and not lut16:
+    elif m > 2 and not large and not tables:
         forms[:0] = [Form(12, 3, 1), Form(12, 2, 1)]
     if not device.hopper or m > 16:
         return forms
@@ -179,22 +174,22 @@ def _forms(device: Device, layout: str, n: int, k: int, m: int, integer: int) ->
         return Form(warps, depth, blocks, strips, True)
 
     if integer:
-        if large or integer == 2:
+        if large:
             forms[:0] = [engine(16, 4, 1), engine(16, 3, 1)]
-        elif k > 8192:
-            forms[:0] = [engine(12, 5, 1), engine(12, 3, 1)]
-        else:
+        elif k <= 8192 and (overlaps or tables or layout == "int4_g16_u8"):
+            # Of two blocks the first to end makes room for the launch that waits.
             forms.insert(0, engine(8, 3, 2))
+        else:
+            forms[:0] = [engine(12, 5, 1), engine(12, 3, 1)]
     elif m > 4:
-        two = [] if large or lut16 else [engine(8, 3, 1, 2)]
-        many = [] if m > 8 else [engine(16, 3, 1)]
-        forms[:0] = [*two, *many, engine(12, 3, 1), engine(12, 2, 1)]
-    elif m > 2 and not (large and lut16):
+        first = engine(8, 3, 1, 2) if not large else engine(16, 3, 1) if tables else engine(8, 4, 1, 2)
+        forms[:0] = [first, engine(12, 3, 1), engine(12, 2, 1)]
+    elif m > 1 and not (large and tables):
         forms.insert(0, engine(8, 3, 2))
     return forms
 
 
-#: Tiles that a slice of K is a multiple of: those of a super-scale of `int4_lut16`.
+#: Tiles that a slice of K is a multiple of: those of a super-scale of `TABLES`.
 SLICE_TILES = 4
 
 
@@ -205,11 +200,13 @@ def x_row_bytes(layout: str, integer: int, tiles: int) -> int:
     """
     if not integer:
         return 2 * TILE_COLS * tiles + 64
-    group = LAYOUTS[layout].group
-    # Where groups are smaller than a tile, and codes are packed by pairs, tiles are there twice.
-    versions = 2 if group < TILE_COLS and not LAYOUTS[layout].natural else 1
-    block = 2 * TILE_COLS
-    return divide_up(divide_up(tiles, 2) * (2 * block * versions + 4 + block // group * 4), 128) * 128 + 32
+    if layout in TABLES:
+        versions, units = 1, 0
+    else:
+        group = LAYOUTS[layout].group
+        # Where groups are smaller than a tile, tiles are there twice.
+        versions, units = 2 if group < TILE_COLS else 1, 2 * TILE_COLS // group
+    return divide_up(divide_up(tiles, 2) * (4 * TILE_COLS * versions + 4 + 4 * units), 128) * 128 + 32
 
 
 def skinny_plans(
@@ -231,7 +228,8 @@ def skinny_plans(
     average = divide_up(m, batch) if grouped else m
     columns = next((c for c in (1, 2, 4) if average <= 8 * c), 8)
     # Tokens that are multiplied in integers; not experts', of which one may have many.
-    integer = m if m <= INTEGER.get(layout, 0) and not grouped else 0
+    most_integer = 0 if layout not in INTEGER or grouped else 2 if layout in TABLES and n * k >= LARGE else 1
+    integer = m if m <= most_integer else 0
     chunk = integer or 8 * columns
     at_once = min(chunk, m)
     # Strips whose sums a block adds at a time, each by a warp (BUFFERS of cuda/skinny.cu).
@@ -282,7 +280,7 @@ def skinny_plans(
             slots * strips,
         )
 
-    forms = _forms(device, layout, n, k, average, integer)
+    forms = _forms(device, layout, n, k, average, integer, fused.overlaps)
     while True:
         found = [made for form in forms if (made := plan(form, slices)) is not None]
         if found:
