@@ -14,7 +14,7 @@ mod progress;
 mod wgpu;
 
 use crate::calibration::{Calibration, Encoder, importance_of};
-use crate::codec::{self, Codec, Factor, OutputError, Per};
+use crate::codec::{self, Codec, Factor, OutputError, Outputs, Per};
 use crate::error::{Error, Kind};
 use crate::input::{self, Model};
 use crate::output::{self, Format};
@@ -184,7 +184,7 @@ fn encode(
         let floats = |moment: &Bytes| -> Vec<f32> {
             moment.as_slice().as_chunks().0.iter().map(|b| f32::from_ne_bytes(*b)).collect()
         };
-        let outputs = output_moment.as_ref().map(|m| Factor::new(&floats(m), rows.count(), tokens, LAPACK));
+        let outputs = output_moment.as_ref().map(|m| Outputs::new(&floats(m), rows.count(), tokens, LAPACK));
         let outputs = outputs.transpose()?;
         let factor = match &second_moment {
             Some(moment) => {

@@ -10,7 +10,7 @@ mod together;
 pub use buffer::zeroed;
 
 use crate::codec::simd::Level;
-use crate::codec::{Codec, EXPONENTS, FEEDBACK_ROWS, Factor, OutputError, Range, Strip};
+use crate::codec::{Codec, EXPONENTS, FEEDBACK_ROWS, Factor, OutputError, Outputs, Range, Strip};
 use crate::error::{Error, Kind, Result};
 use crate::tensor::{Dtype, Encoding, Rows, Tensor};
 use error_sums::error_sums;
@@ -34,7 +34,7 @@ pub struct Options<'a> {
     pub factor: Option<&'a Factor>,
     /// The second moment of the gradients of the layer's outputs, one for each row; then codes that are chosen again
     /// also make good what other rows have lost.
-    pub outputs: Option<&'a Factor>,
+    pub outputs: Option<&'a Outputs>,
     /// Whether to measure the squared error.
     pub measure: bool,
     /// Where to count weights, and look for a request to stop.
@@ -158,10 +158,10 @@ pub fn encode_into(
             rows.cols
         )));
     }
-    if let Some(outputs) = options.outputs.filter(|f| f.cols() != rows.count()) {
+    if let Some(outputs) = options.outputs.filter(|o| o.factor.cols() != rows.count()) {
         return Err(Error::usage(format!(
             "the second moment of the outputs has {} columns, the tensor {} rows",
-            outputs.cols(),
+            outputs.factor.cols(),
             rows.count()
         )));
     }

@@ -42,6 +42,21 @@ impl Factor {
     /// An input error where it holds NaN, infinity or a negative diagonal, or where no damping makes it positive
     /// definite; whatever `cholesky` fails with.
     pub fn new(moment: &[f32], cols: usize, tokens: Option<u64>, cholesky: Cholesky<'_>) -> Result<Factor> {
+        Factor::dealt(moment, cols, 1, tokens, cholesky)
+    }
+
+    /// The same, its columns dealt out in turn to so many `hands`, which follow one another: those of one hand are then
+    /// as little alike as those of all.
+    ///
+    /// # Errors
+    /// As [`Factor::new`].
+    pub fn dealt(
+        moment: &[f32],
+        cols: usize,
+        hands: usize,
+        tokens: Option<u64>,
+        cholesky: Cholesky<'_>,
+    ) -> Result<Factor> {
         if cols.checked_mul(cols) != Some(moment.len()) {
             return Err(Error::usage(format!(
                 "a second moment of {} numbers does not fit {cols} columns; it must be [{cols}, {cols}]",
@@ -66,6 +81,8 @@ impl Factor {
         let mut order: Vec<usize> = (0..cols).collect();
         // A stable sort, so that equal columns keep their order on every machine.
         order.sort_by(|&a, &b| diagonal[b].total_cmp(&diagonal[a]));
+        let hand = |i: usize| order.iter().skip(i).step_by(hands).copied();
+        let order: Vec<usize> = (0..hands).flat_map(hand).collect();
         let mean = diagonal.iter().map(|&h| f64::from(h)).sum::<f64>() / cols.max(1) as f64;
         // A column that is always zero costs nothing, whatever its weights become.
         let dead = |j: usize| if diagonal[j] == 0.0 { 1.0 } else { 0.0 };

@@ -24,7 +24,7 @@ pub use factor::{Cholesky, Factor};
 pub use feedback::{Column, OutputError, ROWS as FEEDBACK_ROWS, store_bits};
 pub use half_floats::{narrow_f16, widen_f16};
 pub use lut::Tables;
-pub use outputs::owed;
+pub use outputs::{Outputs, owed};
 pub use range::{EXPONENTS, Range};
 
 use search::Search;

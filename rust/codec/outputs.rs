@@ -5,12 +5,37 @@
 //! factorised as H is ([`Factor`]): row k should have the error -Σ U_ik e_i, over the rows i before it in the
 //! factor's order, whatever the input is, and then costs nothing.
 
-use super::factor::{BLOCK, Factor};
+use super::factor::{BLOCK, Cholesky, Factor};
 use super::feedback::{Column, ROWS, add_product, add_products, store, vectors};
 use super::simd::{Kernel, Level, Simd};
+use crate::error::Result;
 use std::ops::Range;
 
 const _: () = assert!(ROWS == BLOCK, "columns of a weight are taken as many at a time as rows");
+
+/// The most steps in which the rows of a tensor are encoded. More of them know more of each other's errors, but rows of
+/// one step are what threads share.
+const STEPS: usize = 8;
+
+/// G of a weight's outputs, and how many rows make a step.
+pub struct Outputs {
+    /// The factor; the rows of a step follow one another in its order, and are as little alike as all.
+    pub factor: Factor,
+    /// Rows of every step but a last one, which may be shorter; some blocks.
+    pub step: usize,
+}
+
+impl Outputs {
+    /// As [`Factor::new`], for so many `rows`.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn new(moment: &[f32], rows: usize, tokens: Option<u64>, cholesky: Cholesky<'_>) -> Result<Outputs> {
+        let step = BLOCK * rows.div_ceil(BLOCK).div_ceil(STEPS).max(1);
+        let factor = Factor::dealt(moment, rows, rows.div_ceil(step).max(1), tokens, cholesky)?;
+        Ok(Outputs { factor, step })
+    }
+}
 
 /// Writes the errors that `rows` should have, given those of all rows before them; `errors` are those of [`BLOCK`]
 /// columns of the weight, its rows in the factor's order, and `rows` begins with a block.

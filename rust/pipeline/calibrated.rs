@@ -4,7 +4,7 @@
 use super::compress::CalibrationOptions;
 use super::report::hex;
 use crate::calibration::Encoder;
-use crate::codec::{Factor, SEARCH};
+use crate::codec::{Factor, Outputs, SEARCH};
 use crate::error::{Error, Kind, Result};
 use crate::estimate;
 use crate::input::{self, Model};
@@ -49,7 +49,7 @@ pub struct Help {
     /// For error feedback.
     pub factor: Option<Arc<Factor>>,
     /// For error feedback among rows.
-    pub outputs: Option<Factor>,
+    pub outputs: Option<Outputs>,
 }
 
 impl<'a> Calibrated<'a> {
@@ -192,7 +192,9 @@ impl<'a> Calibrated<'a> {
         let factor = Some(self.factor(input)?);
         let outputs = match options.statistics.output_moment(name)? {
             // No layer but this one has these outputs.
-            Some((moment, rows, tokens)) => Some(Factor::new(&moment, rows, Some(tokens), options.cholesky)?),
+            Some((moment, rows, tokens)) => {
+                Some(Outputs::new(&moment, rows, Some(tokens), options.cholesky)?)
+            }
             None => None,
         };
         Ok(Help { importance, factor, outputs })

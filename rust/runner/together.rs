@@ -1,40 +1,36 @@
-//! A tensor whose rows make good what others have lost: some strips at a time, each of which knows the errors of all
-//! before them.
+//! A tensor whose rows make good what others have lost: step by step, each of which knows the errors of all before it.
 
 use super::{Job, Outcome, Scratch, Sums, power_of_two};
-use crate::codec::{Column, FEEDBACK_ROWS, Factor, Range, owed};
+use crate::codec::{Column, FEEDBACK_ROWS, Outputs, Range, owed};
 use rayon::prelude::*;
-
-/// The most steps in which a tensor is encoded. More of them know a little more of each other's errors (four left
-/// 12.5 % of the loss's growth away, eight and sixteen 14), but strips of one step are what threads share.
-const STEPS: usize = 8;
-
-/// The fewest strips of a step.
-const STRIPS: usize = 2;
 
 /// Columns whose errors lie together.
 const RUN: usize = FEEDBACK_ROWS;
 
 impl Job<'_> {
     /// As [`Job::run`], under the second moment of the outputs' gradients.
-    pub fn run_together(&self, outputs: &Factor, exponent: i32, parts: &mut [&mut [u8]]) -> (Outcome, Range) {
+    pub fn run_together(
+        &self,
+        outputs: &Outputs,
+        exponent: i32,
+        parts: &mut [&mut [u8]],
+    ) -> (Outcome, Range) {
         let (count, cols) = (self.rows.count(), self.rows.cols);
         let weights = self.all_weights(exponent);
         // Of each run of columns the errors of all rows, in the factor's order.
         let mut errors = vec![vec![[0f32; RUN]; count]; cols.div_ceil(RUN)];
-        let strips = count.div_ceil(FEEDBACK_ROWS);
-        let step = FEEDBACK_ROWS * strips.div_ceil(STEPS).max(STRIPS);
+        let Outputs { factor, step } = outputs;
         let mut total = Sums::default();
-        for first in (0..count).step_by(step) {
+        for first in (0..count).step_by(*step) {
             let rows = first..(first + step).min(count);
-            errors.par_iter_mut().for_each(|errors| owed(self.level, outputs, rows.clone(), errors));
+            errors.par_iter_mut().for_each(|errors| owed(self.level, factor, rows.clone(), errors));
             let starts: Vec<usize> = rows.step_by(FEEDBACK_ROWS).collect();
             let done: Vec<Strip> = starts
                 .par_iter()
                 .map_init(Scratch::default, |scratch, &first| {
                     let last = (first + FEEDBACK_ROWS).min(count);
                     self.strip_together(
-                        &outputs.order()[first..last],
+                        &factor.order()[first..last],
                         first,
                         exponent,
                         &weights,
@@ -45,7 +41,7 @@ impl Job<'_> {
                 .collect();
             for (strip, &first) in done.iter().zip(&starts) {
                 total.add(&strip.sums);
-                self.keep(strip, &outputs.order()[first..], parts);
+                self.keep(strip, &factor.order()[first..], parts);
                 for (r, row) in strip.errors.chunks_exact(cols).enumerate() {
                     for (errors, run) in errors.iter_mut().zip(row.chunks(RUN)) {
                         errors[first + r][..run.len()].copy_from_slice(run);

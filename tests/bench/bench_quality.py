@@ -190,10 +190,9 @@ class Bench:
                     self.artifact(name, codec_name, label, calibration=self.statistics(kind), encoder="gptq")
         for codec_name in ("int8_sym_v1", "int4_opt_v1", "int4_lut16_v1", "int4_lut32_v1"):
             self.artifact(f"whole model: {codec_name}", codec_name, "", whole=True)
-            if codec_name != "int8_sym_v1" and self.wanted.search("whole model"):
-                statistics = self.statistics("text")
-                name = f"whole model: {codec_name}, gptq"
-                self.artifact(name, codec_name, "gptq", whole=True, calibration=statistics)
+            name = f"whole model: {codec_name}, gptq"
+            if codec_name != "int8_sym_v1" and self.wanted.search(name):
+                self.artifact(name, codec_name, "gptq", whole=True, calibration=self.statistics("text"))
         if self.args.peers:
             importance = self.importance()
             for peer in quality_peers.peers():
