@@ -24,7 +24,7 @@ PREFILL = [{"GROUPS": 4, "BLOCKS": 1, "TOKENS": 16, "DEPTH": 3, "STAGES": 3}]
 WIDE = [
     {"GROUPS": 2, "TOKENS": 256, "STEP": 1, "STAGES": 4},
     {"GROUPS": 4, "TOKENS": 64, "STEP": 2, "STAGES": 3},
-    {"GROUPS": 3, "TOKENS": 128, "STEP": 1, "STAGES": 3, "CLUSTER": 2},
+    {"GROUPS": 3, "TOKENS": 128, "STEP": 1, "STAGES": 5, "CLUSTER": 2},
 ]
 
 
