@@ -6,7 +6,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 MODEL ?= tests/data/tiny-llama
 FUZZ_RUNS ?= 10000000
-FUZZ_TARGETS := artifact safetensors gguf json
+FUZZ_TARGETS := artifact safetensors gguf json delta
 
 QUALITY ?=
 # FEATURES=gpu builds and tests with wgpu, too.

@@ -83,6 +83,34 @@ impl AtomicFile {
         self.write_all(bytes).map_err(|e| self.error(&e))
     }
 
+    /// Makes the file `len` bytes long, so that [`AtomicFile::place`] can fill it in any order.
+    ///
+    /// # Errors
+    /// An I/O error that names the target.
+    pub fn stretch(&mut self, len: u64) -> Result<()> {
+        let stretched = self.flush().and_then(|()| self.open()?.set_len(len));
+        stretched.map_err(|e| self.error(&e))?;
+        self.written = len;
+        Ok(())
+    }
+
+    /// Writes `bytes` at a place of a file that has been stretched; many threads may do so at once.
+    ///
+    /// # Errors
+    /// An I/O error that names the target.
+    pub fn place(&self, at: u64, bytes: &[u8]) -> Result<()> {
+        let placed = self.open().and_then(|file| {
+            write_at(file, at, bytes)?;
+            start_sync(file, at, bytes.len());
+            Ok(())
+        });
+        placed.map_err(|e| self.error(&e))
+    }
+
+    fn open(&self) -> io::Result<&File> {
+        self.file.as_ref().map(BufWriter::get_ref).ok_or_else(|| io::Error::other("the file is closed"))
+    }
+
     /// The error for people that stands for a failed write to this file.
     pub fn error(&self, source: &io::Error) -> Error {
         write_error(&self.asked, source)
@@ -129,6 +157,39 @@ impl Drop for AtomicFile {
         // After a commit there is nothing left to remove.
         let _ = fs::remove_file(&self.temp);
     }
+}
+
+#[cfg(unix)]
+fn write_at(file: &File, at: u64, bytes: &[u8]) -> io::Result<()> {
+    std::os::unix::fs::FileExt::write_all_at(file, bytes, at)
+}
+
+/// Has the system start to put bytes on the disk, so that [`AtomicFile::commit`] need not wait for all of them.
+fn start_sync(file: &File, at: u64, len: usize) {
+    #[cfg(target_os = "linux")]
+    {
+        use std::os::fd::AsRawFd;
+        // SAFETY: the file is open; the call touches no memory of ours. Failure is harmless: `commit` waits for all.
+        let _ = unsafe {
+            let (at, len) = (at.cast_signed(), len as libc::off64_t);
+            libc::sync_file_range(file.as_raw_fd(), at, len, libc::SYNC_FILE_RANGE_WRITE)
+        };
+    }
+    #[cfg(not(target_os = "linux"))]
+    let _ = (file, at, len);
+}
+
+#[cfg(windows)]
+fn write_at(file: &File, mut at: u64, mut bytes: &[u8]) -> io::Result<()> {
+    while !bytes.is_empty() {
+        let n = std::os::windows::fs::FileExt::seek_write(file, bytes, at)?;
+        if n == 0 {
+            return Err(ErrorKind::WriteZero.into());
+        }
+        at += n as u64;
+        bytes = &bytes[n..];
+    }
+    Ok(())
 }
 
 fn write_error(target: &Path, source: &io::Error) -> Error {

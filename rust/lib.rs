@@ -7,6 +7,7 @@
 //! - [`codec`]: the table of codecs; each knows rows of floats, never files or threads.
 //! - [`runner`]: one tensor through one codec, on many threads.
 //! - [`atomic`]: files that appear whole or not at all.
+//! - [`pieces`]: BLAKE3 of bytes in pieces.
 //! - [`artifact`]: the `.tenpak` file, written in one pass and read with every byte checked.
 //! - [`input`] and [`output`]: the model formats around it.
 //! - [`calibration`]: statistics of layers' inputs, which some encoders heed.
@@ -24,6 +25,7 @@ pub mod error;
 pub mod estimate;
 pub mod input;
 pub mod output;
+pub mod pieces;
 pub mod pipeline;
 pub mod plan;
 #[cfg(feature = "python")]

@@ -34,17 +34,28 @@ pub(crate) fn supervised<T: Send>(
     progress: Progress<'_>,
     work: impl FnOnce(&Meter) -> Result<T> + Send,
 ) -> Result<T> {
+    supervised_on(&pool(threads)?, total, progress, work)
+}
+
+/// So many threads; 0: one for each core.
+pub(crate) fn pool(threads: usize) -> Result<rayon::ThreadPool> {
+    let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build();
+    pool.map_err(|e| Error::new(Kind::Io, format!("cannot start {threads} threads: {e}")))
+}
+
+/// As [`supervised`], on threads that do several things one after another.
+pub(crate) fn supervised_on<T: Send>(
+    pool: &rayon::ThreadPool,
+    total: u64,
+    progress: Progress<'_>,
+    work: impl FnOnce(&Meter) -> Result<T> + Send,
+) -> Result<T> {
     // A caller that wants no work, or an interrupt that came meanwhile, is heard before any is done.
     progress(0, total)?;
-    let pool = rayon::ThreadPoolBuilder::new()
-        .num_threads(threads)
-        .build()
-        .map_err(|e| Error::new(Kind::Io, format!("cannot start {threads} threads: {e}")))?;
     let meter = Meter::default();
     let (send, receive) = sync_channel(1);
     std::thread::scope(|scope| {
         let worker = &meter;
-        let pool = &pool;
         scope.spawn(move || {
             // The receiver outlives this thread, and there is room for one result.
             let _ = send.send(pool.install(|| work(worker)));

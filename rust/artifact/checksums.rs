@@ -11,7 +11,7 @@ pub fn checksums(bytes: &[u8]) -> (u64, [u8; 32]) {
     if (bytes.len() as u64) < WORTH_THREADS {
         return (xxh3_64(bytes), *blake3::hash(bytes).as_bytes());
     }
-    rayon::join(|| xxh3_64(bytes), || *blake3::Hasher::new().update_rayon(bytes).finalize().as_bytes())
+    rayon::join(|| xxh3_64(bytes), || crate::pieces::digest(bytes))
 }
 
 /// `f` of every item, in order; in parallel where they have enough bytes together.

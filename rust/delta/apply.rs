@@ -4,7 +4,8 @@ use super::entry::{self, Method};
 use super::{bit1, exact};
 use crate::artifact::{ArtifactFile, Entry};
 use crate::error::{Error, Result};
-use crate::input::{Model, Sidecar, TensorInfo, content_digest};
+use crate::input::{Each, Model, Sidecar, TensorInfo, content_digest};
+use crate::pieces;
 use crate::pipeline::{hex, named, plain};
 use crate::runner;
 use crate::tensor::{Dtype, Encoding, Tensor};
@@ -67,37 +68,52 @@ impl Applied {
         Ok(Applied { delta, base, digests, places, infos, trust })
     }
 
+    /// The tensor of the base that an entry is coded against, and what it hashes to where that is known.
+    fn base_of(&self, entry: &Entry) -> Result<Option<(Tensor<'_>, Option<[u8; 32]>)>> {
+        let Some(from) = entry::from(entry)? else { return Ok(None) };
+        let place = self.places[&from.name];
+        let tensor = self.base.read(place)?;
+        let mut known = self.digests.as_ref().map(|digests| digests[place]);
+        if self.trust == Trust::Nothing {
+            let found = content_digest(&tensor.bytes);
+            if found != from.b3 {
+                return Err(Error::usage(format!(
+                    "the base is not the one that the delta was made from: its tensor {:?} is {}, and should be {}",
+                    from.name,
+                    hex(&found),
+                    hex(&from.b3)
+                )));
+            }
+            known = Some(found);
+        }
+        Ok(Some((tensor, known)))
+    }
+
+    /// Hands over a tensor in pieces; only where it is coded as such does any of it come out before all of it does.
+    fn restore_each(&self, entry: &Entry, each: Each<'_>) -> Result<()> {
+        if Method::of(entry)? != Some(Method::Exact) {
+            return pieces::each(&self.restore(entry)?, each);
+        }
+        let old = match self.base_of(entry)? {
+            Some((base, _)) => reference(base, entry.dtype)?,
+            None => Cow::Borrowed(&[][..]),
+        };
+        let found = exact::decode_each(self.part(entry, "data")?, &old, entry.dtype, len(entry)?, each)?;
+        check(found, entry)
+    }
+
     fn restore(&self, entry: &Entry) -> Result<Cow<'_, [u8]>> {
         let Some(method) = Method::of(entry)? else {
             return Ok(Cow::Borrowed(self.delta.entry_parts(entry)?[0]));
         };
-        let mut known = None;
-        let base = match entry::from(entry)? {
-            None => None,
-            Some(from) => {
-                let place = self.places[&from.name];
-                let tensor = self.base.read(place)?;
-                if method == Method::Same && tensor.encoding == Encoding::Plain(entry.dtype) {
-                    known = self.digests.as_ref().map(|digests| digests[place]);
-                }
-                if self.trust == Trust::Nothing {
-                    let found = content_digest(&tensor.bytes);
-                    if found != from.b3 {
-                        return Err(Error::usage(format!(
-                            "the base is not the one that the delta was made from: its tensor {:?} is {}, and should \
-                             be {}",
-                            from.name,
-                            hex(&found),
-                            hex(&from.b3)
-                        )));
-                    }
-                }
-                Some(tensor)
-            }
-        };
+        let (base, mut known) = self.base_of(entry)?.unzip();
+        if method != Method::Same
+            || base.as_ref().is_none_or(|base| base.encoding != Encoding::Plain(entry.dtype))
+        {
+            known = None;
+        }
         let missing = || Error::artifact("it names no tensor of the base");
-        let len = usize::try_from(entry.elements() * entry.dtype.size() as u64)
-            .map_err(|_| Error::unsupported("the tensor is too large for this machine"))?;
+        let len = len(entry)?;
         let bytes = match method {
             Method::Same => reference(base.ok_or_else(missing)?, entry.dtype)?,
             Method::Exact => {
@@ -122,13 +138,9 @@ impl Applied {
             }
             Method::Codes => return Err(Error::artifact("a delta of mode codes holds it")),
         };
-        let (found, wanted) = (known.unwrap_or_else(|| content_digest(&bytes)), entry::b3(entry)?);
-        if bytes.len() != len || found != wanted {
-            return Err(Error::artifact(format!(
-                "what comes out is {}, and should be {}",
-                hex(&found),
-                hex(&wanted)
-            )));
+        check(known.flatten().unwrap_or_else(|| content_digest(&bytes)), entry)?;
+        if bytes.len() != len {
+            return Err(Error::artifact("what comes out has another length than it should"));
         }
         Ok(bytes)
     }
@@ -139,6 +151,21 @@ impl Applied {
             None => Err(Error::artifact(format!("the part {name} is missing"))),
         }
     }
+}
+
+/// Bytes of the tensor that an entry gives.
+fn len(entry: &Entry) -> Result<usize> {
+    usize::try_from(entry.elements() * entry.dtype.size() as u64)
+        .map_err(|_| Error::unsupported("the tensor is too large for this machine"))
+}
+
+/// Compares what comes out with what the entry says.
+fn check(found: [u8; 32], entry: &Entry) -> Result<()> {
+    let wanted = entry::b3(entry)?;
+    if found == wanted {
+        return Ok(());
+    }
+    Err(Error::artifact(format!("what comes out is {}, and should be {}", hex(&found), hex(&wanted))))
 }
 
 /// Refuses what a file claims and no memory can hold, instead of ending the program.
@@ -183,6 +210,14 @@ impl Model for Applied {
             .and_then(|entry| self.restore(entry))
             .map_err(|e| named(e, &info.name).at(self.delta.path().display()))?;
         Ok(Tensor { shape: info.shape.clone(), encoding: info.encoding, bytes })
+    }
+
+    fn pieces(&self, index: usize, each: Each<'_>) -> Result<()> {
+        let info = &self.infos[index];
+        self.delta
+            .find(&info.name)
+            .and_then(|entry| self.restore_each(entry, each))
+            .map_err(|e| named(e, &info.name).at(self.delta.path().display()))
     }
 
     fn sidecars(&self) -> Result<Vec<Sidecar>> {

@@ -336,6 +336,19 @@ fn store_codes(layout: &Layout, codes: &[u8], out: &mut [&mut [u8]]) {
     }
 }
 
+/// Stores the codes of whole rows of `cols` in parts that hold zeros for them.
+pub fn codes_at(layout: &Layout, codes: &[u8], cols: usize, out: &mut [Vec<u8>]) {
+    let mut shift = 0;
+    for (part, bytes) in layout.parts.iter().zip(out) {
+        if let Per::Weight(bits) = part.per {
+            let rows = bytes.chunks_mut(part.row_bytes(cols).max(1));
+            rows.zip(codes.chunks(cols.max(1)))
+                .for_each(|(bytes, codes)| crate::codec::store_bits(bytes, 0, codes, bits as usize, shift));
+            shift += bits;
+        }
+    }
+}
+
 /// Stores the codes of whole rows of `cols`.
 pub fn store_all_codes(layout: &Layout, codes: &[u8], cols: usize, out: &mut [Vec<u8>]) {
     let mut shift = 0;

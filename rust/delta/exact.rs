@@ -5,18 +5,28 @@
 
 use super::entry::Method;
 use super::plane::{Coder, bits};
-use super::word::{Against, Word, is_float};
+use super::scaled;
+use super::word::{Word, is_float};
 use crate::artifact::{ArtifactFile, Entry};
+use crate::codec::simd::Level;
 use crate::error::{Error, Result};
+use crate::pieces;
 use crate::tensor::Dtype;
 use rayon::prelude::*;
 use std::borrow::Cow;
+use std::cell::RefCell;
 
 /// Elements that are coded together: few enough for a core's cache, enough for their own statistics.
 pub const CHUNK: usize = 1 << 17;
 
-/// Chunks that a thread takes together, for making what it needs takes time.
-const AT_ONCE: usize = 4;
+/// Where fewer than one element in so many changed, gaps between changes are smallest.
+const FEW: usize = 16;
+
+/// Where fewer than one element in so many changed, gaps are worth a try.
+const NOT_MANY: usize = 5;
+
+/// Bytes of a chunk's heads and tables, about.
+const SMALL: usize = 4096;
 
 /// Bytes of a chunk's head.
 const HEAD: usize = 5;
@@ -29,7 +39,7 @@ pub enum Kind {
     Same = 0,
     /// The elements that changed: gaps between them, then planes of their distances.
     Sparse = 1,
-    /// Planes of the distances of all elements, the lowest bytes first.
+    /// The distances of all elements: [`scaled`].
     Distance = 2,
     /// Planes of the bits in which elements differ.
     Bits = 3,
@@ -63,16 +73,37 @@ pub struct Encoded {
     pub data: Vec<u8>,
     /// Elements that are not as in the base; those beyond its end among them.
     pub changed: u64,
+    /// BLAKE3 of all elements.
+    pub digest: [u8; 32],
 }
 
 /// Codes `new` against `old`, which may be shorter or longer: elements beyond its end stand alone.
+///
+/// # Errors
+/// An I/O error where zstd cannot start.
 pub fn encode(old: &[u8], new: &[u8], dtype: Dtype) -> Result<Encoded> {
-    match dtype.size() {
-        1 => encode_words::<u8>(old, new, dtype),
-        2 => encode_words::<u16>(old, new, dtype),
-        4 => encode_words::<u32>(old, new, dtype),
-        _ => encode_words::<u64>(old, new, dtype),
+    let bytes = CHUNK * dtype.size();
+    let coded: Vec<Result<(Coded, [u8; 32])>> = new
+        .par_chunks(bytes)
+        .enumerate()
+        .map(|(i, piece)| {
+            let coded = encode_chunk(&base(old, i * bytes, piece.len()), piece, dtype)?;
+            // The chunk is in the core's cache now.
+            Ok((coded, pieces::hash(piece, i * bytes, new.len())))
+        })
+        .collect();
+    let coded = coded.into_iter().collect::<Result<Vec<_>>>()?;
+    let mut out = Encoded::default();
+    out.data.reserve_exact(coded.iter().map(|(c, _)| HEAD + c.bytes.len()).sum());
+    for (Coded { kind, bytes, changed }, _) in &coded {
+        out.data.push(*kind as u8);
+        out.data.extend_from_slice(&(bytes.len() as u32).to_le_bytes());
+        out.changed += changed;
     }
+    coded.iter().for_each(|(c, _)| out.data.extend_from_slice(&c.bytes));
+    let hashes: Vec<[u8; 32]> = coded.iter().map(|(_, hash)| *hash).collect();
+    out.digest = pieces::joined(&hashes, bytes);
+    Ok(out)
 }
 
 /// Restores into `new` what [`encode`] has coded against the same `old`.
@@ -80,12 +111,53 @@ pub fn encode(old: &[u8], new: &[u8], dtype: Dtype) -> Result<Encoded> {
 /// # Errors
 /// An artifact error for anything that [`encode`] does not write.
 pub fn decode(data: &[u8], old: &[u8], dtype: Dtype, new: &mut [u8]) -> Result<()> {
-    match dtype.size() {
-        1 => decode_words::<u8>(data, old, dtype, new),
-        2 => decode_words::<u16>(data, old, dtype, new),
-        4 => decode_words::<u32>(data, old, dtype, new),
-        _ => decode_words::<u64>(data, old, dtype, new),
+    let bytes = CHUNK * dtype.size();
+    let chunks = chunks(data, (new.len() / dtype.size()) as u64)?;
+    let done: Vec<Result<()>> = new
+        .par_chunks_mut(bytes)
+        .zip(chunks)
+        .enumerate()
+        .map(|(i, (new, (kind, chunk)))| {
+            decode_chunk(kind, chunk, &base(old, i * bytes, new.len()), dtype, new)
+        })
+        .collect();
+    done.into_iter().collect()
+}
+
+/// As [`decode`], but hands over each chunk with its place among `len` bytes while it is in a core's cache, in no
+/// order, on any thread; returns BLAKE3 of all of it.
+///
+/// # Errors
+/// As [`decode`]; the first that `each` returns.
+pub fn decode_each(
+    data: &[u8],
+    old: &[u8],
+    dtype: Dtype,
+    len: usize,
+    each: &(dyn Fn(usize, &[u8]) -> Result<()> + Sync),
+) -> Result<[u8; 32]> {
+    thread_local! {
+        static ROOM: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
     }
+    let bytes = CHUNK * dtype.size();
+    let done: Vec<Result<[u8; 32]>> = chunks(data, (len / dtype.size()) as u64)?
+        .into_par_iter()
+        .enumerate()
+        .map(|(i, (kind, chunk))| {
+            ROOM.with_borrow_mut(|room| {
+                let start = i * bytes;
+                let here = bytes.min(len - start);
+                if room.len() < here {
+                    room.resize(here, 0);
+                }
+                let new = &mut room[..here];
+                decode_chunk(kind, chunk, &base(old, start, here), dtype, new)?;
+                each(start, new)?;
+                Ok(pieces::hash(new, start, len))
+            })
+        })
+        .collect();
+    Ok(pieces::joined(&done.into_iter().collect::<Result<Vec<_>>>()?, bytes))
 }
 
 /// How the chunks of an entry of a delta are coded: kinds, chunks of each, and their bytes.
@@ -124,46 +196,8 @@ pub fn chunks(data: &[u8], elements: u64) -> Result<Vec<(Kind, &[u8])>> {
     if rest.is_empty() { Ok(chunks) } else { Err(malformed()) }
 }
 
-fn encode_words<W: Word>(old: &[u8], new: &[u8], dtype: Dtype) -> Result<Encoded> {
-    let bytes = CHUNK * W::BYTES;
-    let coded: Vec<Result<(Kind, Vec<u8>, u64)>> = new
-        .par_chunks(bytes)
-        .enumerate()
-        .with_min_len(AT_ONCE)
-        .map_init(Scratch::<W>::new, |scratch, (i, new)| {
-            let scratch = scratch.as_mut().map_err(|e| e.clone())?;
-            Ok(scratch.encode(&piece(old, i * bytes, new.len()), new, is_float(dtype)))
-        })
-        .collect();
-    let coded = coded.into_iter().collect::<Result<Vec<_>>>()?;
-    let mut out = Encoded::default();
-    for (kind, chunk, changed) in &coded {
-        out.data.push(*kind as u8);
-        out.data.extend_from_slice(&(chunk.len() as u32).to_le_bytes());
-        out.changed += changed;
-    }
-    coded.iter().for_each(|(_, chunk, _)| out.data.extend_from_slice(chunk));
-    Ok(out)
-}
-
-fn decode_words<W: Word>(data: &[u8], old: &[u8], dtype: Dtype, new: &mut [u8]) -> Result<()> {
-    let bytes = CHUNK * W::BYTES;
-    let chunks = chunks(data, (new.len() / W::BYTES) as u64)?;
-    let done: Vec<Result<()>> = new
-        .par_chunks_mut(bytes)
-        .zip(chunks)
-        .enumerate()
-        .with_min_len(AT_ONCE)
-        .map_init(Scratch::<W>::new, |scratch, (i, (new, (kind, chunk)))| {
-            let scratch = scratch.as_mut().map_err(|e| e.clone())?;
-            scratch.decode(kind, chunk, &piece(old, i * bytes, new.len()), new, is_float(dtype))
-        })
-        .collect();
-    done.into_iter().collect()
-}
-
 /// Bytes `start .. start + len` of the base, with zeros beyond its end; nothing at all where it has none there.
-fn piece(old: &[u8], start: usize, len: usize) -> Cow<'_, [u8]> {
+fn base(old: &[u8], start: usize, len: usize) -> Cow<'_, [u8]> {
     let there = old.get(start..).unwrap_or_default();
     match there.get(..len) {
         Some(all) => Cow::Borrowed(all),
@@ -176,59 +210,134 @@ fn piece(old: &[u8], start: usize, len: usize) -> Cow<'_, [u8]> {
     }
 }
 
-/// What one thread needs.
-struct Scratch<W> {
-    coder: Coder,
-    words: Vec<W>,
-    plane: Vec<u8>,
+/// A coded chunk.
+struct Coded {
+    kind: Kind,
+    bytes: Vec<u8>,
+    changed: u64,
 }
 
-impl<W: Word> Scratch<W> {
-    fn new() -> Result<Self> {
-        Ok(Scratch { coder: Coder::new()?, words: Vec::new(), plane: Vec::new() })
-    }
+/// What one thread needs, whatever it codes: it is dear to make.
+struct Scratch {
+    coder: Coder,
+    plane: Vec<u8>,
+    scaled: scaled::Scratch,
+    level: Level,
+}
 
-    fn encode(&mut self, old: &[u8], new: &[u8], float: bool) -> (Kind, Vec<u8>, u64) {
-        let count = new.len() / W::BYTES;
-        if old == new {
-            return (Kind::Same, Vec::new(), 0);
-        }
-        let kind = if old.is_empty() { Kind::Alone } else { best(sample::<W>(old, new, float)) };
-        let mut out = Vec::new();
-        self.differences(kind, old, new, float);
-        let changed = match kind {
-            Kind::Alone if old.is_empty() => count,
-            Kind::Alone => {
-                let pairs = words::<W>(old).zip(words::<W>(new));
-                pairs.map(|(old, new)| usize::from(old != new)).sum()
-            }
-            _ => self.words.chunks(COUNTED).map(|words| usize::from(nonzero(words))).sum(),
+fn with_scratch<T>(f: impl FnOnce(&mut Scratch) -> Result<T>) -> Result<T> {
+    thread_local! {
+        static SCRATCH: RefCell<Option<Scratch>> = const { RefCell::new(None) };
+    }
+    SCRATCH.with_borrow_mut(|scratch| {
+        let scratch = match scratch {
+            Some(scratch) => scratch,
+            None => scratch.insert(Scratch {
+                coder: Coder::new()?,
+                plane: Vec::new(),
+                scaled: scaled::Scratch::default(),
+                level: Level::detect(),
+            }),
         };
-        self.put_planes(&mut out);
-        let mut chosen = (kind, out);
-        // Gaps cost a few bits each, and zeros next to nothing: with more changes, planes are smaller.
-        if changed * 8 < count {
-            let sparse = self.sparse(old, new, float);
-            if sparse.len() < chosen.1.len() {
-                chosen = (Kind::Sparse, sparse);
-            }
-        }
-        if chosen.1.len() >= new.len() {
-            chosen = (Kind::Raw, new.to_vec());
-        }
-        (chosen.0, chosen.1, changed as u64)
+        f(scratch)
+    })
+}
+
+fn encode_chunk(old: &[u8], new: &[u8], dtype: Dtype) -> Result<Coded> {
+    if old == new {
+        return Ok(Coded { kind: Kind::Same, bytes: Vec::new(), changed: 0 });
+    }
+    with_scratch(|scratch| {
+        Ok(match dtype.size() {
+            1 => Chunk::<u8>::new(scratch, dtype).encode(old, new),
+            2 => Chunk::<u16>::new(scratch, dtype).encode(old, new),
+            4 => Chunk::<u32>::new(scratch, dtype).encode(old, new),
+            _ => Chunk::<u64>::new(scratch, dtype).encode(old, new),
+        })
+    })
+}
+
+fn decode_chunk(kind: Kind, chunk: &[u8], old: &[u8], dtype: Dtype, new: &mut [u8]) -> Result<()> {
+    if kind == Kind::Same && chunk.is_empty() && !old.is_empty() {
+        new.copy_from_slice(old);
+        return Ok(());
+    }
+    with_scratch(|scratch| match dtype.size() {
+        1 => Chunk::<u8>::new(scratch, dtype).decode(kind, chunk, old, new),
+        2 => Chunk::<u16>::new(scratch, dtype).decode(kind, chunk, old, new),
+        4 => Chunk::<u32>::new(scratch, dtype).decode(kind, chunk, old, new),
+        _ => Chunk::<u64>::new(scratch, dtype).decode(kind, chunk, old, new),
+    })
+}
+
+/// A chunk on its way.
+struct Chunk<'a, W> {
+    scratch: &'a mut Scratch,
+    dtype: Dtype,
+    float: bool,
+    words: Vec<W>,
+}
+
+impl<'a, W: Word> Chunk<'a, W> {
+    fn new(scratch: &'a mut Scratch, dtype: Dtype) -> Self {
+        Chunk { scratch, dtype, float: is_float(dtype), words: Vec::new() }
     }
 
-    fn decode(
-        &mut self,
-        kind: Kind,
-        mut chunk: &[u8],
-        old: &[u8],
-        new: &mut [u8],
-        float: bool,
-    ) -> Result<()> {
+    fn encode(mut self, old: &[u8], new: &[u8]) -> Coded {
+        let count = new.len() / W::BYTES;
+        let (level, dtype) = (self.scratch.level, self.dtype);
+        let mut bytes = Vec::new();
+        let (mut kind, mut changed) = (Kind::Alone, count);
+        if old.is_empty() {
+            self.put_planes(kind, old, new, &mut bytes);
+        } else {
+            let changes = scaled::scan::<W>(level, old, new, dtype, &mut self.scratch.scaled);
+            changed = changes.count;
+            // Every distance takes a bit at least; gaps between few changes take less.
+            if changed * FEW < count {
+                (kind, bytes) = (Kind::Sparse, self.sparse(old, new));
+            } else {
+                let plan = scaled::plan::<W>(level, old, new, dtype, changes, &self.scratch.scaled);
+                let bits = plan.bits / count as f64;
+                // Where distances take so little, nothing else is worth a look.
+                kind = if bits < 2.0 * W::BYTES as f64 {
+                    Kind::Distance
+                } else {
+                    best(bits, sample::<W>(old, new))
+                };
+                match kind {
+                    Kind::Distance => {
+                        bytes.reserve_exact((plan.bits / 7.5) as usize + SMALL);
+                        scaled::put::<W>(
+                            level,
+                            old,
+                            new,
+                            dtype,
+                            changes,
+                            plan,
+                            &mut self.scratch.scaled,
+                            &mut bytes,
+                        );
+                    }
+                    _ => self.put_planes(kind, old, new, &mut bytes),
+                }
+                if changed * NOT_MANY < count {
+                    let sparse = self.sparse(old, new);
+                    if sparse.len() < bytes.len() {
+                        (kind, bytes) = (Kind::Sparse, sparse);
+                    }
+                }
+            }
+        }
+        if bytes.len() >= new.len() {
+            (kind, bytes) = (Kind::Raw, new.to_vec());
+        }
+        Coded { kind, bytes, changed: changed as u64 }
+    }
+
+    fn decode(mut self, kind: Kind, mut chunk: &[u8], old: &[u8], new: &mut [u8]) -> Result<()> {
         let malformed = || Error::artifact(format!("a chunk of kind {} is malformed", kind.name()));
-        if old.is_empty() && matches!(kind, Kind::Same | Kind::Sparse | Kind::Distance | Kind::Bits) {
+        if old.is_empty() && !matches!(kind, Kind::Alone | Kind::Raw) {
             return Err(malformed());
         }
         match kind {
@@ -240,63 +349,51 @@ impl<W: Word> Scratch<W> {
             Kind::Raw => return Err(malformed()),
             Kind::Sparse => {
                 new.copy_from_slice(old);
-                self.take_sparse(&mut chunk, new, float)?;
+                self.take_sparse(&mut chunk, new)?;
             }
-            Kind::Distance | Kind::Bits | Kind::Alone => {
+            Kind::Distance => {
+                let Scratch { scaled, level, .. } = self.scratch;
+                scaled::take::<W>(*level, chunk, old, self.dtype, new, scaled)?;
+                chunk = &[];
+            }
+            Kind::Bits | Kind::Alone => {
                 self.take_planes(&mut chunk, new.len() / W::BYTES)?;
-                let words = new.chunks_exact_mut(W::BYTES).zip(&self.words);
-                match kind {
-                    Kind::Alone => words.for_each(|(new, word)| word.write(new)),
-                    Kind::Distance if float => {
-                        words.zip(old.chunks_exact(W::BYTES)).for_each(|((new, d), old)| {
-                            W::restore(*d, W::read(old), Against::Distance, true).write(new);
-                        })
-                    }
-                    Kind::Distance => words.zip(old.chunks_exact(W::BYTES)).for_each(|((new, d), old)| {
-                        W::restore(*d, W::read(old), Against::Distance, false).write(new);
-                    }),
-                    _ => words.zip(old.chunks_exact(W::BYTES)).for_each(|((new, d), old)| {
-                        W::restore(*d, W::read(old), Against::Bits, float).write(new);
-                    }),
+                new.chunks_exact_mut(W::BYTES).zip(&self.words).for_each(|(new, word)| word.write(new));
+                if kind == Kind::Bits {
+                    new.iter_mut().zip(old).for_each(|(new, old)| *new ^= old);
                 }
             }
         }
         if chunk.is_empty() { Ok(()) } else { Err(malformed()) }
     }
 
-    /// Fills the words with differences of that kind.
-    fn differences(&mut self, kind: Kind, old: &[u8], new: &[u8], float: bool) {
+    /// Planes of the elements, or of the bits in which they differ from the base's.
+    fn put_planes(&mut self, kind: Kind, old: &[u8], new: &[u8], out: &mut Vec<u8>) {
         self.words.clear();
-        let new = words::<W>(new);
-        let pairs = new.clone().zip(words::<W>(old));
-        match kind {
-            // Two loops, so that neither asks in each round which it is.
-            Kind::Distance if float => {
-                self.words.extend(pairs.map(|(n, o)| W::difference(n, o, Against::Distance, true)));
-            }
-            Kind::Distance => {
-                self.words.extend(pairs.map(|(n, o)| W::difference(n, o, Against::Distance, false)));
-            }
-            Kind::Bits => self.words.extend(pairs.map(|(n, o)| W::difference(n, o, Against::Bits, float))),
-            _ => self.words.extend(new),
+        self.words.extend(words::<W>(new));
+        if kind == Kind::Bits {
+            self.words.iter_mut().zip(words::<W>(old)).for_each(|(new, old)| *new = new.xor(old));
         }
+        self.put_words(out);
     }
 
-    fn put_planes(&mut self, out: &mut Vec<u8>) {
+    fn put_words(&mut self, out: &mut Vec<u8>) {
         for i in 0..W::BYTES {
-            self.plane.clear();
-            self.plane.extend(self.words.iter().map(|w| w.byte(i)));
-            self.coder.put(&self.plane, out);
+            self.scratch.plane.clear();
+            self.scratch.plane.extend(self.words.iter().map(|w| w.byte(i)));
+            let Scratch { coder, plane, .. } = &mut *self.scratch;
+            coder.put(plane, out);
         }
     }
 
     fn take_planes(&mut self, stored: &mut &[u8], count: usize) -> Result<()> {
         self.words.clear();
         self.words.resize(count, W::default());
-        self.plane.resize(count, 0);
+        self.scratch.plane.resize(count, 0);
         for i in 0..W::BYTES {
-            self.coder.take(stored, &mut self.plane)?;
-            for (word, byte) in self.words.iter_mut().zip(&self.plane) {
+            let Scratch { coder, plane, .. } = &mut *self.scratch;
+            coder.take(stored, plane)?;
+            for (word, byte) in self.words.iter_mut().zip(&self.scratch.plane) {
                 *word = word.or(W::of_byte(*byte, i));
             }
         }
@@ -304,7 +401,7 @@ impl<W: Word> Scratch<W> {
     }
 
     /// Bytes of gaps as u32, how many elements changed as u32, the gaps as LEB128, then planes of distances.
-    fn sparse(&mut self, old: &[u8], new: &[u8], float: bool) -> Vec<u8> {
+    fn sparse(&mut self, old: &[u8], new: &[u8]) -> Vec<u8> {
         self.words.clear();
         let mut gaps = Vec::new();
         let mut gap = 0usize;
@@ -319,17 +416,17 @@ impl<W: Word> Scratch<W> {
             }
             gaps.push(gap as u8);
             gap = 0;
-            self.words.push(W::difference(W::read(new), W::read(old), Against::Distance, float));
+            self.words.push(W::folded(W::climb(W::read(new), W::read(old), self.float), 0));
         }
         let mut out = Vec::new();
         out.extend_from_slice(&(gaps.len() as u32).to_le_bytes());
         out.extend_from_slice(&(self.words.len() as u32).to_le_bytes());
-        self.coder.put(&gaps, &mut out);
-        self.put_planes(&mut out);
+        self.scratch.coder.put(&gaps, &mut out);
+        self.put_words(&mut out);
         out
     }
 
-    fn take_sparse(&mut self, stored: &mut &[u8], new: &mut [u8], float: bool) -> Result<()> {
+    fn take_sparse(&mut self, stored: &mut &[u8], new: &mut [u8]) -> Result<()> {
         let malformed = || Error::artifact("a chunk of kind sparse is malformed");
         let mut number = || {
             let (bytes, rest) = stored.split_first_chunk::<4>().ok_or_else(malformed)?;
@@ -341,7 +438,7 @@ impl<W: Word> Scratch<W> {
             return Err(malformed());
         }
         let mut gaps = vec![0; gap_bytes];
-        self.coder.take(stored, &mut gaps)?;
+        self.scratch.coder.take(stored, &mut gaps)?;
         self.take_planes(stored, count)?;
         let mut elements = new.chunks_exact_mut(W::BYTES);
         let mut gaps = gaps.into_iter();
@@ -356,18 +453,10 @@ impl<W: Word> Scratch<W> {
                 }
             }
             let element = elements.nth(gap).ok_or_else(malformed)?;
-            W::restore(*word, W::read(element), Against::Distance, float).write(element);
+            W::climbed(*word, 0, W::read(element), self.float).write(element);
         }
         if gaps.next().is_none() { Ok(()) } else { Err(malformed()) }
     }
-}
-
-/// Words that are counted in 16 bits, of which a register holds many.
-const COUNTED: usize = 1 << 12;
-
-/// How many of at most [`COUNTED`] words are not zero.
-fn nonzero<W: Word>(words: &[W]) -> u16 {
-    words.iter().map(|d| u16::from(*d != W::default())).sum()
 }
 
 /// A tensor's bytes as words.
@@ -375,23 +464,21 @@ fn words<W: Word>(bytes: &[u8]) -> impl ExactSizeIterator<Item = W> + Clone {
     bytes.chunks_exact(W::BYTES).map(W::read)
 }
 
-/// Bits per element of distances, differing bits, and elements alone, each byte coded by itself, from a sample.
-fn sample<W: Word>(old: &[u8], new: &[u8], float: bool) -> [f64; 3] {
+/// Bits per element of differing bits, and of elements alone, each byte coded by itself, from a sample.
+fn sample<W: Word>(old: &[u8], new: &[u8]) -> [f64; 2] {
     /// Elements that follow one another, and how many such runs there are at most.
     const RUN: usize = 64;
-    const RUNS: usize = 64;
+    const RUNS: usize = 16;
     let count = new.len() / W::BYTES;
     let step = (count / RUNS).max(RUN);
-    let mut counts = vec![[[0u32; 256]; 3]; W::BYTES];
+    let mut counts = vec![[[0u32; 256]; 2]; W::BYTES];
     let mut total = 0;
     for start in (0..count).step_by(step) {
         for i in start..(start + RUN).min(count) {
             let at = i * W::BYTES..(i + 1) * W::BYTES;
             let (o, n) = (W::read(&old[at.clone()]), W::read(&new[at]));
-            let ways =
-                [W::difference(n, o, Against::Distance, float), W::difference(n, o, Against::Bits, float), n];
             for (b, counts) in counts.iter_mut().enumerate() {
-                for (way, counts) in ways.iter().zip(counts) {
+                for (way, counts) in [n.xor(o), n].iter().zip(counts) {
                     counts[way.byte(b) as usize] += 1;
                 }
             }
@@ -401,8 +488,9 @@ fn sample<W: Word>(old: &[u8], new: &[u8], float: bool) -> [f64; 3] {
     std::array::from_fn(|way| counts.iter().map(|counts| bits(&counts[way], total)).sum())
 }
 
-fn best([distance, differing, alone]: [f64; 3]) -> Kind {
-    if distance <= differing && distance <= alone {
+fn best(distance: f64, [differing, alone]: [f64; 2]) -> Kind {
+    // A sample's own entropy is below what all of it takes: the distances' estimate is nearer to the truth.
+    if distance <= 1.05 * differing.min(alone) {
         Kind::Distance
     } else if differing <= alone {
         Kind::Bits

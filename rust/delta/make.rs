@@ -7,17 +7,25 @@ use super::report::{DeltaReport, TensorReport, methods};
 use super::{Mode, bit1, exact, make_codes};
 use crate::artifact::{DeltaRef, Finished, HexDigest, NewEntry, Writer};
 use crate::error::{Error, Result};
-use crate::input::{Model, Sidecar, TensorInfo, content_digest, digest_of};
-use crate::pipeline::{Progress, check_running, hex, named, plain, refuse_overwriting_input, supervised};
+use crate::input::{Model, Sidecar, TensorInfo, content_digest, digest_of, digests};
+use crate::pipeline::{
+    Progress, check_running, hex, named, plain, pool, refuse_overwriting_input, supervised_on,
+};
 use crate::runner::Meter;
 use crate::tensor::{Dtype, Encoding};
+use rayon::ThreadPool;
+use rayon::prelude::*;
 use std::collections::{BTreeMap, HashMap};
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::sync_channel;
 use std::time::Instant;
 
 /// Rows shorter than this are not worth a scale of their own.
 const MIN_BIT1_COLS: usize = 32;
+
+/// Bytes of tensors that are coded at the same time: few tensors of a large model, many of a small one.
+const BATCH: u64 = 32 << 20;
 
 /// How to make a delta.
 pub struct Options {
@@ -44,7 +52,8 @@ pub fn delta(
 ) -> Result<DeltaReport> {
     let start = Instant::now();
     let unknown = |_: u64, _: u64| progress(0, 1);
-    let chain = supervised(options.threads, 0, &unknown, |_| chain::open(base, Trust::Base))?;
+    let pool = pool(options.threads)?;
+    let chain = supervised_on(&pool, 0, &unknown, |_| chain::open(base, Trust::Base))?;
     if chain.depth >= chain::MAX_DEPTH {
         return Err(Error::usage(format!(
             "the base has {} deltas on it already, the most allowed: materialise it first",
@@ -56,14 +65,16 @@ pub fn delta(
     refuse_overwriting_input(target, &inputs)?;
     let made = match (options.mode, chain.content) {
         (Mode::Codes, Content::Stored(stored)) => {
-            make_codes::make(&*stored, model, target, options, progress)?
+            make_codes::make(&*stored, model, target, options, &pool, progress)?
         }
         (Mode::Codes, Content::Model(_)) => {
             return Err(Error::usage(
                 "mode codes needs a quantised base: give a .tenpak file, or choose mode exact or bit1",
             ));
         }
-        (_, content) => make(&*content.into_model()?, chain.identity, model, target, options, progress)?,
+        (_, content) => {
+            make(&*content.into_model()?, chain.identity, model, target, options, &pool, progress)?
+        }
     };
     Ok(made.report(options.mode, start))
 }
@@ -117,6 +128,13 @@ pub(super) struct Ready {
     pub parts: Vec<(&'static str, Vec<u8>)>,
 }
 
+impl Ready {
+    fn write(self, writer: &mut Writer) -> Result<()> {
+        let parts: Vec<(&str, &[u8])> = self.parts.iter().map(|(name, p)| (*name, p.as_slice())).collect();
+        writer.tensor(self.entry, &parts)
+    }
+}
+
 /// Sidecars that the base has too, by their digests, and those that it has not.
 pub(super) fn split_files(
     files: Vec<Sidecar>,
@@ -137,9 +155,7 @@ struct Base<'a> {
 impl<'a> Base<'a> {
     fn new(model: &'a dyn Model) -> Result<Self> {
         let infos = model.tensors();
-        let digests = (0..infos.len())
-            .map(|i| Ok(content_digest(&model.read(i)?.bytes)))
-            .collect::<Result<Vec<_>>>()?;
+        let digests = digests(model)?;
         let names = infos.iter().enumerate().map(|(i, t)| (t.name.as_str(), i)).collect();
         let mut contents = HashMap::new();
         for (i, (info, digest)) in infos.iter().zip(&digests).enumerate() {
@@ -154,15 +170,11 @@ impl<'a> Base<'a> {
         From { name: self.model.tensors()[index].name.clone(), b3: self.digests[index] }
     }
 
-    /// The digest of a tensor's elements: the base's where they are the same, for to compare is quicker than to hash.
-    fn digest(&self, info: &TensorInfo, bytes: &[u8]) -> Result<[u8; 32]> {
-        if let Some(&i) = self.names.get(info.name.as_str())
-            && self.model.tensors()[i].encoding == info.encoding
-            && *self.model.read(i)?.bytes == *bytes
-        {
-            return Ok(self.digests[i]);
-        }
-        Ok(content_digest(bytes))
+    /// The tensor of the same name, if it holds the same elements: to compare is quicker than to hash.
+    fn unchanged(&self, info: &TensorInfo, bytes: &[u8]) -> Result<Option<usize>> {
+        let Some(&i) = self.names.get(info.name.as_str()) else { return Ok(None) };
+        let alike = self.model.tensors()[i].encoding == info.encoding && *self.model.read(i)?.bytes == *bytes;
+        Ok(alike.then_some(i))
     }
 
     /// The tensor that holds the same elements: that of the same name first.
@@ -193,6 +205,7 @@ fn make(
     model: &dyn Model,
     target: &Path,
     options: &Options,
+    pool: &ThreadPool,
     progress: Progress<'_>,
 ) -> Result<Made> {
     let infos: Vec<TensorInfo> = model
@@ -202,7 +215,7 @@ fn make(
         .collect();
     let weights: u64 = infos.iter().map(elements).sum();
     let mut writer = Writer::create_delta(target, options.force, options.mode.name(), options.mode.name())?;
-    supervised(options.threads, weights, progress, |meter| {
+    supervised_on(pool, weights, progress, |meter| {
         let base = Base::new(base)?;
         let job = Job { base: &base, model, infos: &infos, mode: options.mode };
         let mut made = job.code_all(&mut writer, meter)?;
@@ -228,6 +241,10 @@ fn make(
     })
 }
 
+fn write_all(writer: &mut Writer, tensors: Vec<Ready>) -> Result<()> {
+    tensors.into_iter().try_for_each(|ready| ready.write(writer))
+}
+
 /// Hands over what `code` makes of each tensor, one after another, while another thread writes the one before.
 pub(super) fn write_while_coding(
     writer: &mut Writer,
@@ -236,13 +253,8 @@ pub(super) fn write_while_coding(
 ) -> Result<()> {
     std::thread::scope(|scope| {
         let (send, receive) = sync_channel::<Ready>(0);
-        let written = scope.spawn(move || -> Result<()> {
-            for Ready { entry, parts } in receive {
-                let parts: Vec<(&str, &[u8])> = parts.iter().map(|(name, p)| (*name, p.as_slice())).collect();
-                writer.tensor(entry, &parts)?;
-            }
-            Ok(())
-        });
+        let written = scope
+            .spawn(move || -> Result<()> { receive.into_iter().try_for_each(|ready| ready.write(writer)) });
         let mut coded = Ok(());
         for i in 0..count {
             match code(i) {
@@ -284,7 +296,8 @@ struct Coded {
     relative_change: Option<f64>,
     /// Σ(w - ŵ)², Σw² and Σ(w - base)², where there is a loss.
     loss: Option<[f64; 3]>,
-    /// What the result's elements hash to.
+    /// What the tensor's elements hash to, and what the result's do.
+    digest: [u8; 32],
     b3: [u8; 32],
 }
 
@@ -296,57 +309,70 @@ impl Job<'_> {
         let mut stored: HashMap<Elements<'_>, (usize, [u8; 32])> = HashMap::new();
         let mut aliases: Vec<(usize, usize)> = Vec::new();
         let (mut sums, mut input_bytes) = ([0.0; 4], 0);
-        write_while_coding(writer, self.infos.len(), |i| {
-            check_running(meter)?;
-            let info = &self.infos[i];
-            let at = |e: Error| if e.kind() == crate::Kind::Interrupted { e } else { named(e, &info.name) };
-            let bytes = plain(self.model.read(i)?);
-            input_bytes += bytes.len() as u64;
-            let dtype = info.encoding.dtype();
-            let digest = self.base.digest(info, &bytes)?;
-            meter.add(elements(info));
-            let key = (dtype, info.shape.as_slice(), digest);
-            if self.base.same(info, digest).is_none()
-                && let Some(&(of, b3)) = stored.get(&key)
-            {
-                aliases.push((i, of));
-                digests.push(b3);
+        let mut before: Vec<Ready> = Vec::new();
+        for batch in self.batches() {
+            let code = |i: usize| {
+                check_running(meter)?;
+                let info = &self.infos[i];
+                let at =
+                    |e: Error| if e.kind() == crate::Kind::Interrupted { e } else { named(e, &info.name) };
+                let coded = self.code(info, &plain(self.model.read(i)?)).map_err(at)?;
+                meter.add(elements(info));
+                Ok(coded)
+            };
+            let (written, coded) = rayon::join(
+                || write_all(writer, std::mem::take(&mut before)),
+                || batch.clone().into_par_iter().with_max_len(1).map(code).collect::<Vec<Result<Coded>>>(),
+            );
+            written?;
+            for (i, coded) in batch.zip(coded) {
+                let (info, coded) = (&self.infos[i], coded?);
+                let dtype = info.encoding.dtype();
+                input_bytes += elements(info) * dtype.size() as u64;
+                let key = (dtype, info.shape.as_slice(), coded.digest);
+                if coded.method != Method::Same
+                    && let Some(&(of, b3)) = stored.get(&key)
+                {
+                    aliases.push((i, of));
+                    digests.push(b3);
+                    reports.push(TensorReport {
+                        method: ALIAS.to_owned(),
+                        base: Some(self.infos[of].name.clone()),
+                        ..tensor_report(info)
+                    });
+                    continue;
+                }
+                if info.shape.len() >= 2 && elements(info) > 0 {
+                    stored.insert(key, (i, coded.b3));
+                }
+                digests.push(coded.b3);
+                if let Some([error, norm, change]) = coded.loss {
+                    for (sum, more) in sums.iter_mut().zip([error, norm, error, change]) {
+                        *sum += more;
+                    }
+                }
+                let ratio = |a: f64, b: f64| if b > 0.0 { a / b } else { 0.0 };
                 reports.push(TensorReport {
-                    method: ALIAS.to_owned(),
-                    base: Some(self.infos[of].name.clone()),
+                    method: coded.method.name().to_owned(),
+                    base: coded.from.as_ref().map(|from| from.name.clone()),
+                    changed: coded.changed,
+                    relative_change: coded.relative_change,
+                    relative_error: coded.loss.map(|[error, norm, _]| ratio(error, norm)),
+                    change_lost: coded.loss.map(|[error, _, change]| ratio(error, change)),
+                    bytes: coded.parts.iter().map(|(_, part)| part.len() as u64).sum(),
                     ..tensor_report(info)
                 });
-                return Ok(None);
-            }
-            let coded = self.code(info, &bytes, digest).map_err(at)?;
-            if info.shape.len() >= 2 && !bytes.is_empty() {
-                stored.insert(key, (i, coded.b3));
-            }
-            digests.push(coded.b3);
-            if let Some([error, norm, change]) = coded.loss {
-                for (sum, more) in sums.iter_mut().zip([error, norm, error, change]) {
-                    *sum += more;
+                let mut about = vec![("changed", coded.changed.into())];
+                if let Some(change) = coded.relative_change {
+                    about.push(("relative_change", format!("{change:.2e}").into()));
                 }
+                let from = coded.from.as_ref();
+                let entry =
+                    entry::entry(coded.method, &info.name, &info.shape, dtype, coded.b3, from, &about);
+                before.push(Ready { entry, parts: coded.parts });
             }
-            let ratio = |a: f64, b: f64| if b > 0.0 { a / b } else { 0.0 };
-            reports.push(TensorReport {
-                method: coded.method.name().to_owned(),
-                base: coded.from.as_ref().map(|from| from.name.clone()),
-                changed: coded.changed,
-                relative_change: coded.relative_change,
-                relative_error: coded.loss.map(|[error, norm, _]| ratio(error, norm)),
-                change_lost: coded.loss.map(|[error, _, change]| ratio(error, change)),
-                bytes: coded.parts.iter().map(|(_, part)| part.len() as u64).sum(),
-                ..tensor_report(info)
-            });
-            let mut about = vec![("changed", coded.changed.into())];
-            if let Some(change) = coded.relative_change {
-                about.push(("relative_change", format!("{change:.2e}").into()));
-            }
-            let from = coded.from.as_ref();
-            let entry = entry::entry(coded.method, &info.name, &info.shape, dtype, coded.b3, from, &about);
-            Ok(Some(Ready { entry, parts: coded.parts }))
-        })?;
+        }
+        write_all(writer, before)?;
         for (alias, of) in aliases {
             writer.alias(&self.infos[alias].name, &self.infos[of].name)?;
         }
@@ -362,33 +388,58 @@ impl Job<'_> {
         Ok(Made { delta, finished, tensors: reports, files: Vec::new(), input_bytes, sums })
     }
 
-    fn code(&self, info: &TensorInfo, bytes: &[u8], digest: [u8; 32]) -> Result<Coded> {
+    /// Tensors that are coded at the same time, while those before them are written.
+    fn batches(&self) -> Vec<Range<usize>> {
+        let mut batches: Vec<Range<usize>> = Vec::new();
+        let mut bytes = BATCH;
+        for (i, info) in self.infos.iter().enumerate() {
+            if bytes >= BATCH {
+                batches.push(i..i);
+                bytes = 0;
+            }
+            bytes += elements(info) * info.encoding.dtype().size() as u64;
+            batches.last_mut().expect("one was pushed").end = i + 1;
+        }
+        batches
+    }
+
+    fn code(&self, info: &TensorInfo, bytes: &[u8]) -> Result<Coded> {
         let dtype = info.encoding.dtype();
-        if let Some(i) = self.base.same(info, digest) {
-            return Ok(Coded {
-                method: Method::Same,
-                from: Some(self.base.from(i)),
-                parts: Vec::new(),
-                changed: 0,
-                relative_change: None,
-                loss: None,
-                b3: digest,
-            });
+        let same = |i: usize| Coded {
+            method: Method::Same,
+            from: Some(self.base.from(i)),
+            parts: Vec::new(),
+            changed: 0,
+            relative_change: None,
+            loss: None,
+            digest: self.base.digests[i],
+            b3: self.base.digests[i],
+        };
+        if let Some(i) = self.base.unchanged(info, bytes)? {
+            return Ok(same(i));
         }
         let found = self.base.like(info);
+        if found.is_none()
+            && let Some(i) = self.base.same(info, content_digest(bytes))
+        {
+            return Ok(same(i));
+        }
         let old = found.map(|i| reference(self.base.model.read(i)?, dtype)).transpose()?;
         let old = old.as_deref().unwrap_or_default();
-        let from = found.map(|i| self.base.from(i));
         let relative_change = relative_change(old, bytes, dtype);
         let coded = exact::encode(old, bytes, dtype)?;
+        if let Some(i) = self.base.same(info, coded.digest) {
+            return Ok(same(i));
+        }
         let lossless = Coded {
             method: Method::Exact,
-            from,
+            from: found.map(|i| self.base.from(i)),
             parts: vec![("data", coded.data)],
             changed: coded.changed,
             relative_change,
             loss: None,
-            b3: digest,
+            digest: coded.digest,
+            b3: coded.digest,
         };
         if self.mode != Mode::Bit1 || old.len() != bytes.len() {
             return Ok(lossless);
@@ -442,8 +493,8 @@ fn each_chunk(dtype: Dtype, tensors: [&[u8]; 3], mut f: impl FnMut([f32; 3])) {
 
 /// ‖new - old‖ / ‖new‖ over runs of elements in regular places; `None` where that means nothing.
 fn relative_change(old: &[u8], new: &[u8], dtype: Dtype) -> Option<f64> {
-    const RUN: usize = 256;
-    const RUNS: usize = 64;
+    const RUN: usize = 64;
+    const RUNS: usize = 16;
     if !dtype.is_weight() || old.is_empty() {
         return None;
     }

@@ -13,10 +13,11 @@ use crate::codec::{self, Codec, SEARCH};
 use crate::error::Result;
 use crate::estimate;
 use crate::input::{Model, TensorInfo, content_digest};
-use crate::pipeline::{Progress, check_running, named, plain, supervised};
+use crate::pipeline::{Progress, check_running, named, plain, supervised_on};
 use crate::plan::{self, Action, Choice};
 use crate::runner::{self, Meter};
 use crate::tensor::{Encoding, Rows, Tensor};
+use rayon::ThreadPool;
 use std::borrow::Cow;
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::path::Path;
@@ -51,6 +52,7 @@ pub(super) fn make(
     model: &dyn Model,
     target: &Path,
     options: &Options,
+    pool: &ThreadPool,
     progress: Progress<'_>,
 ) -> Result<Made> {
     let (codec, _) = base.about();
@@ -66,7 +68,7 @@ pub(super) fn make(
     let decisions = plan::plan(model, &asked)?;
     let weights = model.tensors().iter().map(elements).sum();
     let mut writer = Writer::create_delta(target, options.force, options.mode.name(), codec)?;
-    supervised(options.threads, weights, progress, |meter| {
+    supervised_on(pool, weights, progress, |meter| {
         let importance = estimate::importance(model)?;
         let job = Job { base, places: places(base), model, decisions, importance };
         let mut result = Writer::nowhere(codec, WRITER)?;

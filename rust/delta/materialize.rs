@@ -8,8 +8,10 @@ use crate::artifact::{Entry, NewEntry, Writer};
 use crate::error::{Error, Result};
 use crate::input::{Model, Sidecar};
 use crate::output::{self, Format, Item};
-use crate::pipeline::{Progress, check_running, hex, named, refuse_overwriting_input, supervised};
+use crate::pipeline::{Progress, check_running, hex, named, pool, refuse_overwriting_input, supervised_on};
 use crate::runner::Meter;
+use rayon::ThreadPool;
+use rayon::prelude::*;
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::sync_channel;
 use std::time::Instant;
@@ -41,13 +43,14 @@ pub fn materialize(
     let start = Instant::now();
     // All of the base is compared first, on as many threads as the rest.
     let unknown = |_: u64, _: u64| progress(0, 1);
-    let mut chain = supervised(options.threads, 0, &unknown, |_| chain::open(paths, Trust::Base))?;
+    let pool = pool(options.threads)?;
+    let mut chain = supervised_on(&pool, 0, &unknown, |_| chain::open(paths, Trust::Base))?;
     let identity = chain.identify()?;
     refuse_overwriting_input(target, &chain.content.paths())?;
     let extension = target.extension().is_some_and(|e| e.eq_ignore_ascii_case(TENPAK));
     let tenpak = options.format.as_deref().map_or(extension, |format| format == TENPAK);
     let mut report = match (chain.content, tenpak) {
-        (Content::Stored(stored), true) => write_artifact(&*stored, target, options, progress)?,
+        (Content::Stored(stored), true) => write_artifact(&*stored, target, options, &pool, progress)?,
         (Content::Model(_), true) => {
             return Err(Error::usage(format!(
                 "{} cannot be a .tenpak file, for the result holds floats; write a .safetensors file or a folder, and \
@@ -60,7 +63,7 @@ pub fn materialize(
                 Some(name) => Format::from_name(name)?,
                 None => Format::of(target),
             };
-            write_model(&*content.into_model()?, format, target, options, progress)?
+            write_model(&*content.into_model()?, format, target, options, &pool, progress)?
         }
     };
     report.result = hex(&identity);
@@ -75,6 +78,7 @@ fn write_model(
     format: Format,
     target: &Path,
     options: &MaterializeOptions,
+    pool: &ThreadPool,
     progress: Progress<'_>,
 ) -> Result<MaterializeReport> {
     let infos = model.tensors();
@@ -87,7 +91,27 @@ fn write_model(
         if format == Format::Folder { (files, Vec::new()) } else { (Vec::new(), files) };
     let weights = infos.iter().map(|t| t.shape.iter().product::<usize>() as u64).sum();
     let mut writer = output::create(format, target, &items, &sidecars, &options.output)?;
-    let bytes = supervised(options.threads, weights, progress, |meter| {
+    let bytes = supervised_on(pool, weights, progress, |meter| {
+        let restore = |i: usize, place: output::Place<'_>| {
+            check_running(meter)?;
+            let info = &infos[i];
+            let restored = model.pieces(i, &|at, bytes| place(i, at, bytes));
+            meter.add(info.shape.iter().product::<usize>() as u64);
+            restored.map_err(|e| e.at(format_args!("restoring {:?}", info.name)))
+        };
+        let placed = writer.fill(&mut |place| {
+            let done: Vec<Result<()>> =
+                (0..infos.len()).into_par_iter().with_max_len(1).map(|i| restore(i, place)).collect();
+            done.into_iter().collect()
+        })?;
+        if placed {
+            check_running(meter)?;
+            writer.finish()?;
+            return Ok(
+                items.iter().map(|i| i.shape.iter().product::<usize>() * i.dtype.size()).sum::<usize>()
+                    as u64,
+            );
+        }
         std::thread::scope(|scope| {
             // No room: a tensor is handed over when the one before it has been written.
             let (send, receive) = sync_channel::<std::borrow::Cow<'_, [u8]>>(0);
@@ -135,13 +159,13 @@ fn write_artifact(
     stored: &dyn Stored,
     target: &Path,
     options: &MaterializeOptions,
+    pool: &ThreadPool,
     progress: Progress<'_>,
 ) -> Result<MaterializeReport> {
     let (codec, program) = stored.about();
     let writer = Writer::create_as(target, options.output.force, codec, program)?;
     let weights = stored.entries().iter().map(Entry::elements).sum();
-    let (bytes, files) =
-        supervised(options.threads, weights, progress, |meter| write_stored(stored, writer, meter))?;
+    let (bytes, files) = supervised_on(pool, weights, progress, |meter| write_stored(stored, writer, meter))?;
     Ok(report(TENPAK, stored.entries().len() + stored.aliases().len(), weights, bytes, &files, &[]))
 }
 

@@ -9,17 +9,21 @@
 
 mod apply;
 pub mod bit1;
+mod bits;
 mod chain;
 pub mod codes;
 mod entry;
 pub mod exact;
+mod expected;
 mod make;
 mod make_codes;
 mod materialize;
 mod plane;
+mod prefix;
 mod rans;
 mod recoded;
 mod report;
+mod scaled;
 mod stored;
 mod word;
 

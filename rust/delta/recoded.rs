@@ -1,13 +1,14 @@
 //! A quantised base with a delta of codes on it: parts are put together when they are read.
 //!
-//! A tensor of method `codes` has the base's layout. Its one part, `data`, holds the differences from the base's parts:
-//! parameters in the layout's order, byte by byte modulo 256, then the codes, whichever parts hold their bits, modulo
-//! 2^bits, a byte each. All are coded by [`super::rans`]; parameters of runs with the move of the run before them in the
-//! layout's order as the context, codes with those of the first two and the base's highest bit. Rows that the base lacks
-//! are differences from zeros.
+//! A tensor of method `codes` has the base's layout. Its one part, `data`, holds the differences of parameters from the
+//! base's, in the layout's order, byte by byte modulo 256, then those of the codes from the ones that are [`expected`]
+//! under the new parameters, whichever parts hold their bits, modulo 2^bits, a byte each. All are coded by
+//! [`super::rans`]; parameters of runs with the move of the run before them in the layout's order as the context. Rows
+//! that the base lacks are differences from zeros.
 
 use super::codes::{codes_of, store_all_codes};
 use super::entry::{self, Method};
+use super::expected::expected;
 use super::stored::{Stored, codec};
 use super::{apply, exact, rans};
 use crate::artifact::{ArtifactFile, Entry, KEEP, PartRef};
@@ -117,23 +118,30 @@ impl Recoded {
         let mut known = Moves::default();
         let mut out: Vec<Vec<u8>> = Vec::new();
         for (part, old) in layout.parts.iter().zip(&old) {
-            let mut bytes = room(rows.count() * part.row_bytes(rows.cols))?;
+            let mut bytes = Vec::new();
             if !matches!(part.per, Per::Weight(_)) {
+                bytes = room(rows.count() * part.row_bytes(rows.cols))?;
                 rans::decode(&mut data, known.of_part(part, bytes.len()).as_deref(), &mut bytes)?;
                 known.learn(part, rows.cols, &bytes);
                 bytes.iter_mut().zip(*old).for_each(|(d, old)| *d = d.wrapping_add(*old));
             }
             out.push(bytes);
         }
+        for (part, bytes) in
+            layout.parts.iter().zip(&mut out).filter(|(p, _)| matches!(p.per, Per::Weight(_)))
+        {
+            *bytes = room(rows.count() * part.row_bytes(rows.cols))?;
+        }
         let mut codes = room(rows.len())?;
-        let old = codes_of(layout, &old, rows.cols);
-        rans::decode(&mut data, Some(&known.of_codes(rows, &old, layout.code_bits)), &mut codes)?;
+        let slices: Vec<&[u8]> = out.iter().map(Vec::as_slice).collect();
+        let expected = expected(layout, rows.cols, rows.count(), &old, &slices);
+        rans::decode(&mut data, Some(&expected.contexts), &mut codes)?;
         if !data.is_empty() {
             return Err(Error::artifact("something follows its differences"));
         }
         let mask = u8::MAX >> (8 - layout.code_bits);
         codes.par_iter_mut().with_min_len(1 << 16).enumerate().for_each(|(i, d)| {
-            *d = d.wrapping_add(old.get(i).copied().unwrap_or(0)) & mask;
+            *d = d.wrapping_add(expected.codes[i]) & mask;
         });
         store_all_codes(layout, &codes, rows.cols, &mut out);
         Ok(out)
@@ -159,9 +167,9 @@ pub fn difference(codec: &Codec, rows: Rows, old: &[Cow<'_, [u8]>], new: &[Vec<u
     }
     let slices: Vec<&[u8]> = new.iter().map(Vec::as_slice).collect();
     let mut codes = codes_of(layout, &slices, rows.cols);
-    let old = codes_of(layout, &old, rows.cols);
-    subtract(&mut codes, &old, u8::MAX >> (8 - layout.code_bits));
-    rans::encode(&codes, Some(&known.of_codes(rows, &old, layout.code_bits)), &mut out);
+    let expected = expected(layout, rows.cols, rows.count(), &old, &slices);
+    subtract(&mut codes, &expected.codes, u8::MAX >> (8 - layout.code_bits));
+    rans::encode(&codes, Some(&expected.contexts), &mut out);
     out
 }
 
@@ -204,31 +212,6 @@ impl Moves {
         }
         // The bytes of an element have statistics of their own.
         Some(moves.iter().flat_map(|m| (0..size).map(move |i| m * 2 + u8::from(i > 0))).collect())
-    }
-
-    /// Contexts for the codes, whose base's are `old`.
-    fn of_codes(&self, rows: Rows, old: &[u8], bits: u32) -> Vec<u8> {
-        let mut contexts = runner::zeroed(rows.len());
-        let row = |(row, contexts): (usize, &mut [u8])| {
-            for (n, per_row, moves) in &self.parts[..self.parts.len().min(2)] {
-                let moves = &moves[row * per_row..(row + 1) * per_row];
-                for (contexts, &step) in contexts.chunks_mut(*n).zip(moves) {
-                    // Not at all, one step either way, or further.
-                    let class = match step.cast_signed() - STILL.cast_signed() {
-                        0 => 0,
-                        1 => 1,
-                        -1 => 2,
-                        _ => 3,
-                    };
-                    contexts.iter_mut().for_each(|c| *c = *c * 4 + class);
-                }
-            }
-        };
-        contexts.par_chunks_mut(rows.cols.max(1)).enumerate().for_each(row);
-        contexts.iter_mut().zip(old).for_each(|(c, old)| *c = *c * 2 + (old >> (bits - 1)));
-        // Beyond the base's rows there is no code to look at.
-        contexts.iter_mut().skip(old.len()).for_each(|c| *c *= 2);
-        contexts
     }
 }
 

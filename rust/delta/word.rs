@@ -2,15 +2,6 @@
 
 use crate::tensor::Dtype;
 
-/// How two elements are compared. All three can be undone exactly, whatever the bits.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Against {
-    /// The distance between them on the number line, in steps of the dtype: small where values are near.
-    Distance,
-    /// The bits that differ.
-    Bits,
-}
-
 /// An unsigned integer as wide as an element.
 pub trait Word: Copy + Eq + Default + Send + Sync {
     /// Bytes of one.
@@ -18,6 +9,9 @@ pub trait Word: Copy + Eq + Default + Send + Sync {
 
     /// From little-endian bytes.
     fn read(bytes: &[u8]) -> Self;
+
+    /// The number that these bits are in little-endian order, and the other way round.
+    fn little_endian(self) -> Self;
 
     /// To little-endian bytes.
     fn write(self, bytes: &mut [u8]);
@@ -31,11 +25,44 @@ pub trait Word: Copy + Eq + Default + Send + Sync {
     /// All bits of either.
     fn or(self, other: Self) -> Self;
 
-    /// The difference of `new` from `old`; 0 only where they are equal. `float` orders bits as floats are ordered.
-    fn difference(new: Self, old: Self, against: Against, float: bool) -> Self;
+    /// How far `new` lies above `old` on the number line, in steps of the dtype, modulo their number.
+    fn climb(new: Self, old: Self, float: bool) -> Self;
 
-    /// The `new` that has this difference from `old`.
-    fn restore(difference: Self, old: Self, against: Against, float: bool) -> Self;
+    /// Small numbers of either sign as small numbers; `steps` is a multiple of 2^`zeros`, which it is divided by.
+    fn folded(steps: Self, zeros: u32) -> Self;
+
+    /// What lies above `old` by the steps that became `folded`.
+    fn climbed(folded: Self, zeros: u32, old: Self, float: bool) -> Self;
+
+    /// The bits from `from` on that `mask` has room for: a float's exponent.
+    fn field(self, from: u32, mask: u16) -> Self;
+
+    /// `scale` less this exponent, from 0 to `most`.
+    fn below(self, scale: u16, most: u8) -> Self;
+
+    /// The position of the highest one, plus 127; of zero 0.
+    fn magnitude(self) -> u32;
+
+    /// Without its lowest `bits`, at most `most`.
+    fn upper(self, bits: Self, most: u8) -> u8;
+
+    /// The lowest `bits` below `upper`.
+    fn whole(upper: u8, bits: Self, lower: Self) -> Self;
+
+    /// As many ones.
+    fn ones(self) -> Self;
+
+    /// Whether bit `i` is one.
+    fn bit(self, i: u32) -> bool;
+
+    /// The number itself, which is small.
+    fn small(self) -> u32;
+
+    /// The most lower bits that are split from an element, so that those of eight bytes are at most 56.
+    const SPLIT: u16 = 7 * Self::BYTES as u16;
+
+    /// The bits in which they differ.
+    fn xor(self, other: Self) -> Self;
 }
 
 /// Bits of a float as an integer that grows with it: all bits of negative numbers flip, the sign of the others.
@@ -53,6 +80,11 @@ macro_rules! words {
             #[inline(always)]
             fn read(bytes: &[u8]) -> Self {
                 Self::from_le_bytes(bytes.try_into().expect("a word's bytes"))
+            }
+
+            #[inline(always)]
+            fn little_endian(self) -> Self {
+                Self::from_le(self)
             }
 
             #[inline(always)]
@@ -76,27 +108,71 @@ macro_rules! words {
             }
 
             #[inline(always)]
-            fn difference(new: Self, old: Self, against: Against, float: bool) -> Self {
-                if against == Against::Bits {
-                    return new ^ old;
-                }
+            fn climb(new: Self, old: Self, float: bool) -> Self {
                 let order = |x: Self| if float { ordered!(x, $unsigned, $signed) } else { x };
-                let d = order(new).wrapping_sub(order(old));
-                // Small distances of either sign become small numbers.
-                (d << 1) ^ ((d.cast_signed() >> (Self::BITS - 1)).cast_unsigned())
+                order(new).wrapping_sub(order(old))
             }
 
             #[inline(always)]
-            fn restore(difference: Self, old: Self, against: Against, float: bool) -> Self {
-                if against == Against::Bits {
-                    return difference ^ old;
-                }
-                let d = (difference >> 1) ^ (difference & 1).wrapping_neg();
+            fn folded(steps: Self, zeros: u32) -> Self {
+                let steps = steps.cast_signed() >> zeros;
+                ((steps << 1) ^ (steps >> (Self::BITS - 1))).cast_unsigned()
+            }
+
+            #[inline(always)]
+            fn climbed(folded: Self, zeros: u32, old: Self, float: bool) -> Self {
+                let steps = ((folded >> 1) ^ (folded & 1).wrapping_neg()) << zeros;
                 if !float {
-                    return old.wrapping_add(d);
+                    return old.wrapping_add(steps);
                 }
-                let x = ordered!(old, $unsigned, $signed).wrapping_add(d);
+                let x = ordered!(old, $unsigned, $signed).wrapping_add(steps);
                 x ^ (((!x).cast_signed() >> (Self::BITS - 1)).cast_unsigned() | 1 << (Self::BITS - 1))
+            }
+
+            #[inline(always)]
+            fn field(self, from: u32, mask: u16) -> Self {
+                (self >> from) & mask as Self
+            }
+
+            #[inline(always)]
+            fn below(self, scale: u16, most: u8) -> Self {
+                let scale = if Self::BYTES == 1 { scale.min(255) } else { scale };
+                (scale as Self).saturating_sub(self).min(most as Self)
+            }
+
+            #[inline(always)]
+            fn magnitude(self) -> u32 {
+                (self as f32).to_bits() >> 23
+            }
+
+            #[inline(always)]
+            fn upper(self, bits: Self, most: u8) -> u8 {
+                (self >> (bits & (Self::BITS as Self - 1))).min(most as Self) as u8
+            }
+
+            #[inline(always)]
+            fn whole(upper: u8, bits: Self, lower: Self) -> Self {
+                ((upper as Self) << (bits & (Self::BITS as Self - 1))) | lower
+            }
+
+            #[inline(always)]
+            fn ones(self) -> Self {
+                ((1 as Self) << (self & (Self::BITS as Self - 1))).wrapping_sub(1)
+            }
+
+            #[inline(always)]
+            fn bit(self, i: u32) -> bool {
+                self >> i & 1 == 1
+            }
+
+            #[inline(always)]
+            fn small(self) -> u32 {
+                self as u32
+            }
+
+            #[inline(always)]
+            fn xor(self, other: Self) -> Self {
+                self ^ other
             }
         }
     )*};
@@ -120,25 +196,23 @@ mod tests {
     use super::*;
 
     #[test]
-    fn differences_can_be_undone_and_are_small_for_neighbours() {
+    fn distances_can_be_undone_and_are_small_for_neighbours() {
+        let between = |new, old, float| u16::folded(u16::climb(new, old, float), 0);
         let edges = [0u16, 1, 2, 0x3f80, 0x3f81, 0x7f80, 0x7fff, 0x8000, 0x8001, 0xbf80, 0xffff];
         for old in edges {
             for new in edges {
                 for float in [false, true] {
-                    for against in [Against::Distance, Against::Bits] {
-                        let d = u16::difference(new, old, against, float);
-                        assert_eq!(u16::restore(d, old, against, float), new);
-                        assert_eq!(d == 0, new == old);
-                    }
+                    let d = between(new, old, float);
+                    assert_eq!(u16::climbed(d, 0, old, float), new);
+                    assert_eq!(d == 0, new == old);
+                    let steps = u16::climb(new, old, float);
+                    let zeros = steps.trailing_zeros().min(15);
+                    assert_eq!(u16::climbed(u16::folded(steps, zeros), zeros, old, float), new);
                 }
             }
         }
-        assert_eq!(u16::difference(0x3f81, 0x3f80, Against::Distance, true), 2);
-        assert_eq!(u16::difference(0xbf81, 0xbf80, Against::Distance, true), 1);
-        assert_eq!(
-            u16::difference(0x8000, 0x0000, Against::Distance, true),
-            1,
-            "the two zeros are neighbours"
-        );
+        assert_eq!(between(0x3f81, 0x3f80, true), 2);
+        assert_eq!(between(0xbf81, 0xbf80, true), 1);
+        assert_eq!(between(0x8000, 0x0000, true), 1, "the two zeros are neighbours");
     }
 }

@@ -18,6 +18,7 @@ pub use safetensors::Safetensors;
 
 use crate::error::{Error, Result};
 use crate::tensor::{Encoding, Tensor};
+use rayon::prelude::*;
 use std::fs::File;
 use std::io::Read;
 use std::path::{Path, PathBuf};
@@ -45,6 +46,9 @@ pub struct Sidecar {
 /// Enough bytes to tell matrices of trained weights apart.
 pub const BEGINNING: usize = 64;
 
+/// Takes a piece of a tensor: its place, and its bytes.
+pub type Each<'a> = &'a (dyn Fn(usize, &[u8]) -> Result<()> + Sync);
+
 /// An open model.
 pub trait Model: Send + Sync {
     /// The format's name, for people.
@@ -61,6 +65,17 @@ pub trait Model: Send + Sync {
     /// # Panics
     /// If there is no such tensor.
     fn read(&self, index: usize) -> Result<Tensor<'_>>;
+
+    /// Hands over the bytes of tensor `index` in pieces, each with its place, in no order and on any thread.
+    ///
+    /// # Errors
+    /// As [`Model::read`]; whatever `each` returns.
+    ///
+    /// # Panics
+    /// If there is no such tensor.
+    fn pieces(&self, index: usize, each: Each<'_>) -> Result<()> {
+        crate::pieces::each(&crate::pipeline::plain(self.read(index)?), each)
+    }
 
     /// Whether two tensors of one shape and encoding hold the same; a model may say no where it cannot tell cheaply.
     ///
@@ -119,12 +134,18 @@ pub fn digest(model: &dyn Model) -> Result<[u8; 32]> {
 /// # Errors
 /// An input error if a file has changed since it was opened.
 pub fn digests(model: &dyn Model) -> Result<Vec<[u8; 32]>> {
-    (0..model.tensors().len()).map(|i| Ok(content_digest(&model.read(i)?.bytes))).collect()
+    // Collected as results first: the first error in order wins, whichever thread was faster.
+    let digests: Vec<_> = (0..model.tensors().len())
+        .into_par_iter()
+        .with_max_len(1)
+        .map(|i| Ok(content_digest(&model.read(i)?.bytes)))
+        .collect();
+    digests.into_iter().collect()
 }
 
 /// BLAKE3 of a tensor's elements, on the threads that are free.
 pub fn content_digest(bytes: &[u8]) -> [u8; 32] {
-    *blake3::Hasher::new().update_rayon(bytes).finalize().as_bytes()
+    crate::pieces::digest(bytes)
 }
 
 /// The [`digest`] of a model whose tensors have those digests of their own.

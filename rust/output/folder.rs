@@ -1,6 +1,6 @@
 //! The Hugging Face folder output: filled beside the target under another name, then put in its place in one step.
 
-use super::{Item, ModelWriter, Options, Progress, safetensors};
+use super::{Fill, Item, ModelWriter, Options, Progress, safetensors};
 use crate::atomic::{AtomicFile, check_space};
 use crate::error::{Error, Kind, Result};
 use crate::input::Sidecar;
@@ -78,6 +78,30 @@ impl ModelWriter for Writer {
             self.next_shard(number + 1)?;
         }
         Ok(())
+    }
+
+    fn fill(&mut self, fill: Fill<'_>) -> Result<bool> {
+        let mut open: Vec<safetensors::Writer> =
+            self.open.take().into_iter().map(|(_, shard)| shard).collect();
+        for (range, name) in &self.shards[1..] {
+            let items = &self.progress.items[range.clone()];
+            open.push(safetensors::Writer::create(&self.staging.path.join(name), items, false)?);
+        }
+        // Each item's shard, and its place there.
+        let mut places = Vec::with_capacity(self.progress.items.len());
+        for (number, shard) in open.iter_mut().enumerate() {
+            places.extend(shard.stretch()?.into_iter().map(|start| (number, start)));
+        }
+        fill(&|item, at, bytes| {
+            let (number, start) = places[item];
+            open[number].place(start + at as u64, bytes)
+        })?;
+        for mut shard in open {
+            shard.complete();
+            shard.commit()?;
+        }
+        self.progress.complete();
+        Ok(true)
     }
 
     fn finish(mut self: Box<Self>) -> Result<()> {

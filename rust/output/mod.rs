@@ -95,6 +95,12 @@ impl Default for Options {
     }
 }
 
+/// Takes a piece of an item: the item's number, the piece's place in it, and its bytes; on any thread.
+pub type Place<'a> = &'a (dyn Fn(usize, usize, &[u8]) -> Result<()> + Sync);
+
+/// Hands every byte of every item to a [`Place`], once.
+pub type Fill<'a> = &'a mut (dyn FnMut(Place<'_>) -> Result<()> + Send);
+
 /// A model under construction. Dropping it unfinished leaves nothing behind.
 pub trait ModelWriter: Send {
     /// Writes the next item, whole: little-endian, row-major.
@@ -103,6 +109,16 @@ pub trait ModelWriter: Send {
     /// An I/O error; a usage error for a wrong number of bytes; an input error for a value that the format
     /// cannot hold, naming the tensor.
     fn write(&mut self, bytes: &[u8]) -> Result<()>;
+
+    /// Where items can be written in any order, has `fill` write all of them instead of [`ModelWriter::write`];
+    /// returns whether that is so.
+    ///
+    /// # Errors
+    /// Whatever `fill` returns; an I/O error.
+    fn fill(&mut self, fill: Fill<'_>) -> Result<bool> {
+        let _ = fill;
+        Ok(false)
+    }
 
     /// Puts the model in its place.
     ///
@@ -165,6 +181,11 @@ impl Progress {
         }
         self.next += 1;
         Ok(self.next - 1)
+    }
+
+    /// All items have been written.
+    fn complete(&mut self) {
+        self.next = self.items.len();
     }
 
     fn check_done(&self) -> Result<()> {

@@ -1,6 +1,6 @@
 //! The `.safetensors` output: a header as the official library writes it, then the tensors as they come.
 
-use super::{Item, ModelWriter, Progress, order};
+use super::{Fill, Item, ModelWriter, Progress, order};
 use crate::atomic::AtomicFile;
 use crate::error::{Error, Result};
 use std::collections::BTreeMap;
@@ -13,6 +13,8 @@ const METADATA: &str = r#""__metadata__":{"format":"pt"}"#;
 pub(super) struct Writer {
     file: AtomicFile,
     progress: Progress,
+    /// Bytes before the first item.
+    header: u64,
     /// Each item's place in the file.
     rank: Vec<usize>,
     /// The place that is written next.
@@ -31,7 +33,31 @@ impl Writer {
         for (place, &i) in order.iter().enumerate() {
             rank[i] = place;
         }
-        Ok(Writer { file, progress: Progress::new(items), rank, next: 0, early: BTreeMap::new() })
+        let header = header.len() as u64;
+        Ok(Writer { file, progress: Progress::new(items), header, rank, next: 0, early: BTreeMap::new() })
+    }
+
+    /// Makes room for all items; returns where each of them starts.
+    pub fn stretch(&mut self) -> Result<Vec<u64>> {
+        let mut order: Vec<usize> = (0..self.rank.len()).collect();
+        order.sort_by_key(|&i| self.rank[i]);
+        let (mut starts, mut end) = (vec![0; order.len()], self.header);
+        for i in order {
+            starts[i] = end;
+            end += self.progress.items[i].byte_len()?;
+        }
+        self.file.stretch(end)?;
+        Ok(starts)
+    }
+
+    /// Writes bytes of the file, which has been stretched.
+    pub fn place(&self, at: u64, bytes: &[u8]) -> Result<()> {
+        self.file.place(at, bytes)
+    }
+
+    /// All items have been placed.
+    pub fn complete(&mut self) {
+        self.progress.complete();
     }
 
     pub fn commit(self) -> Result<()> {
@@ -54,6 +80,13 @@ impl ModelWriter for Writer {
             self.next += 1;
         }
         Ok(())
+    }
+
+    fn fill(&mut self, fill: Fill<'_>) -> Result<bool> {
+        let starts = self.stretch()?;
+        fill(&|item, at, bytes| self.place(starts[item] + at as u64, bytes))?;
+        self.complete();
+        Ok(true)
     }
 
     fn finish(self: Box<Self>) -> Result<()> {

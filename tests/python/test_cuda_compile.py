@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import struct
 
 import pytest
 import tenpak
@@ -127,6 +128,24 @@ def test_the_cache_and_attention_compile_for_every_head(arch, dim):
         plan = plans.choose_attention(A100 if arch == "sm_80" else H200, bits, dim, bf16, 1, 1, 8, 8, 64)
         for defines in (plan.defines, plan.appending):
             assert kernels.compile_to_cubin("attention.cu", defines, arch).startswith(b"\x7fELF")
+
+
+def shared_bytes(cubin: bytes) -> int:
+    """Of a kernel's static arrays, behind which dynamic shared memory begins: sections .nv.shared.* of the ELF file."""
+    (table,) = struct.unpack_from("<Q", cubin, 40)
+    size, count, names = struct.unpack_from("<HHH", cubin, 58)
+    sections = [struct.unpack_from("<IIQQQQ", cubin, table + i * size) for i in range(count)]
+    texts = sections[names][4]
+    return sum(s[5] for s in sections if cubin[texts + s[0] :].startswith(b".nv.shared."))
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+def test_copies_of_the_cache_begin_on_a_line_of_shared_memory(arch):
+    """Where they do not, each takes four times as long to write."""
+    for bits in (4, 8, 16):
+        plan = plans.choose_attention(A100 if arch == "sm_80" else H200, bits, 128, False, 1, 1, 8, 8, 64)
+        for defines in (plan.defines, plan.appending):
+            assert shared_bytes(kernels.compile_to_cubin("attention.cu", defines, arch)) % 128 == 0
 
 
 def test_architectures():

@@ -320,6 +320,10 @@ def test_the_console_script(tmp_path: Path, tuned: Path) -> None:
     tenpak_command("materialize", "-b", BASE, "-d", delta, "-o", back, code=2)
     tenpak_command("materialize", "-b", BASE, "-d", delta, "-o", tmp_path / "x.tenpak", code=2)
     tenpak_command("delta", "-b", BASE, "-i", tuned, "-o", tuned / "model.safetensors", "-f", code=2)
+    second = tmp_path / "2.tenpak"
+    tenpak_command("delta", "-b", BASE, "-b", delta, "-i", BASE, "-o", second, code=0)
+    refused = tenpak_command("materialize", "-b", BASE, "-d", delta, "-d", second, "-o", tmp_path / "x", code=2).err
+    assert "circle" in refused, "the option may stand twice"
     refused = tenpak_command("decompress", "-i", delta, "-o", tmp_path / "no", code=2).err
     assert refused.count("materialize") == 1
     assert "tensor" not in refused, "it is about the file"

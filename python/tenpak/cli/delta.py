@@ -32,7 +32,9 @@ MODES = ("exact", "codes", "bit1")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--base", "-b", required=True, nargs="+", metavar="BASE", help="what it was made from")
+    parser.add_argument(
+        "--base", "-b", required=True, nargs="+", action="extend", metavar="BASE", help="what it was made from"
+    )
     parser.add_argument("--input", "-i", required=True, metavar="MODEL", help="the fine-tune")
     parser.add_argument("--output", "-o", required=True, metavar="FILE", help="the delta to write")
     parser.add_argument("--mode", "-m", choices=MODES, default="exact", help="how to code differences (%(default)s)")

@@ -22,9 +22,17 @@ from tenpak.cli.table import count, duration, pairs, print_json, size
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--base", "-b", required=True, nargs="+", metavar="BASE", help="what the delta was made from")
     parser.add_argument(
-        "--delta", "-d", required=True, nargs="+", metavar="FILE", help="the deltas, the innermost first"
+        "--base", "-b", required=True, nargs="+", action="extend", metavar="BASE", help="what the delta was made from"
+    )
+    parser.add_argument(
+        "--delta",
+        "-d",
+        required=True,
+        nargs="+",
+        action="extend",
+        metavar="FILE",
+        help="the deltas, the innermost first",
     )
     parser.add_argument("--output", "-o", required=True, metavar="MODEL", help="what to write")
     parser.add_argument(

@@ -428,8 +428,8 @@ def choose_attention(
     capacity: int,
 ) -> AttentionPlan:
     """The configuration for `tokens` new tokens a sequence over a cache of `capacity` tiles."""
-    # Measured on an H200: one block a multiprocessor, for fewer splits to merge; as many tiles at a time as an FP16 tile
-    # has bytes (or half as many, where shared memory is small), and some 16 KiB on their way to each warp.
+    # Measured on an H200: one block a multiprocessor, for fewer splits to merge; tiles that together are as large as an
+    # FP16 one at a time (or half of that, where shared memory is small), and some 16 KiB on their way to each warp.
     warps, tiles, least = 8, 16 // bits, 2 if bits == 16 else 3
     most, tile = device.shared_all - query_bytes(head_dim), tile_bytes(bits, head_dim)
     while most // (warps * tiles * tile) < least:
@@ -440,7 +440,7 @@ def choose_attention(
     stages = min(1 + 17920 // (tiles * tile), most // (warps * tiles * tile))
     merge = warps * (COLUMNS * (head_dim + 4) + 2 * COLUMNS) * 4
     rows = kv_heads * divide_up(tokens * heads // kv_heads, COLUMNS)
-    splits = max(1, min(device.multiprocessors // (rows * batch), divide_up(capacity, warps)))
+    splits = max(1, min(device.multiprocessors // (rows * batch), divide_up(capacity, warps * tiles)))
     part = (COLUMNS * head_dim + 2 * COLUMNS) * 4
     return AttentionPlan(
         {**cache_defines(bits, head_dim, bf16), "WARPS": warps, "TILES": tiles, "STAGES": stages, "BLOCKS": 1},
