@@ -346,17 +346,20 @@ extern "C" __global__ void __launch_bounds__(tenpak::THREADS, BLOCKS)
     for (int i = 0; i < EACH; ++i) {
         const int column = warp + i * WARPS;
         if (column >= COLUMNS) continue;
-        float x[PER_LANE], sum = 0.0f;
+        float x[PER_LANE] = {}, sum = 0.0f;
+        // Columns that there are not are zeros; the new key and value are their warps' work.
+        if (column < columns) {
 #if APPENDS
-        prepare(x, raw[i], q_norm ? weights[0] : nullptr, turn, before, lines[warp], lane);
-        // As `append` writes it back.
+            prepare(x, raw[i], q_norm ? weights[0] : nullptr, turn, before, lines[warp], lane);
+            // As `append` writes it back.
 #pragma unroll
-        for (int j = 0; j < PER_LANE; ++j) x[j] = from_activation<BF16>(to_activation<BF16>(x[j])) * scale;
+            for (int j = 0; j < PER_LANE; ++j) x[j] = from_activation<BF16>(to_activation<BF16>(x[j])) * scale;
 #else
 #pragma unroll
-        for (int j = 0; j < PER_LANE; ++j) x[j] = from_activation<BF16>(raw[i][j]) * scale;
+            for (int j = 0; j < PER_LANE; ++j) x[j] = from_activation<BF16>(raw[i][j]) * scale;
 #endif
-        if constexpr (BITS == 4) hadamard(x, lane);
+            if constexpr (BITS == 4) hadamard(x, lane);
+        }
 #pragma unroll
         for (int j = 0; j < PER_LANE; ++j) {
             const int d = lane + LANES * j;

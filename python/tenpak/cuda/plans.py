@@ -428,16 +428,14 @@ def choose_attention(
     capacity: int,
 ) -> AttentionPlan:
     """The configuration for `tokens` new tokens a sequence over a cache of `capacity` tiles."""
-    # Measured on an H200: one block a multiprocessor, for fewer splits to merge; tiles that together are as large as an
-    # FP16 one at a time (or half of that, where shared memory is small), and some 16 KiB on their way to each warp.
-    warps, tiles, least = 8, 16 // bits, 2 if bits == 16 else 3
-    most, tile = device.shared_all - query_bytes(head_dim), tile_bytes(bits, head_dim)
+    # Measured on an H200: one block a multiprocessor, for fewer splits to merge; codes at a time that are as many bytes
+    # as half an FP16 tile, and some 8 KiB of them on their way to each warp: with more, what comes late comes later.
+    warps, tiles, tile = 8, max(1, 8 // bits), tile_bytes(bits, head_dim)
+    wanted, least = max(3, 1 + 9000 // (tiles * tile)), 2 if bits == 16 else 3
+    most = device.shared_all - query_bytes(head_dim)
     while most // (warps * tiles * tile) < least:
-        if tiles * bits == 16 and bits < 16:
-            tiles //= 2
-        else:
-            warps //= 2
-    stages = min(1 + 17920 // (tiles * tile), most // (warps * tiles * tile))
+        warps //= 2
+    stages = min(wanted, most // (warps * tiles * tile))
     merge = warps * (COLUMNS * (head_dim + 4) + 2 * COLUMNS) * 4
     rows = kv_heads * divide_up(tokens * heads // kv_heads, COLUMNS)
     splits = max(1, min(device.multiprocessors // (rows * batch), divide_up(capacity, warps * tiles)))
