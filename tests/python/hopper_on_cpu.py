@@ -36,7 +36,6 @@ struct alignas(16) uint4 { u32 x, y, z, w; };
 #define CLUSTER 1
 #endif
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
-template <class T> void __stcg(T* to, T v) { *to = v; }
 template <class T> T __ldg(const T* at) { return *at; }
 inline int __shfl_sync(u32, int x, int lane) { return (int)tenpak::share<1>({(u64)(u32)x})[lane][0]; }
 
@@ -205,7 +204,6 @@ HOPPER = """
 #include "engine.cuh"
 
 namespace tenpak {
-inline int lane_of_warp() { return threadIdx.x % 32; }
 inline uint4 load_matrices(u32 row) {
     auto all = share<1>({(u64)row});
     const int lane = threadIdx.x % 32;
@@ -332,7 +330,9 @@ def layouts_on_cpu(copies: str = "namespace tenpak { inline void copy_once(u32, 
     text = (ROOT / "cuda" / "layouts.cuh").read_text()
     begin, end = text.index("// ---- Copies to shared memory"), text.index("// ---- Four-bit codes")
     head = text[:begin].replace("constexpr int LANES = 32;\n", "")
-    return f'#pragma once\n#include "warp.cuh"\n{PAIRS}\n{copies}\n{head}\n{text[end:]}'
+    # Addresses of warp.cuh are of its own dynamic memory.
+    renamed = '#define shared_address address_in_dynamic\n#include "warp.cuh"\n#undef shared_address'
+    return f"#pragma once\n{renamed}\n{PAIRS}\n{copies}\n{head}\n{text[end:]}"
 
 
 @functools.cache

@@ -95,7 +95,7 @@ template <int OF> void wait_at_barrier(int barrier) { arrive(named[barrier], OF)
 @functools.cache
 def _library(defines: tuple[tuple[str, object], ...]) -> ctypes.CDLL:
     folder = Path(tempfile.gettempdir()) / "tenpak-skinny-on-cpu"
-    flags = ["-O1", "-w", "-Wl,-Bsymbolic", "-fno-gnu-unique", "-DASCENDING=1", "-include", "warp.cuh"]
+    flags = ["-O1", "-w", "-Wl,-Bsymbolic", "-fno-gnu-unique", "-DASCENDING=1", "-include", "layouts.cuh"]
     flags += [o for o in kernels.options("skinny.cu", dict(defines), "sm_90") if o.startswith(("-std", "-D"))]
     dynamic = "extern __shared__ __align__(128) uint4 dynamic[];"
     text = (ROOT / "cuda" / "skinny.cu").read_text()
