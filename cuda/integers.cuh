@@ -5,8 +5,9 @@
 //
 // Activations become sixteen bits, x = (256 h + l) s with h and l of eight signed bits and one scale s for 128 columns
 // of a token: their error is at most 2^-16 of the largest of those, less than what FP16 leaves of a weight. h and l of a token
-// are two columns of the instruction's eight. Where groups are smaller than a tile, they are there once for each of SPLITS parts
-// of the columns of K, zero elsewhere, so that different lanes get the sums of different groups. What is summed is exact: only x is rounded, and FP32 sums of groups.
+// are two columns of the instruction's eight. Where groups are smaller than a tile, they are there once for each of SPLITS
+// parts of the columns of K, zero elsewhere, so that different lanes get the sums of different groups. What is summed is
+// exact: only x is rounded, and FP32 sums of groups.
 //
 // An affine weight is q s + o: the sums of q are multiplied by s, and those of x, which staging has added up, by o. A weight
 // d L T[t][q] of int4_lut16: sums of entries are multiplied by the integer L of their group, and every 128 columns by d. (With
@@ -39,9 +40,9 @@ static_assert(UNIT == GROUP, "sums of groups");
 // ---- Activations ----------------------------------------------------------------------------------------------------
 
 // A row of x: for each tile 64 bytes of h and 64 of l, of each lane t its columns in both halves; scales of 128 columns; and sums
-// of units, as multiples of those. Columns lie as the bytes of the other operand do: where codes are packed by pairs, as a mask finds
-// them, each pair P of the first half between the bytes of that of the second. Where halves are different units, tiles are
-// there twice: with zeros in place of the second half, and of the first.
+// of units, as multiples of those. Columns lie as the bytes of the other operand do: where codes are packed by pairs, as a
+// mask finds them, each pair of the first half between the bytes of that of the second. Where halves are different units,
+// tiles are there twice: with zeros in place of the second half, and of the first.
 struct Digits {
     static constexpr int BLOCK_COLS = STAGE_TILES * TILE_COLS;  // columns of x that share a scale
     static constexpr float LARGEST = 32639.0f;                  // 256 * 127 + 127
@@ -75,8 +76,8 @@ struct Digits {
         return v;
     }
 
-    // Four columns of this lane, of COUNT blocks each, as h and l; zeros beyond the slice. `row(i)` is where block `block(i)`'s token
-    // is; null where there is none. Several at a time, since each alone would be all latency.
+    // Four columns of this lane, of COUNT blocks each, as h and l; zeros beyond the slice. Token row(i) has block(i), or is
+    // null where there is none. Several at a time, since each alone would be all latency.
     template <int COUNT, class Row, class Block>
     static __device__ __forceinline__ void split(const uint2 (&v)[COUNT], int columns, Row row, Block block, int lane) {
         float values[COUNT][4], scale[COUNT];

@@ -126,8 +126,8 @@ struct Output {
 }  // namespace tenpak
 
 // x [batch, m, k] (FP32 before a norm) with rows of x_stride elements, or, with offsets [batch + 1], all experts' tokens one
-// after another, sorted by expert. y alike with rows of n, or n / 2 if gated. bias [batch, n] or null. slice: tiles of K for each block,
-// a multiple of four; partial [slots, slices, strips, PARTS, lanes] float4 and arrived [slots, strips] (of the first strip of
+// after another, sorted by expert. y alike with rows of n, or n / 2 if gated. bias [batch, n] or null. slice: tiles of K for
+// each block, a multiple of four; partial [slots, slices, strips, PARTS, lanes] float4 and arrived [slots, strips] (of the first strip of
 // each turn) serve slices > 1. norm_weight, norm_bias (or null): FP32 [k], with -DNORM.
 extern "C" __global__ void __launch_bounds__(tenpak::ALL_WARPS * 32, BLOCKS)
 skinny(const unsigned char* codes, const unsigned char* params, const unsigned char* row_params, const unsigned short* x,
@@ -160,7 +160,8 @@ skinny(const unsigned char* codes, const unsigned char* params, const unsigned c
     const int chunks = (total + TOKENS - 1) / TOKENS;
     auto slice_of_x = [&](int chunk) {
         const int token = chunk * TOKENS;
-        return XSlice{x + (begin + token) * x_stride, x_stride, min(TOKENS, total - token), k, first_tile * TILE_COLS, count * TILE_COLS};
+        return XSlice{x + (begin + token) * x_stride, x_stride, min(TOKENS, total - token),
+                      k, first_tile * TILE_COLS, count * TILE_COLS};
     };
     // Whether the copy engine brings x, too: where a row of it is what its tiles hold.
     const bool x_by_engine = X_STEPS && walk.steps <= X_STEPS && k % TILE_COLS == 0 && slice_of_x(0).aligned(16);
