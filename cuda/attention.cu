@@ -15,7 +15,7 @@
 // write the same bytes.
 //
 // Grid: x splits, y (kv head, eight columns), z sequences. -DBITS (of codes: 4, 8; or 16), -DBF16, -DWARPS, -DTILES,
-// -DSTAGES (at least 3), -DBLOCKS (of a multiprocessor, for the register budget).
+// -DSTAGES (of codes at least 3), -DBLOCKS (of a multiprocessor, for the register budget).
 #include "newest.cuh"
 #include "overlap.cuh"
 #ifndef APPENDS
@@ -209,6 +209,7 @@ extern "C" __global__ void __launch_bounds__(tenpak::THREADS, BLOCKS)
     // that; each step begins with one that overlaps with nothing.
     if (!APPENDS) wait_for_previous();
     const int lane = lane_of_warp(), warp = threadIdx.x / LANES, sequence = blockIdx.z, split = blockIdx.x;
+    // Lengths and queries are asked for before copies fill the way.
     const int before = lengths[sequence];
     const int group = heads / kv_heads, wanted = tokens * group, chunks = (wanted + COLUMNS - 1) / COLUMNS;
     const int kv_head = blockIdx.y / chunks, first_column = blockIdx.y % chunks * COLUMNS;

@@ -429,9 +429,9 @@ def choose_attention(
 ) -> AttentionPlan:
     """The configuration for `tokens` new tokens a sequence over a cache of `capacity` tiles."""
     # Measured on an H200: one block a multiprocessor, for fewer splits to merge; codes at a time that are as many bytes
-    # as half an FP16 tile, and some 8 KiB of them on their way to each warp: with more, what comes late comes later.
+    # as half an FP16 tile, and some 12 KiB of them on their way to each warp: with more, what comes late comes later.
     warps, tiles, tile = 8, max(1, 8 // bits), tile_bytes(bits, head_dim)
-    wanted, least = max(3, 1 + 9000 // (tiles * tile)), 2 if bits == 16 else 3
+    wanted, least = max(3, 1 + 12700 // (tiles * tile)), 2 if bits == 16 else 3
     most = device.shared_all - query_bytes(head_dim)
     while most // (warps * tiles * tile) < least:
         warps //= 2
