@@ -37,8 +37,10 @@ from tenpak.statistics import StatisticsWriter
 #: Called with steps of work done and in all, and what is being done.
 Progress = Callable[[int, int, str], object]
 
-#: Windows of a text that statistics are gathered from, or windows that are sampled.
+#: Windows of a text that statistics are gathered from, and windows that are sampled, which costs more: twice as many
+#: lowered the KL divergence of llama-books under int4_opt_v1 by half a per cent.
 WINDOWS = 128
+SAMPLED_WINDOWS = 64
 
 #: Tokens that are computed at once.
 TOKENS_AT_ONCE = 4096
@@ -98,7 +100,8 @@ def calibrate(
             open decoder.
         output: The `.safetensors` file of statistics.
         text: The text itself as a `str`, a UTF-8 file as a `Path`, or tokens; None lets the model sample text.
-        windows: How many windows of the text to use, spread over all of it, or to sample; None for 128.
+        windows: How many windows of the text to use, spread over all of it, or to sample; None for 128 of a text,
+            or 64 samples.
         context: Tokens in a window; None for 1024, or as many as the model was made for.
         seed: For sampling.
         diagonal: Only E[x_j²], which takes little space and suits the encoder `diag`; no gradients.
@@ -122,7 +125,7 @@ def calibrate(
     if diagonal and sequential is not None and encoder == "gptq":
         raise UsageError("encoder gptq needs second moments; leave out --diagonal, or choose encoder diag")
     if windows is None:
-        windows = WINDOWS
+        windows = SAMPLED_WINDOWS if text is None else WINDOWS
     start = time.perf_counter()
     with StatisticsWriter(output, force=force) as writer:
         decoder = model if isinstance(model, Decoder) else Decoder.open(model, xp=array_module(device))

@@ -37,7 +37,7 @@ def page(results: dict[str, Any]) -> str:
         "in thousandths of a nat per token, the most sensitive of these numbers; **perplexity** is its change; "
         "**top-1** the share of tokens where both think the same one most likely; **error** is Σ(w - ŵ)² / Σw². "
         "± are standard errors over windows. Statistics for *diag* and *gptq* came from 160 other windows, or, for "
-        "*own text*, from 64 that the model sampled itself (half of what `compress` does). Those for *gptq* also "
+        "*own text*, from 64 that the model sampled itself (as `--calibration self` does). Those for *gptq* also "
         "say how much tokens and outputs matter, except *inputs only* and *sequential* (statistics of each layer with "
         "those before it quantised). Formats of other tools went through the same evaluation; *imatrix* means ggml's "
         "importance matrix, from the same 160 windows.",

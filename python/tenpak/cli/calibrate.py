@@ -20,7 +20,7 @@ import argparse
 from pathlib import Path
 
 import tenpak
-from tenpak.calibrate import WINDOWS
+from tenpak.calibrate import SAMPLED_WINDOWS, WINDOWS
 from tenpak.cli import progress
 from tenpak.cli.table import count, duration, pairs, print_json, size
 
@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--windows",
         type=int,
         metavar="N",
-        help=f"windows to use, spread over the text, or to sample ({WINDOWS})",
+        help=f"windows to use, spread over the text, or to sample ({WINDOWS}, or {SAMPLED_WINDOWS} with --self)",
     )
     parser.add_argument("--context", type=int, metavar="N", help="tokens in a window (1024, or the model's most)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="for sampling (%(default)s)")
