@@ -9,19 +9,14 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
-import subprocess
-import tempfile
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from support import ROOT
-from tenpak.cuda import compile as kernels
 from tenpak.cuda import wide as plans
 from tenpak.cuda.plans import STAGE_BYTES
-from warps_on_cpu import COMPILER, WARP
+from warps_on_cpu import WARP, built
 
 #: Stands in for what cuda/layouts.cuh says in assembly: its sections on copies and on pairs of floats.
 PAIRS = """
@@ -128,12 +123,27 @@ inline u8* memory() {
     }();
     return begin;
 }
+// What each block of a cluster left for the others when they met, in the launch before this one, which is the same.
+static std::map<std::pair<u32, u32>, std::vector<u8>> left;
+static u32 meetings;
+inline void leave_for_others() {
+    if (threadIdx.x == 0) left[{blockIdx.x, meetings++}].assign(memory(), memory() + shared_size);
+}
+inline int cluster_rank() { return blockIdx.x % CLUSTER; }
+// From what was left there when they last met.
+inline float4 in_block(u32 at, u32 rank) {
+    const std::vector<u8>& from = left[{blockIdx.x / CLUSTER * CLUSTER + rank, meetings - 1}];
+    float4 v = {};
+    if (!from.empty()) memcpy(&v, from.data() + (at - first_shared), sizeof v);
+    return v;
+}
 // For each block anew.
 inline u8* dynamic_memory() {
     if (threadIdx.x == 0) {
         first_shared = (u32)(u64)memory();
         shared_size = dynamic.size() - 16;
         memset(memory(), 0xff, 230 << 10);
+        meetings = 0;
         counters.clear();
         under_way.clear();
         asked_for.clear();
@@ -222,20 +232,12 @@ inline void group_barrier(int group) { arrive(of_groups[group], 128); }
 inline uint2 make_uint2(u32 x, u32 y) { return {x, y}; }
 static Barrier of_consumers, of_cluster;
 inline void consumers_barrier(int threads) { arrive(of_consumers, threads); }
-// What each block of a cluster left for the others, in the launch before this one, which is the same.
-static std::map<u32, std::vector<u8>> left;
 inline void cluster_sync() {
     arrive(of_cluster, 128 * GROUPS);
-    if (threadIdx.x == 0) left[blockIdx.x].assign(memory(), memory() + shared_size);
+    leave_for_others();
+    arrive(of_cluster, 128 * GROUPS);
 }
 inline void cluster_leave() {}
-inline int cluster_rank() { return blockIdx.x % CLUSTER; }
-inline float4 in_block(u32 at, u32 rank) {
-    const std::vector<u8>& from = left[blockIdx.x / CLUSTER * CLUSTER + rank];
-    float4 v = {};
-    if (!from.empty()) memcpy(&v, from.data() + (at - first_shared), sizeof v);
-    return v;
-}
 
 constexpr u64 KEEP_LONG = 2;
 struct TensorMap { u64 x, stride; int columns, rows, matrices, unused; u64 more[12]; };
@@ -335,37 +337,15 @@ def layouts_on_cpu(copies: str = "namespace tenpak { inline void copy_once(u32, 
     return f"#pragma once\n{renamed}\n{PAIRS}\n{copies}\n{head}\n{text[end:]}"
 
 
+#: Libraries of different macros must not share what static variables hold; the order of blocks is that of a GPU.
+FLAGS = ["-fno-gnu-unique", "-DASCENDING=1"]
+
+
 @functools.cache
 def _library(defines: tuple[tuple[str, object], ...]) -> ctypes.CDLL:
-    folder = Path(tempfile.gettempdir()) / "tenpak-hopper-on-cpu"
-    # Libraries of different macros must not share what static variables hold.
-    flags = ["-O1", "-w", "-Wl,-Bsymbolic", "-fno-gnu-unique", "-DASCENDING=1", "-DSKIPS=1"]
-    flags += [o for o in kernels.options("wide.cu", dict(defines), "sm_90a") if o.startswith(("-std", "-D"))]
-    dynamic = "extern __shared__ __align__(1024) u8 dynamic[];"
-    text = (ROOT / "cuda" / "wide.cu").read_text()
-    assert dynamic in text
-    launcher = (
-        'extern "C" void launch(void** a, const unsigned* g, unsigned t, unsigned s) '
-        "{ tenpak::launch(wide, a, g, t, s); }\n"
-    )
-    files = {
-        "warp.cuh": WARP,
-        "layouts.cuh": layouts_on_cpu(),
-        "engine.cuh": ENGINE,
-        "hopper.cuh": HOPPER,
-        "columns.cuh": (ROOT / "cuda" / "columns.cuh").read_text(),
-        "kernel.cpp": text.replace(dynamic, "u8* const dynamic = dynamic_memory();") + launcher,
-    }
-    key = hashlib.sha256("\0".join([*files.values(), *flags]).encode()).hexdigest()[:20]
-    built = folder / key / "kernel.so"
-    if not built.exists():
-        built.parent.mkdir(parents=True, exist_ok=True)
-        for file, content in files.items():
-            (built.parent / file).write_text(content)
-        command = [COMPILER, "-shared", "-fPIC", *flags, "kernel.cpp"]
-        subprocess.run([*command, "-o", "part.so"], check=True, cwd=built.parent)
-        (built.parent / "part.so").rename(built)
-    return ctypes.CDLL(str(built))
+    stand_ins = {"warp.cuh": WARP, "layouts.cuh": layouts_on_cpu(), "engine.cuh": ENGINE, "hopper.cuh": HOPPER}
+    dynamic = "extern __shared__ __align__(1024) u8 dynamic[];", "u8* const dynamic = dynamic_memory();"
+    return built("wide.cu", "wide", defines, "sm_90a", stand_ins, [*FLAGS, "-DSKIPS=1"], dynamic)
 
 
 def aligned(array: NDArray[Any] | None) -> NDArray[Any] | None:

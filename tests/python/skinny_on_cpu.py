@@ -7,18 +7,12 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
-import subprocess
-import tempfile
-from pathlib import Path
 
 import numpy as np
-from hopper_on_cpu import ENGINE, aligned, layouts_on_cpu
+from hopper_on_cpu import ENGINE, FLAGS, aligned, layouts_on_cpu
 from numpy.typing import NDArray
-from support import ROOT
-from tenpak.cuda import compile as kernels
 from tenpak.cuda.plans import Plan
-from warps_on_cpu import COMPILER, WARP
+from warps_on_cpu import WARP, built
 
 #: Copies of cuda/layouts.cuh, which `PAIRS` of hopper_on_cpu leaves out, and what else the kernel asks of CUDA.
 COPIES = """
@@ -77,6 +71,20 @@ inline void read_if(u32 wanted, u32 from, u32& x, u32& y, u32& z, u32& w) {
     read_if(wanted, from + 8, z, w);
 }
 inline void copy_or_zeros(u32 to, const void* from, int bytes) { copy16(at_shared(to), from, bytes != 0); }
+inline void cluster_arrive() {}
+inline void cluster_wait() {}
+inline void cluster_sync() {
+    __syncthreads();
+    leave_for_others();
+    __syncthreads();
+}
+// Each block brings what it gets: blocks run one after another.
+inline bool brings(int) { return true; }
+inline void barrier_arrive_everywhere(u32 barrier) {
+    for (int i = 0; i < CLUSTER; ++i) barrier_arrive(barrier);
+}
+inline void copy_bulk_to_all(u32 to, const void* from, u32 bytes, u32 barrier) { copy_bulk(to, from, bytes, barrier); }
+inline u32 opaque_minus_one() { return ~0u; }
 inline float reciprocal(float x) { return 1.0f / x; }
 static Barrier named[16];
 template <int OF> void arrive_at_barrier(int barrier) {
@@ -93,35 +101,10 @@ template <int OF> void wait_at_barrier(int barrier) { arrive(named[barrier], OF)
 
 
 @functools.cache
-def _library(defines: tuple[tuple[str, object], ...]) -> ctypes.CDLL:
-    folder = Path(tempfile.gettempdir()) / "tenpak-skinny-on-cpu"
-    flags = ["-O1", "-w", "-Wl,-Bsymbolic", "-fno-gnu-unique", "-DASCENDING=1", "-include", "layouts.cuh"]
-    flags += [o for o in kernels.options("skinny.cu", dict(defines), "sm_90") if o.startswith(("-std", "-D"))]
-    dynamic = "extern __shared__ __align__(128) uint4 dynamic[];"
-    text = (ROOT / "cuda" / "skinny.cu").read_text()
-    assert dynamic in text
-    launcher = (
-        'extern "C" void launch(void** a, const unsigned* g, unsigned t, unsigned s) '
-        "{ tenpak::launch(skinny, a, g, t, s); }\n"
-    )
-    files = dict(kernels.headers("skinny.cu"))
-    files |= {
-        "warp.cuh": WARP,
-        "layouts.cuh": layouts_on_cpu(COPIES),
-        "engine.cuh": ENGINE,
-        "few.cuh": FEW,
-        "kernel.cpp": text.replace(dynamic, "uint4* const dynamic = (uint4*)dynamic_memory();") + launcher,
-    }
-    key = hashlib.sha256("\0".join([*files.values(), *flags]).encode()).hexdigest()[:20]
-    built = folder / key / "kernel.so"
-    if not built.exists():
-        built.parent.mkdir(parents=True, exist_ok=True)
-        for file, content in files.items():
-            (built.parent / file).write_text(content)
-        command = [COMPILER, "-shared", "-fPIC", *flags, "kernel.cpp"]
-        subprocess.run([*command, "-o", "part.so"], check=True, cwd=built.parent)
-        (built.parent / "part.so").rename(built)
-    return ctypes.CDLL(str(built))
+def _library(source: str, kernel: str, defines: tuple[tuple[str, object], ...]) -> ctypes.CDLL:
+    stand_ins = {"warp.cuh": WARP, "layouts.cuh": layouts_on_cpu(COPIES), "engine.cuh": ENGINE, "few.cuh": FEW}
+    dynamic = "extern __shared__ __align__(128) uint4 dynamic[];", "uint4* const dynamic = (uint4*)dynamic_memory();"
+    return built(source, kernel, defines, "sm_90", stand_ins, [*FLAGS, "-include", "layouts.cuh"], dynamic)
 
 
 def run(
@@ -149,6 +132,10 @@ def run(
         arguments += [address(norm[0]), address(norm[1]), np.float32(norm[2])]
     boxes = [np.array([argument]) for argument in arguments]
     pointers = (ctypes.c_void_p * len(boxes))(*(box.ctypes.data for box in boxes))
-    library = _library(tuple(sorted(plan.defines.items())))
-    library.launch(pointers, (ctypes.c_uint * 3)(*plan.grid), plan.block[0], plan.shared)
+    library = _library(plan.source, plan.kernel, tuple(sorted(plan.defines.items())))
+    # Of a cluster, the first launch leaves what its blocks read of each other.
+    before = y.copy()
+    for _ in range(1 if plan.defines.get("CLUSTER", 1) == 1 else 2):
+        y[...] = before
+        library.launch(pointers, (ctypes.c_uint * 3)(*plan.grid), plan.block[0], plan.shared)
     assert not counters.any()

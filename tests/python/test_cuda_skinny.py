@@ -7,9 +7,10 @@ from unittest.mock import patch
 
 import numpy as np
 import pytest
-from skinny_on_cpu import COMPILER, run
+from skinny_on_cpu import run
 from tenpak.cuda import layouts, plans
 from test_cuda_wide import bits, random_weight, values
+from warps_on_cpu import COMPILER
 
 pytestmark = pytest.mark.skipif(
     COMPILER is None or sys.maxsize < 2**32, reason="a C++ compiler, fibers and the linker's options of Linux"
