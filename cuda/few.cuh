@@ -45,11 +45,78 @@ __device__ __forceinline__ void copy_or_zeros(u32 to, const void* from, int byte
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" :: "r"(to), "l"(from), "r"(bytes) : "memory");
 }
 
+// -1, of which the compiler does not know that a product with it is a difference. (Blocks have one row of threads.)
+__device__ __forceinline__ u32 opaque_minus_one() {
+    u32 rows;
+    asm volatile("mov.u32 %0, %%ntid.y;" : "=r"(rows));
+    return 0 - rows;
+}
+
+// What another block has written before it said so here, and that it has.
+__device__ __forceinline__ u32 load_acquire(const u32* at) {
+    u32 value;
+    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(at) : "memory");
+    return value;
+}
+__device__ __forceinline__ void store_release(u32* at, u32 value) {
+    asm volatile("st.release.gpu.global.u32 [%0], %1;" :: "l"(at), "r"(value) : "memory");
+}
+
 __device__ __forceinline__ float reciprocal(float x) {
     float y;
     asm("rcp.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 }
+
+// ---- Clusters of blocks, -DCLUSTER (compute capability 9.0) -----------------------------------------------------------
+
+#if CLUSTER > 1
+__device__ __forceinline__ u32 cluster_rank() {
+    u32 rank;
+    asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+    return rank;
+}
+// That all threads of all blocks have come so far, and barriers are ready: whole warps say that they have, and wait.
+__device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory"); }
+__device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
+// And what they have written to shared memory is there for all.
+__device__ __forceinline__ void cluster_sync() {
+    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+// What lies there in another block.
+__device__ __forceinline__ float4 in_block(u32 at, u32 rank) {
+    float4 v;
+    asm volatile("{\n.reg .u32 there;\nmapa.shared::cluster.u32 there, %4, %5;\n"
+                 "ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [there];\n}"
+                 : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "r"(at), "r"(rank) : "memory");
+    return v;
+}
+// Whether this block brings the i-th of what all get.
+__device__ __forceinline__ bool brings(int i) { return i % CLUSTER == cluster_rank(); }
+// At the same barrier of each block.
+__device__ __forceinline__ void barrier_arrive_everywhere(u32 barrier) {
+#pragma unroll
+    for (u32 rank = 0; rank < CLUSTER; ++rank)
+        asm volatile("{\n.reg .u32 there;\nmapa.shared::cluster.u32 there, %0, %1;\n"
+                     "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there];\n}" :: "r"(barrier), "r"(rank) : "memory");
+}
+// To the same place in every block, whose barrier there counts the bytes.
+__device__ __forceinline__ void copy_bulk_to_all(u32 to, const void* from, u32 bytes, u32 barrier) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1], %2, [%3], %4;"
+                 :: "r"(to), "l"(from), "r"(bytes), "r"(barrier), "h"((u16)((1 << CLUSTER) - 1)) : "memory");
+}
+#else
+__device__ __forceinline__ u32 cluster_rank() { return 0; }
+__device__ __forceinline__ void cluster_arrive() {}
+__device__ __forceinline__ void cluster_wait() {}
+__device__ __forceinline__ void cluster_sync() {}
+__device__ __forceinline__ float4 in_block(u32 at, u32) { return read<float4>(at); }
+__device__ __forceinline__ bool brings(int) { return true; }
+__device__ __forceinline__ void barrier_arrive_everywhere(u32 barrier) { barrier_arrive(barrier); }
+__device__ __forceinline__ void copy_bulk_to_all(u32 to, const void* from, u32 bytes, u32 barrier) {
+    copy_bulk(to, from, bytes, barrier);
+}
+#endif
 
 // One of a block's barriers, for OF of its threads: some wait there for others, which only arrive.
 template <int OF>

@@ -31,6 +31,18 @@
 #ifndef NORM
 #define NORM 0
 #endif
+#ifndef CLUSTER
+#define CLUSTER 1
+#endif
+#ifndef EARLY
+#define EARLY 0
+#endif
+#if CLUSTER > 1
+#define IN_CLUSTERS __cluster_dims__(CLUSTER, 1, 1)
+#else
+#define IN_CLUSTERS
+#endif
+#include "output.cuh"
 #include "ring.cuh"
 #if INTEGER
 #include "integers.cuh"
@@ -44,11 +56,16 @@
 namespace tenpak {
 
 // Strips (or pairs of strips) whose sums are in shared memory at a time, each with a warp that adds them.
+#ifdef ADDERS
+constexpr int BUFFERS = ADDERS;
+#else
 constexpr int BUFFERS = COLUMNS <= 2 ? 2 : 1;
+#endif
 // Warps: those that multiply, those that add, and one that asks for copies.
 constexpr int COPIER = WARPS + BUFFERS, ALL_WARPS = COPIER + ENGINE;
 // Tiles of sums, of a strip's 16 rows by eight tokens each.
 constexpr int PARTS = STRIPS * COLUMNS;
+static_assert(DEPTH >= GROUPS, "every group of warps has a step");
 // Barriers: a buffer has been written, or read.
 constexpr int FULL = 1, EMPTY = FULL + BUFFERS;
 // Steps of x that the copy engine may bring one by one.
@@ -70,58 +87,13 @@ __device__ __forceinline__ void copy_x(const XSlice& from, u32 to, int row_bytes
     constexpr int MOST = STEP_TILES * TILE_COLS;
     const int column = step * MOST, bytes = min(MOST, from.columns - column) * 2;
     barrier_expect(barrier, from.tokens * bytes);
+    // Each block of a cluster brings some of the tokens to all of them.
     for (int token = 0; token < from.tokens; ++token)
-        copy_bulk(to + token * row_bytes + column * 2, from.x + token * from.stride + from.first_column + column, bytes, barrier);
+        if (brings(token))
+            copy_bulk_to_all(to + token * row_bytes + column * 2, from.x + token * from.stride + from.first_column + column,
+                             bytes, barrier);
 }
 #endif
-
-#if OUTPUT == 0
-using Out = u16;
-#else
-using Out = float;
-#endif
-
-struct Output {
-    Out* y;
-    const u16* bias;
-    int n;
-    float scale;
-
-    __device__ __forceinline__ float finished(float sum, int row) const {
-        return sum * scale + (bias ? widen(bias[row]) : 0.0f);
-    }
-    static __device__ __forceinline__ void put(Out& to, float x) {
-#if OUTPUT == 0
-        to = narrow(x);
-#elif OUTPUT == 1
-        to = x;
-#else
-        // Past L1, which may hold what was there before a kernel that this one overlaps with: only threads that wait for
-        // it see to that.
-        to = __ldcg(&to) + x;
-#endif
-    }
-    // One lane's four sums: rows g and g + 8 of the strip, tokens 2t and 2t + 1.
-    __device__ __forceinline__ void store(const float4& sum, int strip, int token, int tokens, float low, float high, int lane) const {
-        const int row = strip * TILE_ROWS + lane / 4;
-        token += lane % 4 * 2;
-        const float v[4] = {sum.x * low, sum.y * low, sum.z * high, sum.w * high};
-#if GATED
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-            if (row + 8 >= n || token + i >= tokens) continue;
-            put(y[(size_t)(token + i) * (n / 2) + strip * 8 + lane / 4],
-                activate(finished(v[i], row)) * finished(v[2 + i], row + 8));
-        }
-#else
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            const int r = row + i / 2 * 8, m = token + i % 2;
-            if (r < n && m < tokens) put(y[(size_t)m * n + r], activate(finished(v[i], r)));
-        }
-#endif
-    }
-};
 
 }  // namespace tenpak
 
@@ -129,7 +101,7 @@ struct Output {
 // after another, sorted by expert. y alike with rows of n, or n / 2 if gated. bias [batch, n] or null. slice: tiles of K for
 // each block, a multiple of four; partial [slots, slices, strips, PARTS, lanes] float4 and arrived [slots, strips] (of the first strip of
 // each turn) serve slices > 1. norm_weight, norm_bias (or null): FP32 [k], with -DNORM.
-extern "C" __global__ void __launch_bounds__(tenpak::ALL_WARPS * 32, BLOCKS)
+extern "C" __global__ void IN_CLUSTERS __launch_bounds__(tenpak::ALL_WARPS * 32, BLOCKS)
 skinny(const unsigned char* codes, const unsigned char* params, const unsigned char* row_params, const unsigned short* x,
        tenpak::Out* y, const unsigned short* bias, const int* offsets, float4* partial, unsigned int* arrived,
        long long codes_step, long long params_step, long long row_params_step, long long x_stride, int m, int n, int k,
@@ -173,25 +145,34 @@ skinny(const unsigned char* codes, const unsigned char* params, const unsigned c
         Ring ring(keep_address(shared_address(stages)), ring_barriers);
         const u32 to = keep_address(shared_address(staged_x));
         // Steps whose weights are asked for before x.
-        const int early = x_by_engine && !OVERLAP ? 0 : min(DEPTH, walk.turns * walk.steps);
+        int early = x_by_engine && !OVERLAP ? EARLY : DEPTH;
         if (lane == 0) {
             Ring::init(ring_barriers);
             for (int i = 0; i < X_STEPS; ++i) barrier_init(x_full + 8 * i, 1);
             barriers_ready();
-            for (int i = 0; i < early; ++i) ring.copy(walk, i / walk.steps, i % walk.steps);
         }
         __syncwarp();
+        cluster_arrive();
+        if (lane == 0) {
+            int asked = 0;
+            for (int turn = 0; turn < walk.turns; ++turn)
+                for (int step = walk.begin(turn); step < walk.end(turn) && asked < early; ++step, ++asked) ring.copy(walk, turn, step);
+            early = asked;
+        }
+        __syncwarp();
+        cluster_wait();
         for (int chunk = 0; chunk < chunks; ++chunk) {
             const XSlice here = slice_of_x(chunk);
             if (chunk) __syncthreads();
             wait_for_staging(here.tokens);
             if (lane == 0) {
                 if (x_by_engine && OVERLAP && chunk == 0) wait_for_previous();
+                int asked = 0;
                 for (int turn = 0; turn < walk.turns; ++turn)
 #pragma unroll 1
-                    for (int step = 0; step < walk.steps; ++step) {
-                        if (x_by_engine && turn == 0) copy_x(here, to, row_bytes, step, x_full + 8 * step);
-                        if (chunk || turn * walk.steps + step >= early) ring.copy(walk, turn, step);
+                    for (int step = walk.begin(turn); step < walk.end(turn); ++step, ++asked) {
+                        if (x_by_engine && asked < walk.steps) copy_x(here, to, row_bytes, asked, x_full + 8 * asked);
+                        if (chunk || asked >= early) ring.copy(walk, turn, step);
                     }
             }
             __syncwarp();
@@ -200,6 +181,8 @@ skinny(const unsigned char* codes, const unsigned char* params, const unsigned c
     }
 #endif
 
+    cluster_arrive();
+    cluster_wait();
     if (warp >= WARPS) {
         const int buffer = warp - WARPS;
         for (int chunk = 0; chunk < chunks; ++chunk) {
@@ -213,17 +196,40 @@ skinny(const unsigned char* codes, const unsigned char* params, const unsigned c
                 Layout::Rows rows[STRIPS];
 #pragma unroll
                 for (int i = 0; i < STRIPS; ++i) rows[i] = Layout::rows(weight, walk.strip(turn, i), lane);
+                float4 sums[PARTS], of_others[PARTS];
+                const size_t mine = (matrix * gridDim.x + blockIdx.x) * (size_t)(PARTS * LANES) + lane;
+                u32* const said = arrived + matrix * gridDim.x + blockIdx.x;
+                if (walk.takes(turn)) {
+                    // The block before this one began with it. (Where launches overlap, the one before this uses the same places.)
+                    if (OVERLAP) wait_for_previous();
+                    while (!load_acquire(said - 1)) {}
+#pragma unroll
+                    for (int part = 0; part < PARTS; ++part) of_others[part] = __ldcg(partial + mine + (part - PARTS) * LANES);
+                    __syncwarp();
+                    if (lane == 0) said[-1] = 0;
+                }
                 wait_at(FULL + buffer);
-                float4 sums[PARTS];
 #pragma unroll
                 for (int part = 0; part < PARTS; ++part) {
                     const float4* from = sums_of_warps + (buffer * WARPS * PARTS + part) * LANES + lane;
                     sums[part] = from[0];
 #pragma unroll
                     for (int other = 1; other < WARPS; ++other) add(sums[part], from[other * PARTS * LANES]);
+                    sums[part] = Products::finished(sums[part], lane);
                 }
                 if (turn + BUFFERS < walk.turns) arrive_at(EMPTY + buffer);
-                if (slices > 1) {
+                if (walk.takes(turn))
+#pragma unroll
+                    for (int part = 0; part < PARTS; ++part) add(sums[part], of_others[part]);
+                if (walk.gives(turn)) {
+#pragma unroll
+                    for (int part = 0; part < PARTS; ++part) __stcg(partial + mine + part * LANES, sums[part]);
+                    __threadfence();
+                    __syncwarp();
+                    if (lane == 0) store_release(said, 1);
+                    continue;
+                }
+                if (!EVEN && slices > 1) {
                     const size_t step = (size_t)strips * PARTS * LANES;
                     float4* all = partial + (slot * slices * strips + strip) * PARTS * LANES + lane;
 #pragma unroll
@@ -255,7 +261,9 @@ skinny(const unsigned char* codes, const unsigned char* params, const unsigned c
     }
 
 #if ENGINE
-    Ring ring(keep_address(shared_address(stages)), ring_barriers);
+    // Steps before the next of this warp's group.
+    int ahead = warp / SHARERS;
+    Ring ring(keep_address(shared_address(stages)), ring_barriers, ahead);
 #endif
     const u32 staged_address = keep_address(shared_address(staged_x));
     const u32 my_sums = keep_address(shared_address(sums_of_warps + warp * PARTS * LANES + lane));
@@ -290,23 +298,28 @@ skinny(const unsigned char* codes, const unsigned char* params, const unsigned c
 #endif
         __syncthreads();
 
-        Products products(Ring::place(shared_address(stages), warp), staged_address, row_bytes, here.tokens, count, lane);
+        Products products(Ring::place(shared_address(stages), warp % SHARERS), staged_address, row_bytes, here.tokens, count, lane);
         for (int turn = 0; turn < walk.turns; ++turn) {
             Layout::Rows rows_after[STRIPS];
 #pragma unroll
             for (int i = 0; i < STRIPS; ++i) rows_after[i] = Layout::rows(weight, walk.strip(turn + 1, i), lane);
             products.clear();
-            int tile = STAGE_TILES * warp;
-#pragma unroll 1
-            for (int step = 0; step < walk.steps; step += UNROLL) {
 #if ENGINE
+            int step = walk.begin(turn) + ahead, tile = STAGE_TILES * (warp % SHARERS) + step * STEP_TILES;
+#pragma unroll 1
+            for (; step < walk.end(turn); step += GROUPS, tile += GROUPS * STEP_TILES) {
                 Products::Pair pair;
-                if (x_by_engine && turn == 0) barrier_wait(x_full + 8 * step, chunk % 2);
+                if (x_by_engine && turn < GROUPS + EVEN) barrier_wait(x_full + 8 * step, chunk % 2);
                 products.load(pair, ring.wait(), lane);
                 ring.release(lane);
                 products.multiply(pair, rows, tile, count);
-                tile += STEP_TILES;
+            }
+            // The groups take turns across the ends of strips, too.
+            ahead = step - walk.end(turn);
 #else
+            int tile = STAGE_TILES * warp;
+#pragma unroll 1
+            for (int step = 0; step < walk.steps; step += UNROLL) {
 #pragma unroll
                 for (int i = 0; i < UNROLL; ++i, tile += STEP_TILES) {
                     Products::Pair pair;
@@ -315,8 +328,8 @@ skinny(const unsigned char* codes, const unsigned char* params, const unsigned c
                     products.multiply(pair, rows, tile, count);
                 }
                 ring.next();
-#endif
             }
+#endif
 
             const int buffer = turn % BUFFERS;
             if (turn >= BUFFERS) wait_at(EMPTY + buffer);

@@ -34,6 +34,7 @@ static SOURCES: &[(&str, &str)] = sources![
     "newest.cuh",
     "norm.cu",
     "normed.cuh",
+    "output.cuh",
     "overlap.cuh",
     "pack.cu",
     "prefill.cu",

@@ -26,7 +26,6 @@ inline uint2 make_uint2(u32 x, u32 y) { return {x, y}; }
 inline uint4 make_uint4(u32 x, u32 y, u32 z, u32 w) { return {x, y, z, w}; }
 inline u32 __float_as_uint(float x) { return tenpak::to_bits(x); }
 inline float __uint_as_float(u32 x) { return tenpak::from_bits(x); }
-inline int __float2int_rn(float x) { return x == x ? (int)rint(x) : 0; }
 inline u32 bits_of(float x) { return tenpak::to_bits(x); }
 inline u32 bits_of(u32 x) { return x; }
 inline u32 bits_of(int x) { return (u32)x; }
@@ -85,6 +84,11 @@ inline void barrier_arrive_everywhere(u32 barrier) {
 }
 inline void copy_bulk_to_all(u32 to, const void* from, u32 bytes, u32 barrier) { copy_bulk(to, from, bytes, barrier); }
 inline u32 opaque_minus_one() { return ~0u; }
+inline u32 load_acquire(const u32* at) {
+    check(*at, "a block waits for a later one");
+    return *at;
+}
+inline void store_release(u32* at, u32 value) { *at = value; }
 inline float reciprocal(float x) { return 1.0f / x; }
 static Barrier named[16];
 template <int OF> void arrive_at_barrier(int barrier) {

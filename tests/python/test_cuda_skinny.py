@@ -97,6 +97,7 @@ def test_two_strips_and_more_tokens_than_a_chunk(layout):
     for engine in (False, True):
         check(layout, plans.Form(2, 3, 1, engine=engine), (19, 37, 192))
         check(layout, plans.Form(2, 2, 1, engine=engine), (2, 37, 330))
+    check(layout, plans.Form(2, 2, 1, 2, True), (1, 90, 576))
     check(layout, plans.Form(2, 2, 1, 2, True), (5, 90, 576))
     check(layout, plans.Form(2, 3, 1, 2, True), (13, 55, 328), bf16=True)
 

@@ -156,6 +156,11 @@ class Form:
     blocks: int
     strips: int = 1
     engine: bool = False
+    cluster: int = 1
+    early: int = 0
+    adders: int = 0
+    even: int = 0
+    sharers: int = 0
 
 
 def _forms(device: Device, layout: str, n: int, k: int, m: int, integer: int, overlaps: bool) -> list[Form]:
@@ -232,8 +237,6 @@ def skinny_plans(
     integer = m if m <= most_integer else 0
     chunk = integer or 8 * columns
     at_once = min(chunk, m)
-    # Strips whose sums a block adds at a time, each by a warp (BUFFERS of cuda/skinny.cu).
-    buffers = 2 if columns <= 2 else 1
 
     # K goes over several blocks where there are too few rows for all multiprocessors, or x is too large for one.
     slices = 1
@@ -242,12 +245,26 @@ def skinny_plans(
 
     def plan(form: Form, slices: int) -> Plan | None:
         slice_tiles = divide_up(divide_up(tiles, slices), SLICE_TILES) * SLICE_TILES
-        shared = form.strips * (buffers * form.warps * columns * 512 + form.warps * form.depth * stage)
+        buffers = form.adders or (2 if columns <= 2 else 1)
+        sharers = form.sharers or form.warps
+        shared = form.strips * (buffers * form.warps * columns * 512 + sharers * form.depth * stage)
         shared += at_once * x_row_bytes(layout, integer, slice_tiles)
         if shared > device.shared or form.blocks * (shared + RESERVED) > device.shared_all:
             return None
         slices, turns = divide_up(tiles, slice_tiles), divide_up(strips, form.strips)
         per_matrix = max(1, device.multiprocessors * form.blocks // (slices * batch))
+        width = min(turns, per_matrix)
+        if form.even == 1:
+            width = divide_up(turns, divide_up(turns, width))
+        if form.even == 2:
+            # Every block has a turn's steps or more, so that no turn is of three.
+            if width == turns or m > chunk or grouped or slices > 1 or turns % width == 0:
+                return None
+        if form.cluster > 1:
+            whole = divide_up(width, form.cluster) * form.cluster
+            width = whole if whole <= min(turns, per_matrix) else whole - form.cluster
+            if not width or m > chunk or grouped:
+                return None
         defines = {
             "LAYOUT": layout,
             "BF16": int(bf16),
@@ -258,12 +275,18 @@ def skinny_plans(
             "INTEGER": integer,
             "STRIPS": form.strips,
             "ENGINE": int(form.engine),
+            **({"CLUSTER": form.cluster} if form.cluster > 1 else {}),
+            **({"SHARERS": sharers} if form.sharers else {}),
+            **({"EVEN": 1} if form.even == 2 else {}),
+            **({"EARLY": form.early} if form.early else {}),
+            **({"ADDERS": form.adders} if form.adders else {}),
             **fused.defines,
         }
         if fused.norm != "none":
             # Each thread's part of a row, in fours (cuda/normed.cuh).
             defines["EACH"] = divide_up(tiles * TILE_COLS, 4 * 32 * form.warps)
         # Slots of partial sums: one for each chunk of tokens of each matrix.
+        slots = 0
         slots = (m // chunk + batch if grouped else batch * divide_up(m, chunk) + batch) if slices > 1 else 0
         # Those that multiply, that add, and one that asks for copies.
         warps = form.warps + buffers + form.engine
@@ -272,12 +295,12 @@ def skinny_plans(
             "skinny.cu",
             "skinny",
             defines,
-            (min(turns, per_matrix), slices, batch),
+            (width, slices, batch),
             (32 * warps,),
             shared,
             (int32(m), int32(n), int32(k), int32(tiles), int32(divide_up(k, 256)), int32(slice_tiles)),
-            slots * slices * strips * form.strips * columns * 512,
-            slots * strips,
+            slots * slices * strips * form.strips * columns * 512 or width * batch * form.strips * columns * 512 * (form.even == 2),
+            slots * strips or width * batch * (form.even == 2),
         )
 
     forms = _forms(device, layout, n, k, average, integer, fused.overlaps)
