@@ -104,6 +104,32 @@ __device__ __forceinline__ void copy_box(u32 to, const TensorMap& map, int colum
         :: "r"(to), "l"(&map), "r"(column), "r"(row), "r"(matrix), "r"(barrier), "l"(keep) : "memory");
 }
 
+// ---- Twins: two blocks of a cluster that are given the same boxes ------------------------------------------------------
+
+// All threads of both; what they have done is done for all.
+__device__ __forceinline__ void twins_meet() {
+    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+// The same address in one of them, for those instructions that reach there.
+__device__ __forceinline__ u32 in_twin(u32 at, u32 twin) {
+    u32 there;
+    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(at), "r"(twin));
+    return there;
+}
+__device__ __forceinline__ void barrier_arrive_at(u32 there) {
+    asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" :: "r"(there) : "memory");
+}
+// This twin's half of a box of TOKENS rows, to both at the same address; each one's barrier there counts its bytes.
+__device__ __forceinline__ void copy_box_to_twins(u32 to, const TensorMap& map, int column, int row, int matrix, u32 barrier, int twin,
+                                                  u64 keep) {
+    constexpr int HALF = TOKENS / 2;
+    asm volatile(
+        "{\n.reg .b16 both;\nmov.b16 both, 3;\n"
+        "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster.L2::cache_hint"
+        " [%0], [%1, {%2, %3, %4}], [%5], both, %6;\n}"
+        :: "r"(to + twin * HALF * 128), "l"(&map), "r"(column), "r"(row + twin * HALF), "r"(matrix), "r"(barrier), "l"(keep) : "memory");
+}
+
 // ---- Registers --------------------------------------------------------------------------------------------------------
 
 template <int COUNT>

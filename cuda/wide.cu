@@ -22,8 +22,11 @@
 #ifndef CLUSTER
 #define CLUSTER 1
 #endif
-#if CLUSTER > 1
-#define IN_CLUSTERS __cluster_dims__(CLUSTER, 1, 1)
+#ifndef TWINS
+#define TWINS 1
+#endif
+#if CLUSTER * TWINS > 1
+#define IN_CLUSTERS __cluster_dims__(CLUSTER * TWINS, 1, 1)
 #else
 #define IN_CLUSTERS
 #endif
@@ -32,6 +35,9 @@ namespace tenpak {
 
 constexpr int CONSUMER_WARPS = 4 * GROUPS, PRODUCER_WARPS = 4;
 constexpr int GROUP_STRIPS = 4, STRIPS = GROUPS * GROUP_STRIPS, ROWS = STRIPS * TILE_ROWS;
+static_assert(CLUSTER == 1 || TWINS == 1, "a cluster shares columns or tokens");
+// Which of its twins a block is.
+__device__ __forceinline__ int own_twin() { return TWINS > 1 ? (int)blockIdx.x % TWINS : 0; }
 
 // A stage: STEP boxes of x, then each strip's codes, parameters and super-scales.
 constexpr int X_BYTES = TOKENS * TILE_COLS * 2;
@@ -71,14 +77,16 @@ struct Schedule {
     u32 share;
     u32 unit, end;     // what is left of this block's share of those; where there are helpers, of this one's tiles
     u32 whole;         // the next tile that is this block's alone
+    u32 blocks;        // of the grid; twins are as one
 
-    __device__ __forceinline__ Schedule(u32 tiles, int steps, int head) : steps(steps), head(head), tiles(tiles) {
-        share = blockIdx.x;
+    __device__ __forceinline__ Schedule(u32 tiles, int steps, int head)
+        : steps(steps), head(head), tiles(tiles), blocks(gridDim.x / TWINS) {
+        share = blockIdx.x / TWINS;
         unit = end = 0;
         if (CLUSTER > 1) {
             whole = share / CLUSTER;
         } else if (head) {
-            const u32 helpers = gridDim.x - tiles;
+            const u32 helpers = blocks - tiles;
             whole = share - helpers;
             if (share < helpers) {
                 unit = share * tiles / helpers;
@@ -86,18 +94,18 @@ struct Schedule {
                 whole = tiles;
             }
         } else {
-            const u32 rest = tiles % gridDim.x;
-            shared_tiles = rest == 0 ? 0 : tiles < gridDim.x ? rest : rest + gridDim.x;
-            share = gridDim.x - 1 - blockIdx.x;
+            const u32 rest = tiles % blocks;
+            shared_tiles = rest == 0 ? 0 : tiles < blocks ? rest : rest + blocks;
+            share = blocks - 1 - share;
             unit = begin(share);
             end = begin(share + 1);
-            whole = shared_tiles + blockIdx.x;
+            whole = shared_tiles + blocks - 1 - share;
         }
     }
-    // share * units / gridDim.x, in 32 bits.
+    // share * units / blocks, in 32 bits.
     __device__ __forceinline__ u32 begin(u32 share) const {
-        const u32 units = shared_tiles * steps, each = units / gridDim.x;
-        return share * each + share * (units - each * gridDim.x) / gridDim.x;
+        const u32 units = shared_tiles * steps, each = units / blocks;
+        return share * each + share * (units - each * blocks) / blocks;
     }
     // Where a block that did not begin a tile leaves its sums, and those who did so for a tile that this one begins: from one
     // place to another.
@@ -123,7 +131,7 @@ struct Schedule {
         }
         if (whole >= tiles) return false;
         segment = {whole, 0, head ? head : steps};
-        whole += gridDim.x;
+        whole += blocks;
         if constexpr (CLUSTER > 1) {
             const int rank = share % CLUSTER;
             segment.first = steps * rank / CLUSTER;
@@ -141,7 +149,7 @@ struct Place {
         const u32 row_and_matrix = tile / token_tiles;
         token = (tile - row_and_matrix * token_tiles) * TOKENS;
         matrix = row_and_matrix / row_tiles;
-        strip = (row_and_matrix - matrix * row_tiles) * STRIPS;
+        strip = ((row_and_matrix - matrix * row_tiles) * TWINS + own_twin()) * STRIPS;
     }
 };
 
@@ -161,6 +169,14 @@ struct Turn {
 
 // ---- Producer -----------------------------------------------------------------------------------------------------------
 
+// A box of x; of twins each asks for one half of it, for both.
+__device__ __forceinline__ void copy_tokens(u32 to, const TensorMap& x, int column, int token, int matrix, u32 barrier) {
+    if constexpr (TWINS > 1)
+        copy_box_to_twins(to, x, column, token, matrix, barrier, own_twin(), KEEP_LONG);
+    else
+        copy_box(to, x, column, token, matrix, barrier, KEEP_LONG);
+}
+
 // One step's copies: boxes of x by one thread, and each producer warp's strips by its lanes, sixteen bytes each; strips
 // beyond the weight's are copies of its last. The copy engine is not asked for weights: with
 // its bulk copies of each strip's runs most shapes were slower.
@@ -171,7 +187,7 @@ __device__ __forceinline__ void copy_step(const TensorMap& x, const Weight& w, c
         barrier_expect(barrier, count * X_BYTES);
 #pragma unroll
         for (int j = 0; j < STEP; ++j)
-            if (j < count) copy_box(stage + j * X_BYTES, x, (k + j) * TILE_COLS, at.token, at.matrix, barrier, KEEP_LONG);
+            if (j < count) copy_tokens(stage + j * X_BYTES, x, (k + j) * TILE_COLS, at.token, at.matrix, barrier);
     }
     __syncwarp();
 #pragma unroll
@@ -187,6 +203,15 @@ __device__ __forceinline__ void copy_step(const TensorMap& x, const Weight& w, c
 }
 
 // ---- Consumers ------------------------------------------------------------------------------------------------------------
+
+// That this warp has read a stage, to whoever writes there.
+__device__ __forceinline__ void release(u32 barrier, int lane) {
+    if constexpr (TWINS > 1) {
+        if (lane < TWINS) barrier_arrive_at(barrier);
+    } else {
+        if (lane == 0) barrier_arrive(barrier);
+    }
+}
 
 // Half of a tile's columns, which are then under way with at most the half before them.
 template <int HALF>
@@ -308,7 +333,7 @@ wide(const __grid_constant__ tenpak::TensorMap x, const unsigned char* codes, co
     const u32 stages_address = keep_address(shared_address(stages));
     const u32 full = keep_address(shared_address(barriers)), empty = full + 8 * STAGES;
 
-    const int row_tiles = (n + ROWS - 1) / ROWS, token_tiles = (m + TOKENS - 1) / TOKENS;
+    const int row_tiles = (n + TWINS * ROWS - 1) / (TWINS * ROWS), token_tiles = (m + TOKENS - 1) / TOKENS;
     const int strips = (n + TILE_ROWS - 1) / TILE_ROWS;
     // Each role makes its own: what both keep must fit in the registers of the smaller one.
     auto own_schedule = [&] { return Schedule((u32)batch * row_tiles * token_tiles, (tiles + STEP - 1) / STEP, head); };
@@ -321,7 +346,7 @@ wide(const __grid_constant__ tenpak::TensorMap x, const unsigned char* codes, co
         for (int i = 0; i < STAGES; ++i) {
             // Each thread's copies of weights, and the one that asks for x.
             barrier_init(full + 8 * i, PRODUCER_WARPS * LANES + 1);
-            barrier_init(empty + 8 * i, CONSUMER_WARPS);
+            barrier_init(empty + 8 * i, TWINS * CONSUMER_WARPS);
         }
         barriers_ready();
     }
@@ -329,6 +354,7 @@ wide(const __grid_constant__ tenpak::TensorMap x, const unsigned char* codes, co
     Lut16::prepare(threadIdx.x, Lut16::BIASED_XOR);
 #endif
     __syncthreads();
+    if constexpr (TWINS > 1) twins_meet();
 
     const int warp = __shfl_sync(~0u, threadIdx.x / LANES, 0), lane = lane_of_warp();
     if (warp >= CONSUMER_WARPS) {
@@ -355,6 +381,8 @@ wide(const __grid_constant__ tenpak::TensorMap x, const unsigned char* codes, co
         u8* const staged = stages + STAGES * BYTES_OF_STAGE + group * CHUNKS * CHUNK_BYTES;
         // This warp's strip in a stage.
         const u32 own = WEIGHTS_AT + (group * GROUP_STRIPS + warp % 4) * STRIP_BYTES;
+        // Of twins, each lane that releases stages has one's.
+        const u32 empty_of_twins = TWINS > 1 ? in_twin(empty, lane % TWINS) : empty;
         Turn turn(0);
         while (schedule.next(segment)) {
             const Place at(segment.tile, row_tiles, token_tiles);
@@ -380,14 +408,14 @@ wide(const __grid_constant__ tenpak::TensorMap x, const unsigned char* codes, co
                                                  : Columns::template load<0>(here, here + PARAMS_AT, here + SUPERS_AT, lane);
                     multiply<0>(sums, tile, rows, box, lane);
                     // Only this step's are under way.
-                    if (j == 0 && to_release && lane == 0) barrier_arrive(to_release);
+                    if (j == 0 && to_release) release(to_release, lane);
                     multiply<1>(sums, tile, rows, box, lane);
                 }
-                to_release = empty + 8 * turn.stage;
+                to_release = empty_of_twins + 8 * turn.stage;
                 turn.next();
             }
             wgmma_wait<0>();
-            if (to_release && lane == 0) barrier_arrive(to_release);
+            if (to_release) release(to_release, lane);
             pin(sums);
 
             auto to = [&] { return y + ((size_t)at.matrix * m + at.token) * n; };
@@ -405,8 +433,9 @@ wide(const __grid_constant__ tenpak::TensorMap x, const unsigned char* codes, co
             constexpr int PART = SUMS / 4 * 128;  // float4 of one group
             // Others' sums that registers have room for.
             constexpr int ROOM = (MANY - 40) / SUMS - 1, AT_ONCE = ROOM < 1 ? 1 : ROOM > 4 ? 4 : ROOM;
-            unsigned int* const counter = arrived + (size_t)segment.tile * GROUPS + group;
-            auto part = [&](u32 place) { return partial + ((size_t)place * GROUPS + group) * PART + thread; };
+            const int place_of_group = own_twin() * GROUPS + group;
+            unsigned int* const counter = arrived + (size_t)segment.tile * (TWINS * GROUPS) + place_of_group;
+            auto part = [&](u32 place) { return partial + ((size_t)place * (TWINS * GROUPS) + place_of_group) * PART + thread; };
             if (segment.first > 0) {
                 float4* left = part(schedule.left_at(segment.tile));
 #pragma unroll
@@ -446,4 +475,6 @@ wide(const __grid_constant__ tenpak::TensorMap x, const unsigned char* codes, co
                   scale * Layout::row_scale(rows, true), group);
         }
     }
+    // No block ends while its twin may reach into it.
+    if constexpr (TWINS > 1) twins_meet();
 }

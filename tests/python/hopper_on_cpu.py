@@ -263,6 +263,13 @@ inline void copy_box(u32 to, const TensorMap& map, int column, int row, int matr
             ask_for({{{at ^ (at >> 7 & 7) << 4, there ? (const u8*)from : nullptr, 16}}, false}, barrier);
         }
 }
+// A twin does the same at the same time.
+inline void twins_meet() {}
+inline u32 in_twin(u32 at, u32) { return at; }
+inline void barrier_arrive_at(u32 barrier) { barrier_arrive(barrier); }
+inline void copy_box_to_twins(u32 to, const TensorMap& map, int column, int row, int matrix, u32 barrier, int, u64 keep) {
+    copy_box(to, map, column, row, matrix, barrier, keep);
+}
 template <int COUNT> void take_registers() {}
 template <int COUNT> void leave_registers() {}
 inline void store_transposed(u32 row, u32 a, u32 b, u32 c, u32 d) {
@@ -401,10 +408,11 @@ def wide(
     strip = plans.strip_bytes(layout, STAGE_BYTES[layout], step)
     fixed, stage = plans.shared_bytes(groups, tokens, step, strip)
     tiles = -(-k // 64)
-    rows = 64 * groups
+    twins = int(str(defines.get("TWINS", 1)))
+    rows = 64 * groups * twins
     output_tiles = batch * -(-n // rows) * -(-m // tokens)
-    partial = aligned(np.full((output_tiles if head else grid) * rows * tokens, np.nan, np.float32))
-    arrived = aligned(np.zeros(output_tiles * groups, np.uint32))
+    partial = aligned(np.full((output_tiles if head else grid // twins) * rows * tokens, np.nan, np.float32))
+    arrived = aligned(np.zeros(output_tiles * groups * twins, np.uint32))
     assert x is not None
     assert y is not None
     assert partial is not None
