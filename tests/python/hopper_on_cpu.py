@@ -35,6 +35,10 @@ struct alignas(16) uint4 { u32 x, y, z, w; };
 #ifndef CLUSTER
 #define CLUSTER 1
 #endif
+#ifndef TWINS
+#define TWINS 0
+#endif
+#define IN_CLUSTERS
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 template <class T> T __ldg(const T* at) { return *at; }
 inline int __shfl_sync(u32, int x, int lane) { return (int)tenpak::share<1>({(u64)(u32)x})[lane][0]; }
@@ -225,13 +229,17 @@ inline void consumers_barrier(int threads) { arrive(of_consumers, threads); }
 // What each block of a cluster left for the others, in the launch before this one, which is the same.
 static std::map<u32, std::vector<u8>> left;
 inline void cluster_sync() {
-    arrive(of_cluster, 128 * GROUPS);
-    if (threadIdx.x == 0) left[blockIdx.x].assign(memory(), memory() + shared_size);
+    arrive(of_cluster, TWINS ? 128 * GROUPS + 128 : 128 * GROUPS);
+    if (threadIdx.x == 0 && !TWINS) left[blockIdx.x].assign(memory(), memory() + shared_size);
 }
-inline void cluster_leave() {}
 inline int cluster_rank() { return blockIdx.x % CLUSTER; }
-inline float4 in_block(u32 at, u32 rank) {
-    const std::vector<u8>& from = left[blockIdx.x / CLUSTER * CLUSTER + rank];
+static int asked_rank;
+inline u32 in_block(u32 at, int rank) {
+    asked_rank = rank;
+    return at;
+}
+inline float4 read_there(u32 at) {
+    const std::vector<u8>& from = left[blockIdx.x / CLUSTER * CLUSTER + asked_rank];
     float4 v = {};
     if (!from.empty()) memcpy(&v, from.data() + (at - first_shared), sizeof v);
     return v;
@@ -263,11 +271,9 @@ inline void copy_box(u32 to, const TensorMap& map, int column, int row, int matr
             ask_for({{{at ^ (at >> 7 & 7) << 4, there ? (const u8*)from : nullptr, 16}}, false}, barrier);
         }
 }
-// A twin does the same at the same time.
-inline void twins_meet() {}
-inline u32 in_twin(u32 at, u32) { return at; }
-inline void barrier_arrive_at(u32 barrier) { barrier_arrive(barrier); }
-inline void copy_box_to_twins(u32 to, const TensorMap& map, int column, int row, int matrix, u32 barrier, int, u64 keep) {
+// Twins do the same at the same time.
+inline void barrier_arrive_there(u32 barrier) { barrier_arrive(barrier); }
+inline void copy_box_to_all(u32 to, const TensorMap& map, int column, int row, int matrix, u32 barrier, u64 keep) {
     copy_box(to, map, column, row, matrix, barrier, keep);
 }
 template <int COUNT> void take_registers() {}
@@ -408,7 +414,7 @@ def wide(
     strip = plans.strip_bytes(layout, STAGE_BYTES[layout], step)
     fixed, stage = plans.shared_bytes(groups, tokens, step, strip)
     tiles = -(-k // 64)
-    twins = int(str(defines.get("TWINS", 1)))
+    twins = int(str(defines.get("CLUSTER", 1))) if "TWINS" in defines else 1
     rows = 64 * groups * twins
     output_tiles = batch * -(-n // rows) * -(-m // tokens)
     partial = aligned(np.full((output_tiles if head else grid // twins) * rows * tokens, np.nan, np.float32))
@@ -436,7 +442,7 @@ def wide(
     pointers = (ctypes.c_void_p * len(given))(*(value.ctypes.data for value in given))
     library = _library(tuple(sorted(defines.items())))
     # Of a cluster, the first launch leaves what its blocks read of each other.
-    for _ in range(1 if defines.get("CLUSTER", 1) == 1 else 2):
+    for _ in range(2 if defines.get("CLUSTER", 1) != 1 and twins == 1 else 1):
         y[...] = 0x7FFF
         library.launch(pointers, (ctypes.c_uint * 3)(grid, 1, 1), 128 * groups + 128, fixed + stages * stage)
     assert not arrived.any(), "counters are not zero again"

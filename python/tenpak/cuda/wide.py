@@ -65,8 +65,9 @@ class Choice:
             "STEP": self.step,
             "STAGES": self.stages,
         }
-        shared = {"CLUSTER": self.cluster, "TWINS": self.twins}
-        return values | {name: blocks for name, blocks in shared.items() if blocks > 1}
+        if self.twins > 1:
+            return {**values, "CLUSTER": self.twins, "TWINS": 1}
+        return {**values, "CLUSTER": self.cluster} if self.cluster > 1 else values
 
     @property
     def rows(self) -> int:
@@ -89,8 +90,15 @@ class Choice:
         return 128 * self.groups + 128
 
 
+def step_of(tokens: int) -> int:
+    """Tiles of 64 columns that a stage holds."""
+    return 2 if tokens <= 64 else 1
+
+
 def strip_bytes(layout: str, stage: int, step: int) -> int:
     """Bytes of 16 rows by `step` times 64 columns (STRIP_BYTES of wide.cu); `stage` those of two tiles."""
+    if step == 4:
+        return 2 * stage - (32 if "lut" in layout else 0)
     return stage if step == 2 else ONE_TILE.get(layout, stage // 2)
 
 
@@ -137,7 +145,7 @@ def _of_shape(
     batch: int,
 ) -> list[Choice]:
     groups, tokens = shape
-    step = 2 if tokens <= 64 else 1
+    step = step_of(tokens)
     rows, strips = 64 * groups, 4 * groups
     strip = strip_bytes(layout, stage, step)
     weights = strips * strip
