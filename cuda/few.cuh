@@ -68,55 +68,26 @@ __device__ __forceinline__ float reciprocal(float x) {
     return y;
 }
 
-// ---- Clusters of blocks, -DCLUSTER (compute capability 9.0) -----------------------------------------------------------
+// ---- Clusters of blocks -----------------------------------------------------------------------------------------------
 
-#if CLUSTER > 1
-__device__ __forceinline__ u32 cluster_rank() {
-    u32 rank;
-    asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-    return rank;
-}
 // That all threads of all blocks have come so far, and barriers are ready: whole warps say that they have, and wait.
-__device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory"); }
-__device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
-// And what they have written to shared memory is there for all.
-__device__ __forceinline__ void cluster_sync() {
-    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+__device__ __forceinline__ void cluster_arrive() {
+#if CLUSTER > 1
+    asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+#endif
 }
-// What lies there in another block.
-__device__ __forceinline__ float4 in_block(u32 at, u32 rank) {
-    float4 v;
-    asm volatile("{\n.reg .u32 there;\nmapa.shared::cluster.u32 there, %4, %5;\n"
-                 "ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [there];\n}"
-                 : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "r"(at), "r"(rank) : "memory");
-    return v;
+__device__ __forceinline__ void cluster_wait() {
+#if CLUSTER > 1
+    asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+#endif
 }
 // Whether this block brings the i-th of what all get.
 __device__ __forceinline__ bool brings(int i) { return i % CLUSTER == cluster_rank(); }
 // At the same barrier of each block.
 __device__ __forceinline__ void barrier_arrive_everywhere(u32 barrier) {
 #pragma unroll
-    for (u32 rank = 0; rank < CLUSTER; ++rank)
-        asm volatile("{\n.reg .u32 there;\nmapa.shared::cluster.u32 there, %0, %1;\n"
-                     "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there];\n}" :: "r"(barrier), "r"(rank) : "memory");
+    for (int rank = 0; rank < CLUSTER; ++rank) barrier_arrive_there(in_block(barrier, rank));
 }
-// To the same place in every block, whose barrier there counts the bytes.
-__device__ __forceinline__ void copy_bulk_to_all(u32 to, const void* from, u32 bytes, u32 barrier) {
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1], %2, [%3], %4;"
-                 :: "r"(to), "l"(from), "r"(bytes), "r"(barrier), "h"((u16)((1 << CLUSTER) - 1)) : "memory");
-}
-#else
-__device__ __forceinline__ u32 cluster_rank() { return 0; }
-__device__ __forceinline__ void cluster_arrive() {}
-__device__ __forceinline__ void cluster_wait() {}
-__device__ __forceinline__ void cluster_sync() {}
-__device__ __forceinline__ float4 in_block(u32 at, u32) { return read<float4>(at); }
-__device__ __forceinline__ bool brings(int) { return true; }
-__device__ __forceinline__ void barrier_arrive_everywhere(u32 barrier) { barrier_arrive(barrier); }
-__device__ __forceinline__ void copy_bulk_to_all(u32 to, const void* from, u32 bytes, u32 barrier) {
-    copy_bulk(to, from, bytes, barrier);
-}
-#endif
 
 // One of a block's barriers, for OF of its threads: some wait there for others, which only arrive.
 template <int OF>

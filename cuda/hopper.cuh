@@ -3,6 +3,7 @@
 // Apart from the kernels so that tests can put plain C++ in its place and run them on a CPU. sm_90a. -DTOKENS, the columns
 // of a product.
 #pragma once
+#include "cluster.cuh"
 #include "engine.cuh"
 
 namespace tenpak {
@@ -43,30 +44,6 @@ __device__ __forceinline__ void group_barrier(int group) { asm volatile("bar.syn
 // Among those of all warpgroups that multiply.
 __device__ __forceinline__ void consumers_barrier(int threads) { asm volatile("bar.sync 15, %0;" :: "r"(threads) : "memory"); }
 
-// ---- Clusters of blocks -------------------------------------------------------------------------------------------------
-
-__device__ __forceinline__ int cluster_rank() {
-    u32 rank;
-    asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-    return (int)rank;
-}
-// Among all threads of the cluster that have not ended. What they have written to shared memory is there for all.
-__device__ __forceinline__ void cluster_sync() {
-    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
-}
-// After all have read what they want of each other.
-__device__ __forceinline__ void cluster_leave() {
-    asm volatile("barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
-}
-// What another block has at this address of its shared memory.
-__device__ __forceinline__ float4 in_block(u32 at, u32 rank) {
-    float4 v;
-    asm volatile("{\n.reg .u32 there;\nmapa.shared::cluster.u32 there, %4, %5;\n"
-                 "ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [there];\n}"
-                 : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "r"(at), "r"(rank) : "memory");
-    return v;
-}
-
 // ---- Copies that barriers wait for ----------------------------------------------------------------------------------
 
 // What the driver makes of a matrix in memory (cuTensorMapEncodeTiled).
@@ -102,6 +79,19 @@ __device__ __forceinline__ void copy_box(u32 to, const TensorMap& map, int colum
         "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint"
         " [%0], [%1, {%2, %3, %4}], [%5], %6;"
         :: "r"(to), "l"(&map), "r"(column), "r"(row), "r"(matrix), "r"(barrier), "l"(keep) : "memory");
+}
+
+// Of such a box of TOKENS rows this block's part, to the same address in all blocks of the cluster, each of which has its own
+// barrier count the bytes it gets.
+__device__ __forceinline__ void copy_box_to_all(u32 to, const TensorMap& map, int column, int row, int matrix, u32 barrier, u64 keep) {
+    constexpr int PART = TOKENS / CLUSTER;
+    const int first = cluster_rank() * PART;
+    asm volatile(
+        "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster.L2::cache_hint"
+        " [%0], [%1, {%2, %3, %4}], [%5], %7, %6;"
+        :: "r"(to + first * 128), "l"(&map), "r"(column), "r"(row + first), "r"(matrix), "r"(barrier), "l"(keep),
+           "h"((u16)((1 << CLUSTER) - 1))
+        : "memory");
 }
 
 // ---- Registers --------------------------------------------------------------------------------------------------------

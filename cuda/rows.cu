@@ -25,11 +25,6 @@
 #ifndef SHARED_X
 #define SHARED_X 0
 #endif
-#if CLUSTER > 1
-#define IN_CLUSTERS __cluster_dims__(CLUSTER, 1, 1)
-#else
-#define IN_CLUSTERS
-#endif
 
 namespace tenpak {
 
@@ -201,7 +196,7 @@ rows(const unsigned char* codes, const unsigned char* params, const unsigned cha
 #pragma unroll
                     for (int other = 0; other < SHARERS; ++other) {
                         const u32 at = from + other * (PARTS * LANES * 16);
-                        add(sum, SUMMED > 1 ? in_block(at, block) : read<float4>(at));
+                        add(sum, SUMMED > 1 ? read_there(in_block(at, block)) : read<float4>(at));
                     }
                 if (strip + row < strips && column * 8 < tokens) {
                     const Layout::Rows of_row = Layout::rows(weight, strip + row, lane);

@@ -31,16 +31,8 @@
 #ifndef NORM
 #define NORM 0
 #endif
-#ifndef CLUSTER
-#define CLUSTER 1
-#endif
 #ifndef EARLY
 #define EARLY 0
-#endif
-#if CLUSTER > 1
-#define IN_CLUSTERS __cluster_dims__(CLUSTER, 1, 1)
-#else
-#define IN_CLUSTERS
 #endif
 #include "output.cuh"
 #include "ring.cuh"

@@ -82,7 +82,6 @@ inline bool brings(int) { return true; }
 inline void barrier_arrive_everywhere(u32 barrier) {
     for (int i = 0; i < CLUSTER; ++i) barrier_arrive(barrier);
 }
-inline void copy_bulk_to_all(u32 to, const void* from, u32 bytes, u32 barrier) { copy_bulk(to, from, bytes, barrier); }
 inline u32 opaque_minus_one() { return ~0u; }
 inline u32 load_acquire(const u32* at) {
     check(*at, "a block waits for a later one");

@@ -52,7 +52,7 @@ def defines_of(name: str, layout: str, arch: str) -> list[dict[str, object]]:
 
 
 #: An H200 and an A100, as plans see them.
-H200, A100 = plans.Device(132, 225 << 10, 228 << 10, True), plans.Device(108, 161 << 10, 164 << 10, False)
+H200, A100 = plans.Device(132, 225 << 10, 228 << 10, 90), plans.Device(108, 161 << 10, 164 << 10, 80)
 
 #: What stands between a decoder's products, and what ends them there.
 STEP: list[tuple[str, dict[str, object]]] = [

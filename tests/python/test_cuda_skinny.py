@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(
 
 LAYOUTS = list(layouts.LAYOUTS)
 #: Few multiprocessors, so that a block has several strips.
-SMALL = plans.Device(2, 225 << 10, 228 << 10, True)
+SMALL = plans.Device(2, 225 << 10, 228 << 10, 90)
 
 
 def check(
@@ -106,7 +106,7 @@ def test_two_strips_and_more_tokens_than_a_chunk(layout):
 @pytest.mark.parametrize("engine", [False, True])
 def test_slices_batches_and_experts(layout, engine):
     form = plans.Form(2, 2, 1, engine=engine)
-    many = plans.Device(12, 225 << 10, 228 << 10, True)
+    many = plans.Device(12, 225 << 10, 228 << 10, 90)
     for m in (1, 3):
         check(layout, form, (m, 20, 2112), device=many)
         check(layout, form, (m, 40, 136), batch=3)

@@ -86,7 +86,7 @@ Build = tuple[str, tuple[tuple[str, object], ...]]
 
 def device(multiprocessors: int, block_kib: int, all_kib: int, capability: str) -> Device:
     """What `choose` asks of a GPU."""
-    return Device(multiprocessors, (block_kib << 10) - RESERVED, all_kib << 10, capability == "90")
+    return Device(multiprocessors, (block_kib << 10) - RESERVED, all_kib << 10, int(capability))
 
 
 def builds(

@@ -56,7 +56,17 @@ class Device:
     multiprocessors: int
     shared: int  # bytes a block may have
     shared_all: int  # bytes of a multiprocessor
-    hopper: bool
+    capability: int  # 90 for 9.0
+
+    @property
+    def hopper(self) -> bool:
+        """Whether it has the warpgroups' products of `wide` and `prefill`, which newer ones do not."""
+        return self.capability == 90
+
+    @property
+    def clusters(self) -> bool:
+        """Whether blocks of a cluster reach each other's shared memory."""
+        return self.capability >= 90
 
 
 #: What a product writes: the activations' type, FP32, or FP32 that it is added to; numbered by cuda/skinny.cu.
@@ -109,7 +119,7 @@ def norm_defines(width: int, centred: bool) -> dict[str, object]:
 
 def sample_defines(here: Device) -> dict[str, int]:
     """Macros of sample.cu: where there are clusters, the blocks of one choose a token together."""
-    return {"THREADS": 1024, "CLUSTER": 8 if here.hopper else 1}
+    return {"THREADS": 1024, "CLUSTER": 8 if here.clusters else 1}
 
 
 PLAIN = Fused()
@@ -369,7 +379,7 @@ def wide_plans(device: Device, layout: str, n: int, k: int, m: int, batch: int, 
             (*scalars, int32(choice.head)),
             choice.partial_bytes,
             choice.counters,
-            choice.tokens,
+            choice.tokens // choice.twins,
         )
         for choice in found
     ]

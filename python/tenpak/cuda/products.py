@@ -34,7 +34,7 @@ def device_of(number: int) -> Device:
         attributes["MultiProcessorCount"],
         attributes["MaxSharedMemoryPerBlockOptin"] - RESERVED,
         attributes["MaxSharedMemoryPerMultiprocessor"],
-        cupy.cuda.Device(number).compute_capability == "90",
+        int(cupy.cuda.Device(number).compute_capability),
     )
 
 

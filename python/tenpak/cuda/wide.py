@@ -52,7 +52,9 @@ class Choice:
     cycles: float
     #: Units of a tile that its own block does, if others help, or 0.
     head: int = 0
+    #: Blocks of a cluster that share a tile's columns, or else its tokens.
     cluster: int = 1
+    twins: int = 1
 
     @property
     def defines(self) -> dict[str, object]:
@@ -63,29 +65,40 @@ class Choice:
             "STEP": self.step,
             "STAGES": self.stages,
         }
+        if self.twins > 1:
+            return {**values, "CLUSTER": self.twins, "TWINS": 1}
         return {**values, "CLUSTER": self.cluster} if self.cluster > 1 else values
 
     @property
     def rows(self) -> int:
-        return 64 * self.groups
+        """Rows of a tile."""
+        return 64 * self.groups * self.twins
 
     @property
     def partial_bytes(self) -> int:
         """What blocks write of tiles that others finish."""
-        cut = 0 if self.cluster > 1 else self.tiles if self.head else self.grid if self.tiles % self.grid else 0
+        shares = self.grid // self.twins
+        cut = 0 if self.cluster > 1 else self.tiles if self.head else shares if self.tiles % shares else 0
         return cut * self.rows * self.tokens * 4
 
     @property
     def counters(self) -> int:
-        return self.tiles * self.groups
+        return self.tiles * self.groups * self.twins
 
     @property
     def threads(self) -> int:
         return 128 * self.groups + 128
 
 
+def step_of(tokens: int) -> int:
+    """Tiles of 64 columns that a stage holds."""
+    return 2 if tokens <= 64 else 1
+
+
 def strip_bytes(layout: str, stage: int, step: int) -> int:
     """Bytes of 16 rows by `step` times 64 columns (STRIP_BYTES of wide.cu); `stage` those of two tiles."""
+    if step == 4:
+        return 2 * stage - (32 if "lut" in layout else 0)
     return stage if step == 2 else ONE_TILE.get(layout, stage // 2)
 
 
@@ -113,13 +126,15 @@ def choices(
     found = [
         choice
         for shape in shapes
-        for choice in _of_shape(shape, layout, stage, multiprocessors, shared, n, k, m, batch)
+        for twins in (1, 2)
+        for choice in _of_shape(shape, twins, layout, stage, multiprocessors, shared, n, k, m, batch)
     ]
     return tuple(sorted(found, key=lambda choice: choice.cycles))
 
 
 def _of_shape(
     shape: tuple[int, int],
+    twins: int,
     layout: str,
     stage: int,
     multiprocessors: int,
@@ -130,7 +145,7 @@ def _of_shape(
     batch: int,
 ) -> list[Choice]:
     groups, tokens = shape
-    step = 2 if tokens <= 64 else 1
+    step = step_of(tokens)
     rows, strips = 64 * groups, 4 * groups
     strip = strip_bytes(layout, stage, step)
     weights = strips * strip
@@ -139,7 +154,8 @@ def _of_shape(
     if stages < 2:
         return []
     token_tiles, steps = _up(m, tokens), _up(_up(k, TILE_COLS), step)
-    tiles = batch * _up(n, rows) * token_tiles
+    tiles = batch * _up(n, rows * twins) * token_tiles
+    shares = multiprocessors // twins
     products = step * 2 * (rows // 64) * tokens / next(share for least, share in PRODUCTS if tokens >= least)
     reads = step * ((rows // 64) * tokens + strips * 8) + stage_bytes / SHARED_SPEED
     # Weights of tiles with other tokens come from L2.
@@ -150,20 +166,20 @@ def _of_shape(
 
     def choice(grid: int, cycles: float, head: int = 0, cluster: int = 1) -> Choice:
         shared_now = fixed + stages * stage_bytes
-        return Choice(groups, tokens, step, stages, shared_now, grid, tiles, cycles, head, cluster)
+        return Choice(groups, tokens, step, stages, shared_now, grid, tiles, cycles, head, cluster, twins)
 
     # Whole tiles go round in as many rounds as they need of all multiprocessors, or of fewer where those divide them;
     # cut ones take all multiprocessors, if there is a unit for each.
-    rounds = _up(tiles, multiprocessors)
-    even, every = _up(tiles, rounds), min(multiprocessors, tiles * steps)
+    rounds = _up(tiles, shares)
+    even, every = _up(tiles, rounds), min(shares, tiles * steps)
     found = []
     if tiles % even == 0:
-        found.append(choice(even, (steps * step_cycles + store_cycles) * rounds))
+        found.append(choice(twins * even, (steps * step_cycles + store_cycles) * rounds))
     if tiles % every:
         sums = SHARE_CYCLES + 2 * sum_cycles
         share = tiles * steps / every * step_cycles
-        found.append(choice(every, CUT * (share + store_cycles * max(1, rounds - 1) + sums)))
-    helpers = min(multiprocessors - tiles, tiles)
+        found.append(choice(twins * every, CUT * (share + store_cycles * max(1, rounds - 1) + sums)))
+    helpers = min(shares - tiles, tiles)
     if helpers > 0:
         # A helper does what is left of `each` tiles while their own blocks do their heads; storing sums takes it time.
         each = _up(tiles, helpers)
@@ -172,10 +188,10 @@ def _of_shape(
         head = round(each * (steps + stored) / (each + 1))
         if 0 < head < steps:
             cycles = head * step_cycles + SHARE_CYCLES + sum_cycles + store_cycles
-            found.append(choice(tiles + helpers, cycles, head=head))
+            found.append(choice(twins * (tiles + helpers), cycles, head=head))
     # In shared memory a token's sums are longer by four (EXCHANGE_ROW of wide.cu).
     fits = (rows + 4) * tokens * 4 <= stages * stage_bytes
-    if CLUSTER * tiles <= multiprocessors and steps >= CLUSTER and fits:
+    if twins == 1 and CLUSTER * tiles <= multiprocessors and steps >= CLUSTER and fits:
         cycles = _up(steps, CLUSTER) * step_cycles + CLUSTER_CYCLES + store_cycles
         found.append(choice(CLUSTER * tiles, cycles, cluster=CLUSTER))
     return found
