@@ -81,12 +81,21 @@ __device__ __forceinline__ void cluster_wait() {
     asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 #endif
 }
-// Whether this block brings the i-th of what all get.
-__device__ __forceinline__ bool brings(int i) { return i % CLUSTER == cluster_rank(); }
+// Of what all blocks get, each brings this one to all of them, and then every so many-th.
+constexpr int BROUGHT_EVERY = CLUSTER;
+__device__ __forceinline__ int first_brought() { return cluster_rank(); }
 // At the same barrier of each block.
 __device__ __forceinline__ void barrier_arrive_everywhere(u32 barrier) {
 #pragma unroll
     for (int rank = 0; rank < CLUSTER; ++rank) barrier_arrive_there(in_block(barrier, rank));
+}
+
+// True in one lane of a warp whose lanes are all here. What the others know, too, then stays in uniform registers, and a copy takes
+// a few instructions to ask for; with any other condition it takes a loop over lanes.
+__device__ __forceinline__ bool elected() {
+    u32 yes;
+    asm volatile("{\n.reg .pred p;\nelect.sync _|p, 0xffffffff;\nselp.u32 %0, 1, 0, p;\n}" : "=r"(yes));
+    return yes;
 }
 
 // One of a block's barriers, for OF of its threads: some wait there for others, which only arrive.

@@ -85,7 +85,7 @@ struct Ring {
         advance(GROUPS);
     }
 
-    // One step's copies, once its stage is empty; by one thread.
+    // One step's copies, once its stage is empty; by one warp.
     __device__ __forceinline__ void copy(const Walk& walk, int turn, int step) {
         barrier_wait(empty + 8 * slot, phase ^ 1);
         const int tile = walk.first_tile + step * STEP_TILES, here = min(STEP_TILES, walk.first_tile + walk.count - tile);
@@ -96,6 +96,7 @@ struct Ring {
             const int strip = walk.strip(turn, i);
             const ParamRun params = Layout::param_run(walk.weight, strip, tile, here);
             const ParamRun supers = Layout::super_run(walk.weight, strip, tile, here);
+            if (!elected()) continue;
             if (i == 0) barrier_expect(barrier, STRIPS * (here * Layout::CODE_BYTES + params.bytes + supers.bytes));
             copy_bulk_once(to, walk.weight.codes + (size_t)(u32)(strip * walk.weight.tiles + tile) * Layout::CODE_BYTES,
                            here * Layout::CODE_BYTES, barrier);

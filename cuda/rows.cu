@@ -40,14 +40,13 @@ static_assert(WARPS % SHARERS == 0, "warps share strips evenly");
 // One of the warps that ask for copies: of each step every COPIERS-th of the strips and of the tokens. Copies are small and
 // many, so that addresses are kept and moved on, not made anew.
 struct Copier {
-    static constexpr int MINE = (ROWS + COPIERS - 1) / COPIERS, MY_TOKENS = (TOKENS + COPIERS - 1) / COPIERS;
+    static constexpr int MINE = (ROWS + COPIERS - 1) / COPIERS;
 
     u32 stages, full, empty;
     int index;  // among the copiers
     int slot = 0;
     u32 phase = 0;
     const u8 *codes[MINE], *params[MINE];
-    const u16* x[MY_TOKENS];
 
     __device__ __forceinline__ Copier(u32 stages, u32 full, int index)
         : stages(stages), full(full), empty(full + 8 * DEPTH), index(index) {}
@@ -60,11 +59,9 @@ struct Copier {
             codes[j] = weight.codes + (size_t)(u32)(row * weight.tiles + first) * Layout::CODE_BYTES;
             params[j] = Layout::param_run(weight, row, first, STEP_TILES).from;
         }
-#pragma unroll
-        for (int j = 0; j < MY_TOKENS; ++j) x[j] = from.x + (index + j * COPIERS) * from.stride + first * TILE_COLS;
         const u32 param_bytes = Layout::param_run(weight, 0, 0, STEP_TILES).bytes;
 #pragma unroll 1
-        for (int tile = 0; tile < count; tile += STEP_TILES) {
+        for (int tile = 0, step = 0; tile < count; tile += STEP_TILES, ++step) {
             barrier_wait(empty + 8 * slot, phase ^ 1);
             const int here = min(STEP_TILES, count - tile), row = min(strip + index, strips - 1);
             const u32 barrier = full + 8 * slot, to = stages + slot * BYTES_OF_STAGE;
@@ -72,31 +69,31 @@ struct Copier {
             const u32 of_supers = Layout::super_run(weight, 0, first + tile, here).bytes;
             const u32 of_x = min(here * TILE_COLS, from.columns - tile * TILE_COLS) * 2;
             const int mine = (ROWS - index + COPIERS - 1) / COPIERS, tokens = (from.tokens - index + COPIERS - 1) / COPIERS;
-            // What is expected is said first: what has come may not be more.
-            barrier_expect(barrier, mine * (of_codes + of_params + of_supers) + max(tokens, 0) * of_x);
-#pragma unroll
-            for (int j = 0; j < MY_TOKENS; ++j) {
-                const int token = index + j * COPIERS;
-                const u32 at = to + WEIGHTS_OF_STAGE + token * X_ROW_BYTES;
-                if (token < from.tokens) {
-                    if (!SHARED_X) copy_bulk(at, x[j], of_x, barrier);
-                    else if (brings(j)) copy_bulk_to_all(at, x[j], of_x, barrier);
+            if (elected()) {
+                // What is expected is said first: what has come may not be more.
+                barrier_expect(barrier, mine * (of_codes + of_params + of_supers) + max(tokens, 0) * of_x);
+                constexpr int EVERY = COPIERS * (SHARED_X ? BROUGHT_EVERY : 1);
+                int token = index + COPIERS * (SHARED_X ? first_brought() : 0);
+                const u16* x = from.x + token * from.stride + (first + tile) * TILE_COLS;
+                u32 at = to + WEIGHTS_OF_STAGE + token * X_ROW_BYTES;
+#pragma unroll 1
+                for (; token < from.tokens; token += EVERY, x += EVERY * from.stride, at += EVERY * X_ROW_BYTES) {
+                    if (SHARED_X) copy_bulk_to_all(at, x, of_x, barrier);
+                    else copy_bulk(at, x, of_x, barrier);
                 }
-                x[j] += STEP_TILES * TILE_COLS;
-            }
 #pragma unroll
-            for (int j = 0; j < MINE; ++j) {
-                const int i = index + j * COPIERS;
-                const u32 at = to + i * BLOCK_STAGE_BYTES;
-                if (i < ROWS) {
-                    copy_bulk_once(at, codes[j], of_codes, barrier);
-                    if (Layout::PAIR_BYTES) copy_bulk_once(at + Ring::PARAMS_AT, params[j], of_params, barrier);
-                    if (Layout::PARAM_BYTES > Layout::PAIR_BYTES)
-                        copy_bulk_once(at + Ring::SUPERS_AT,
-                                       Layout::super_run(weight, min(row + j * COPIERS, strips - 1), first + tile, here).from, of_supers, barrier);
+                for (int j = 0; j < MINE; ++j) {
+                    const int i = index + j * COPIERS;
+                    const u32 at = to + i * BLOCK_STAGE_BYTES;
+                    if (i < ROWS) {
+                        copy_bulk_once(at, codes[j] + tile * Layout::CODE_BYTES, of_codes, barrier);
+                        if (Layout::PAIR_BYTES) copy_bulk_once(at + Ring::PARAMS_AT, params[j] + step * param_bytes, of_params, barrier);
+                        if (Layout::PARAM_BYTES > Layout::PAIR_BYTES)
+                            copy_bulk_once(at + Ring::SUPERS_AT,
+                                           Layout::super_run(weight, min(row + j * COPIERS, strips - 1), first + tile, here).from,
+                                           of_supers, barrier);
+                    }
                 }
-                codes[j] += STEP_TILES * Layout::CODE_BYTES;
-                params[j] += param_bytes;
             }
             if (++slot == DEPTH) {
                 slot = 0;
@@ -148,7 +145,7 @@ rows(const unsigned char* codes, const unsigned char* params, const unsigned cha
         const int strip = (item % groups * TURNS + (SHARED_X ? rank : 0)) * ROWS, token = item / groups * TOKENS, tokens = min(TOKENS, m - token);
         if (warp >= WARPS) {
             const XSlice here{x + ((long long)matrix * m + token) * x_stride, x_stride, tokens, k, first_tile * TILE_COLS, count * TILE_COLS};
-            if (lane == 0) copier.copy(weight, here, strip, strips, first_tile, count);
+            copier.copy(weight, here, strip, strips, first_tile, count);
             __syncwarp();
         } else {
             Layout::Rows of_rows[STRIPS];

@@ -74,16 +74,17 @@ __device__ __forceinline__ void wait_for_staging(int tokens) {
 }
 
 #if ENGINE
-// The columns of x of one step, for all tokens, by one thread.
+// The columns of x of one step, for all tokens, by one warp. Each block of a cluster brings some of the tokens to all of them.
 __device__ __forceinline__ void copy_x(const XSlice& from, u32 to, int row_bytes, int step, u32 barrier) {
     constexpr int MOST = STEP_TILES * TILE_COLS;
     const int column = step * MOST, bytes = min(MOST, from.columns - column) * 2;
-    barrier_expect(barrier, from.tokens * bytes);
-    // Each block of a cluster brings some of the tokens to all of them.
-    for (int token = 0; token < from.tokens; ++token)
-        if (brings(token))
+    if (elected()) {
+        barrier_expect(barrier, from.tokens * bytes);
+#pragma unroll 1
+        for (int token = first_brought(); token < from.tokens; token += BROUGHT_EVERY)
             copy_bulk_to_all(to + token * row_bytes + column * 2, from.x + token * from.stride + from.first_column + column,
                              bytes, barrier);
+    }
 }
 #endif
 
@@ -145,7 +146,7 @@ skinny(const unsigned char* codes, const unsigned char* params, const unsigned c
         }
         __syncwarp();
         cluster_arrive();
-        if (lane == 0) {
+        {
             int asked = 0;
             for (int turn = 0; turn < walk.turns; ++turn)
                 for (int step = walk.begin(turn); step < walk.end(turn) && asked < early; ++step, ++asked) ring.copy(walk, turn, step);
@@ -157,7 +158,7 @@ skinny(const unsigned char* codes, const unsigned char* params, const unsigned c
             const XSlice here = slice_of_x(chunk);
             if (chunk) __syncthreads();
             wait_for_staging(here.tokens);
-            if (lane == 0) {
+            {
                 if (x_by_engine && OVERLAP && chunk == 0) wait_for_previous();
                 int asked = 0;
                 for (int turn = 0; turn < walk.turns; ++turn)

@@ -78,7 +78,9 @@ inline void cluster_sync() {
     __syncthreads();
 }
 // Each block brings what it gets: blocks run one after another.
-inline bool brings(int) { return true; }
+constexpr int BROUGHT_EVERY = 1;
+inline int first_brought() { return 0; }
+inline bool elected() { __syncwarp(); return threadIdx.x % 32 == 0; }
 inline void barrier_arrive_everywhere(u32 barrier) {
     for (int i = 0; i < CLUSTER; ++i) barrier_arrive(barrier);
 }
