@@ -52,16 +52,6 @@ __device__ __forceinline__ u32 opaque_minus_one() {
     return 0 - rows;
 }
 
-// What another block has written before it said so here, and that it has.
-__device__ __forceinline__ u32 load_acquire(const u32* at) {
-    u32 value;
-    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(at) : "memory");
-    return value;
-}
-__device__ __forceinline__ void store_release(u32* at, u32 value) {
-    asm volatile("st.release.gpu.global.u32 [%0], %1;" :: "l"(at), "r"(value) : "memory");
-}
-
 __device__ __forceinline__ float reciprocal(float x) {
     float y;
     asm("rcp.approx.f32 %0, %1;" : "=f"(y) : "f"(x));

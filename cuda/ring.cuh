@@ -10,39 +10,19 @@
 namespace tenpak {
 
 // What a block multiplies, in order: STRIPS strips from strip(turn) on for each turn, and of each the tiles from first_tile on.
-//
-// Blocks have every so many-th turn; or, with -DEVEN=1, as many steps each: then a block begins with the first steps of a
-// turn whose others the next block has, and ends with the last steps of one whose first the block before has had.
 struct Walk {
     Weight weight;
     int strips, first, every, turns;
     int first_tile, count;  // of this block's slice
     int steps;              // of a turn
-    int first_end, last_begin;  // of the first turn's steps, and of the last one's
 
     __device__ __forceinline__ Walk(const Weight& weight, int strips, int first_tile, int count)
-        : weight(weight), strips(strips), first(blockIdx.x), every(gridDim.x), first_tile(first_tile), count(count),
-          steps(((count + STEP_TILES - 1) / STEP_TILES + UNROLL - 1) / UNROLL * UNROLL), first_end(steps), last_begin(0) {
-        const int all = (strips + STRIPS - 1) / STRIPS;
-        turns = (all - first + every - 1) / every;
-        if (EVEN) {
-            const int begin = (int)((long long)all * steps * blockIdx.x / gridDim.x);
-            const int end = (int)((long long)all * steps * (blockIdx.x + 1) / gridDim.x);
-            first = (end - 1) / steps;
-            every = -1;
-            turns = first - begin / steps + 1;
-            first_end = end - first * steps;
-            last_begin = begin % steps;
-        }
-    }
+        : weight(weight), strips(strips), first(blockIdx.x), every(gridDim.x),
+          turns(((strips + STRIPS - 1) / STRIPS - first + every - 1) / every), first_tile(first_tile), count(count),
+          steps(((count + STEP_TILES - 1) / STEP_TILES + UNROLL - 1) / UNROLL * UNROLL) {}
     __device__ __forceinline__ int strip(int turn) const { return (first + turn * every) * STRIPS; }
     // One of a turn's; beyond the last the last again.
-    __device__ __forceinline__ int strip(int turn, int i) const { return max(min(strip(turn) + i, strips - 1), 0); }
-    __device__ __forceinline__ int begin(int turn) const { return EVEN && turn == turns - 1 ? last_begin : 0; }
-    __device__ __forceinline__ int end(int turn) const { return EVEN && turn == 0 ? first_end : steps; }
-    // Whether of that turn the next block has more, or the block before has had some.
-    __device__ __forceinline__ bool gives(int turn) const { return EVEN && turn == 0 && first_end < steps; }
-    __device__ __forceinline__ bool takes(int turn) const { return EVEN && turn == turns - 1 && last_begin > 0; }
+    __device__ __forceinline__ int strip(int turn, int i) const { return min(strip(turn) + i, strips - 1); }
 };
 
 #if ENGINE
@@ -62,11 +42,10 @@ struct Ring {
         return {stages + warp * STAGE_TILES * Layout::CODE_BYTES, stages + PARAMS_AT + warp * Layout::PAIR_BYTES,
                 stages + SUPERS_AT + warp / 2 * (Layout::PARAM_BYTES - Layout::PAIR_BYTES)};
     }
-    static __device__ __forceinline__ void init(u32 barriers) {
-        for (int i = 0; i < DEPTH; ++i) {
-            barrier_init(barriers + 8 * i, 1);
-            barrier_init(barriers + 8 * (DEPTH + i), SHARERS);
-        }
+    // By the lanes of a warp.
+    static __device__ __forceinline__ void init(u32 barriers, int lane) {
+        static_assert(BARRIERS <= LANES, "a barrier for a lane");
+        if (lane < BARRIERS) barrier_init(barriers + 8 * lane, lane < DEPTH ? 1 : SHARERS);
     }
     __device__ __forceinline__ void advance(int by) {
         slot += by;

@@ -31,9 +31,6 @@
 #ifndef NORM
 #define NORM 0
 #endif
-#ifndef EARLY
-#define EARLY 0
-#endif
 #include "output.cuh"
 #include "ring.cuh"
 #if INTEGER
@@ -137,38 +134,39 @@ skinny(const unsigned char* codes, const unsigned char* params, const unsigned c
     if (warp == COPIER) {
         Ring ring(keep_address(shared_address(stages)), ring_barriers);
         const u32 to = keep_address(shared_address(staged_x));
-        // Steps whose weights are asked for before x.
-        int early = x_by_engine && !OVERLAP ? EARLY : DEPTH;
-        if (lane == 0) {
-            Ring::init(ring_barriers);
-            for (int i = 0; i < X_STEPS; ++i) barrier_init(x_full + 8 * i, 1);
-            barriers_ready();
-        }
+        Ring::init(ring_barriers, lane);
+        if (lane < X_STEPS) barrier_init(x_full + 8 * lane, 1);
+        barriers_ready();
         __syncwarp();
         cluster_arrive();
-        {
-            int asked = 0;
-            for (int turn = 0; turn < walk.turns; ++turn)
-                for (int step = walk.begin(turn); step < walk.end(turn) && asked < early; ++step, ++asked) ring.copy(walk, turn, step);
-            early = asked;
-        }
-        __syncwarp();
+        // What is asked for before others have come so far: of each step x, where it is there, and then the weights.
+        const int all = walk.turns * walk.steps, early = min(DEPTH, all);
+        int weights = 0, turn = 0, step = 0, x_steps = 0;
+        auto ask = [&] {
+            ring.copy(walk, turn, step);
+            ++weights;
+            if (++step == walk.steps) step = 0, ++turn;
+        };
+        const bool x_early = x_by_engine && !OVERLAP;
+        if (CLUSTER > 1 && early) ask();
         cluster_wait();
+        while (weights < early) {
+            if (x_early && x_steps < walk.steps) copy_x(slice_of_x(0), to, row_bytes, x_steps, x_full + 8 * x_steps), ++x_steps;
+            ask();
+        }
         for (int chunk = 0; chunk < chunks; ++chunk) {
             const XSlice here = slice_of_x(chunk);
-            if (chunk) __syncthreads();
-            wait_for_staging(here.tokens);
-            {
-                if (x_by_engine && OVERLAP && chunk == 0) wait_for_previous();
-                int asked = 0;
-                for (int turn = 0; turn < walk.turns; ++turn)
-#pragma unroll 1
-                    for (int step = walk.begin(turn); step < walk.end(turn); ++step, ++asked) {
-                        if (x_by_engine && asked < walk.steps) copy_x(here, to, row_bytes, asked, x_full + 8 * asked);
-                        if (chunk || asked >= early) ring.copy(walk, turn, step);
-                    }
+            if (chunk) {
+                __syncthreads();
+                weights = turn = step = x_steps = 0;
             }
-            __syncwarp();
+            wait_for_staging(here.tokens);
+            if (x_by_engine && OVERLAP && chunk == 0) wait_for_previous();
+#pragma unroll 1
+            while (weights < all || (x_by_engine && x_steps < walk.steps)) {
+                if (x_by_engine && x_steps < walk.steps) copy_x(here, to, row_bytes, x_steps, x_full + 8 * x_steps), ++x_steps;
+                if (weights < all) ask();
+            }
         }
         return;
     }
@@ -189,19 +187,8 @@ skinny(const unsigned char* codes, const unsigned char* params, const unsigned c
                 Layout::Rows rows[STRIPS];
 #pragma unroll
                 for (int i = 0; i < STRIPS; ++i) rows[i] = Layout::rows(weight, walk.strip(turn, i), lane);
-                float4 sums[PARTS], of_others[PARTS];
-                const size_t mine = (matrix * gridDim.x + blockIdx.x) * (size_t)(PARTS * LANES) + lane;
-                u32* const said = arrived + matrix * gridDim.x + blockIdx.x;
-                if (walk.takes(turn)) {
-                    // The block before this one began with it. (Where launches overlap, the one before this uses the same places.)
-                    if (OVERLAP) wait_for_previous();
-                    while (!load_acquire(said - 1)) {}
-#pragma unroll
-                    for (int part = 0; part < PARTS; ++part) of_others[part] = __ldcg(partial + mine + (part - PARTS) * LANES);
-                    __syncwarp();
-                    if (lane == 0) said[-1] = 0;
-                }
                 wait_at(FULL + buffer);
+                float4 sums[PARTS];
 #pragma unroll
                 for (int part = 0; part < PARTS; ++part) {
                     const float4* from = sums_of_warps + (buffer * WARPS * PARTS + part) * LANES + lane;
@@ -211,18 +198,7 @@ skinny(const unsigned char* codes, const unsigned char* params, const unsigned c
                     sums[part] = Products::finished(sums[part], lane);
                 }
                 if (turn + BUFFERS < walk.turns) arrive_at(EMPTY + buffer);
-                if (walk.takes(turn))
-#pragma unroll
-                    for (int part = 0; part < PARTS; ++part) add(sums[part], of_others[part]);
-                if (walk.gives(turn)) {
-#pragma unroll
-                    for (int part = 0; part < PARTS; ++part) __stcg(partial + mine + part * LANES, sums[part]);
-                    __threadfence();
-                    __syncwarp();
-                    if (lane == 0) store_release(said, 1);
-                    continue;
-                }
-                if (!EVEN && slices > 1) {
+                if (slices > 1) {
                     const size_t step = (size_t)strips * PARTS * LANES;
                     float4* all = partial + (slot * slices * strips + strip) * PARTS * LANES + lane;
 #pragma unroll
@@ -298,17 +274,17 @@ skinny(const unsigned char* codes, const unsigned char* params, const unsigned c
             for (int i = 0; i < STRIPS; ++i) rows_after[i] = Layout::rows(weight, walk.strip(turn + 1, i), lane);
             products.clear();
 #if ENGINE
-            int step = walk.begin(turn) + ahead, tile = STAGE_TILES * (warp % SHARERS) + step * STEP_TILES;
+            int step = ahead, tile = STAGE_TILES * (warp % SHARERS) + step * STEP_TILES;
 #pragma unroll 1
-            for (; step < walk.end(turn); step += GROUPS, tile += GROUPS * STEP_TILES) {
+            for (; step < walk.steps; step += GROUPS, tile += GROUPS * STEP_TILES) {
                 Products::Pair pair;
-                if (x_by_engine && turn < GROUPS + EVEN) barrier_wait(x_full + 8 * step, chunk % 2);
+                if (x_by_engine && turn < GROUPS) barrier_wait(x_full + 8 * step, chunk % 2);
                 products.load(pair, ring.wait(), lane);
                 ring.release(lane);
                 products.multiply(pair, rows, tile, count);
             }
             // The groups take turns across the ends of strips, too.
-            ahead = step - walk.end(turn);
+            ahead = step - walk.steps;
 #else
             int tile = STAGE_TILES * warp;
 #pragma unroll 1

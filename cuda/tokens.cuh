@@ -4,9 +4,6 @@
 #ifndef ENGINE
 #define ENGINE 0
 #endif
-#ifndef EVEN
-#define EVEN 0
-#endif
 #ifndef STRIPS
 #define STRIPS 1
 #endif

@@ -85,11 +85,6 @@ inline void barrier_arrive_everywhere(u32 barrier) {
     for (int i = 0; i < CLUSTER; ++i) barrier_arrive(barrier);
 }
 inline u32 opaque_minus_one() { return ~0u; }
-inline u32 load_acquire(const u32* at) {
-    check(*at, "a block waits for a later one");
-    return *at;
-}
-inline void store_release(u32* at, u32 value) { *at = value; }
 inline float reciprocal(float x) { return 1.0f / x; }
 static Barrier named[16];
 template <int OF> void arrive_at_barrier(int barrier) {

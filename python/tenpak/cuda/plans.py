@@ -167,7 +167,6 @@ class Form:
     strips: int = 1
     engine: bool = False
     cluster: int = 1
-    early: int = 0
     adders: int = 0
     even: int = 0
     sharers: int = 0
@@ -264,12 +263,8 @@ def skinny_plans(
         slices, turns = divide_up(tiles, slice_tiles), divide_up(strips, form.strips)
         per_matrix = max(1, device.multiprocessors * form.blocks // (slices * batch))
         width = min(turns, per_matrix)
-        if form.even == 1:
+        if form.even:
             width = divide_up(turns, divide_up(turns, width))
-        if form.even == 2:
-            # Every block has a turn's steps or more, so that no turn is of three.
-            if width == turns or m > chunk or grouped or slices > 1 or turns % width == 0:
-                return None
         if form.cluster > 1:
             whole = divide_up(width, form.cluster) * form.cluster
             width = whole if whole <= min(turns, per_matrix) else whole - form.cluster
@@ -287,8 +282,6 @@ def skinny_plans(
             "ENGINE": int(form.engine),
             **({"CLUSTER": form.cluster} if form.cluster > 1 else {}),
             **({"SHARERS": sharers} if form.sharers else {}),
-            **({"EVEN": 1} if form.even == 2 else {}),
-            **({"EARLY": form.early} if form.early else {}),
             **({"ADDERS": form.adders} if form.adders else {}),
             **fused.defines,
         }
@@ -296,7 +289,6 @@ def skinny_plans(
             # Each thread's part of a row, in fours (cuda/normed.cuh).
             defines["EACH"] = divide_up(tiles * TILE_COLS, 4 * 32 * form.warps)
         # Slots of partial sums: one for each chunk of tokens of each matrix.
-        slots = 0
         slots = (m // chunk + batch if grouped else batch * divide_up(m, chunk) + batch) if slices > 1 else 0
         # Those that multiply, that add, and one that asks for copies.
         warps = form.warps + buffers + form.engine
@@ -309,8 +301,8 @@ def skinny_plans(
             (32 * warps,),
             shared,
             (int32(m), int32(n), int32(k), int32(tiles), int32(divide_up(k, 256)), int32(slice_tiles)),
-            slots * slices * strips * form.strips * columns * 512 or width * batch * form.strips * columns * 512 * (form.even == 2),
-            slots * strips or width * batch * (form.even == 2),
+            slots * slices * strips * form.strips * columns * 512,
+            slots * strips,
         )
 
     forms = _forms(device, layout, n, k, average, integer, fused.overlaps)
