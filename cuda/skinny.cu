@@ -50,13 +50,13 @@ constexpr int BUFFERS = ADDERS;
 #else
 constexpr int BUFFERS = COLUMNS <= 2 ? 2 : 1;
 #endif
-// Warps: those that multiply, those that add, and one that asks for copies.
-constexpr int COPIER = WARPS + BUFFERS, ALL_WARPS = COPIER + ENGINE;
+// Warps: those that multiply, those that add, and those that ask for copies.
+constexpr int FIRST_COPIER = WARPS + BUFFERS, ALL_WARPS = FIRST_COPIER + ENGINE * COPIERS;
 // Tiles of sums, of a strip's 16 rows by eight tokens each.
 constexpr int PARTS = STRIPS * COLUMNS;
 static_assert(DEPTH >= GROUPS, "every group of warps has a step");
 // Barriers: a buffer has been written, or read.
-constexpr int FULL = 1, EMPTY = FULL + BUFFERS;
+constexpr int FULL = 1, EMPTY = FULL + BUFFERS, READY = EMPTY + BUFFERS;
 // Steps of x that the copy engine may bring one by one.
 constexpr int X_STEPS = ENGINE && !INTEGER && !NORM ? 32 : 0;
 
@@ -71,14 +71,15 @@ __device__ __forceinline__ void wait_for_staging(int tokens) {
 }
 
 #if ENGINE
-// The columns of x of one step, for all tokens, by one warp. Each block of a cluster brings some of the tokens to all of them.
-__device__ __forceinline__ void copy_x(const XSlice& from, u32 to, int row_bytes, int step, u32 barrier) {
+// The columns of x of one step: of one copier's tokens. Each block of a cluster brings some of them to all of them.
+__device__ __forceinline__ void copy_x(const XSlice& from, u32 to, int row_bytes, int step, u32 barrier, int copier) {
     constexpr int MOST = STEP_TILES * TILE_COLS;
     const int column = step * MOST, bytes = min(MOST, from.columns - column) * 2;
+    const int tokens = max(from.tokens - copier + COPIERS - 1, 0) / COPIERS;
     if (elected()) {
-        barrier_expect(barrier, from.tokens * bytes);
+        barrier_expect(barrier, tokens * bytes);
 #pragma unroll 1
-        for (int token = first_brought(); token < from.tokens; token += BROUGHT_EVERY)
+        for (int token = copier + COPIERS * first_brought(); token < from.tokens; token += COPIERS * BROUGHT_EVERY)
             copy_bulk_to_all(to + token * row_bytes + column * 2, from.x + token * from.stride + from.first_column + column,
                              bytes, barrier);
     }
@@ -131,19 +132,24 @@ skinny(const unsigned char* codes, const unsigned char* params, const unsigned c
 #if ENGINE
     __shared__ u64 barriers[Ring::BARRIERS + X_STEPS];
     const u32 ring_barriers = keep_address(shared_address(barriers)), x_full = ring_barriers + 8 * Ring::BARRIERS;
-    if (warp == COPIER) {
+    if (warp >= FIRST_COPIER) {
+        const int copier = warp - FIRST_COPIER;
         Ring ring(keep_address(shared_address(stages)), ring_barriers);
         const u32 to = keep_address(shared_address(staged_x));
-        Ring::init(ring_barriers, lane);
-        if (lane < X_STEPS) barrier_init(x_full + 8 * lane, 1);
-        barriers_ready();
-        __syncwarp();
+        if (threadIdx.x == FIRST_COPIER * LANES) {
+            Ring::init(ring_barriers);
+            if (x_by_engine)
+                for (int i = 0; i < walk.steps; ++i) barrier_init(x_full + 8 * i, COPIERS);
+            barriers_ready();
+        }
+        if (COPIERS > 1) wait_at_barrier<COPIERS * LANES>(READY);
+        else __syncwarp();
         cluster_arrive();
         // What is asked for before others have come so far: of each step x, where it is there, and then the weights.
         const int all = walk.turns * walk.steps, early = min(DEPTH, all);
         int weights = 0, turn = 0, step = 0, x_steps = 0;
         auto ask = [&] {
-            ring.copy(walk, turn, step);
+            ring.copy(walk, turn, step, copier);
             ++weights;
             if (++step == walk.steps) step = 0, ++turn;
         };
@@ -151,7 +157,7 @@ skinny(const unsigned char* codes, const unsigned char* params, const unsigned c
         if (CLUSTER > 1 && early) ask();
         cluster_wait();
         while (weights < early) {
-            if (x_early && x_steps < walk.steps) copy_x(slice_of_x(0), to, row_bytes, x_steps, x_full + 8 * x_steps), ++x_steps;
+            if (x_early && x_steps < walk.steps) copy_x(slice_of_x(0), to, row_bytes, x_steps, x_full + 8 * x_steps, copier), ++x_steps;
             ask();
         }
         for (int chunk = 0; chunk < chunks; ++chunk) {
@@ -164,7 +170,7 @@ skinny(const unsigned char* codes, const unsigned char* params, const unsigned c
             if (x_by_engine && OVERLAP && chunk == 0) wait_for_previous();
 #pragma unroll 1
             while (weights < all || (x_by_engine && x_steps < walk.steps)) {
-                if (x_by_engine && x_steps < walk.steps) copy_x(here, to, row_bytes, x_steps, x_full + 8 * x_steps), ++x_steps;
+                if (x_by_engine && x_steps < walk.steps) copy_x(here, to, row_bytes, x_steps, x_full + 8 * x_steps, copier), ++x_steps;
                 if (weights < all) ask();
             }
         }
@@ -187,6 +193,7 @@ skinny(const unsigned char* codes, const unsigned char* params, const unsigned c
                 Layout::Rows rows[STRIPS];
 #pragma unroll
                 for (int i = 0; i < STRIPS; ++i) rows[i] = Layout::rows(weight, walk.strip(turn, i), lane);
+                if (turn >= BUFFERS) wait_at(EMPTY + buffer);
                 wait_at(FULL + buffer);
                 float4 sums[PARTS];
 #pragma unroll
@@ -197,7 +204,6 @@ skinny(const unsigned char* codes, const unsigned char* params, const unsigned c
                     for (int other = 1; other < WARPS; ++other) add(sums[part], from[other * PARTS * LANES]);
                     sums[part] = Products::finished(sums[part], lane);
                 }
-                if (turn + BUFFERS < walk.turns) arrive_at(EMPTY + buffer);
                 if (slices > 1) {
                     const size_t step = (size_t)strips * PARTS * LANES;
                     float4* all = partial + (slot * slices * strips + strip) * PARTS * LANES + lane;

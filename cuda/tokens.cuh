@@ -4,6 +4,9 @@
 #ifndef ENGINE
 #define ENGINE 0
 #endif
+#ifndef COPIERS
+#define COPIERS 1
+#endif
 #ifndef STRIPS
 #define STRIPS 1
 #endif

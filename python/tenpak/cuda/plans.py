@@ -168,7 +168,8 @@ class Form:
     engine: bool = False
     cluster: int = 1
     adders: int = 0
-    even: int = 0
+    even: bool = False
+    copiers: int = 1
     sharers: int = 0
 
 
@@ -282,6 +283,7 @@ def skinny_plans(
             "ENGINE": int(form.engine),
             **({"CLUSTER": form.cluster} if form.cluster > 1 else {}),
             **({"SHARERS": sharers} if form.sharers else {}),
+            **({"COPIERS": form.copiers} if form.copiers > 1 else {}),
             **({"ADDERS": form.adders} if form.adders else {}),
             **fused.defines,
         }
@@ -291,7 +293,7 @@ def skinny_plans(
         # Slots of partial sums: one for each chunk of tokens of each matrix.
         slots = (m // chunk + batch if grouped else batch * divide_up(m, chunk) + batch) if slices > 1 else 0
         # Those that multiply, that add, and one that asks for copies.
-        warps = form.warps + buffers + form.engine
+        warps = form.warps + buffers + form.engine * form.copiers
         int32 = np.int32
         return Plan(
             "skinny.cu",
