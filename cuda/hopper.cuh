@@ -53,7 +53,7 @@ __device__ __forceinline__ float4 read_there(u32 from) {
     return v;
 }
 __device__ __forceinline__ void barrier_arrive_there(u32 barrier) {
-    asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" :: "r"(barrier) : "memory");
+    asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" :: "r"(barrier) : "memory");
 }
 
 // ---- Copies that barriers wait for ----------------------------------------------------------------------------------

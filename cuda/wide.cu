@@ -50,7 +50,7 @@ constexpr int CHUNKS = TOKENS > CHUNK ? 2 : 1;
 
 // The registers of a thread that multiplies, and of one that does not; all together no more than there were at launch.
 constexpr int MANY = GROUPS == 6 ? 80 : GROUPS == 5 ? 88 : GROUPS == 4 ? 112 : GROUPS == 3 ? 152 : 232;
-constexpr int FEW = GROUPS == 6 ? 32 : GROUPS == 5 ? 56 : GROUPS == 4 ? 32 : GROUPS == 3 ? 56 : 40;
+constexpr int FEW = GROUPS == 6 ? 24 : GROUPS == 5 ? 40 : GROUPS == 4 ? 32 : GROUPS == 3 ? 56 : 40;
 
 // ---- Work -------------------------------------------------------------------------------------------------------------
 
@@ -196,13 +196,14 @@ __device__ __forceinline__ void copy_step(const TensorMap& x, const Weight& w, c
 
 // ---- Consumers ------------------------------------------------------------------------------------------------------------
 
-// That this warp has read a stage, to all who write there: lane i to the twin whose barrier it has.
+// That all lanes have read a stage, to all who write there, if there is one: lane i to the twin whose barrier it has.
 __device__ __forceinline__ void release(u32 barrier, int lane) {
-    if constexpr (ROW_BLOCKS > 1) {
-        if (lane < ROW_BLOCKS) barrier_arrive_there(barrier);
-    } else {
-        if (lane == 0) barrier_arrive(barrier);
-    }
+    __syncwarp();
+    if (barrier == 0 || lane >= ROW_BLOCKS) return;
+    if constexpr (ROW_BLOCKS > 1)
+        barrier_arrive_there(barrier);
+    else
+        barrier_arrive(barrier);
 }
 
 // Tile j of a stage; j is known when this is compiled.
@@ -354,7 +355,7 @@ wide(const __grid_constant__ tenpak::TensorMap x, const unsigned char* codes, co
     Lut16::prepare(threadIdx.x, Lut16::BIASED_XOR);
 #endif
     __syncthreads();
-    if constexpr (ROW_BLOCKS > 1) cluster_sync();
+    if constexpr (ROW_BLOCKS > 1) cluster_meet();
 
     const int warp = __shfl_sync(~0u, threadIdx.x / LANES, 0), lane = lane_of_warp();
     if (warp >= CONSUMER_WARPS) {
@@ -395,25 +396,25 @@ wide(const __grid_constant__ tenpak::TensorMap x, const unsigned char* codes, co
             u32 to_release = 0;  // the barrier of the stage whose products may still be under way
 #pragma unroll 1
             for (int step = segment.first; step < segment.first + segment.count; ++step) {
+                const u32 stage = stages_address + turn.stage * BYTES_OF_STAGE, here = stage + own;
                 // Exchanged so that the compiler knows it to be the same for all lanes, as descriptors must be.
-                const u32 stage = __shfl_sync(~0u, stages_address + turn.stage * BYTES_OF_STAGE, 0);
+                const u32 boxes = __shfl_sync(~0u, descriptor(stage), 0);
                 barrier_wait(full + 8 * turn.stage, turn.phase);
 #pragma unroll
                 for (int j = 0; j < STEP; ++j) {
                     if (j > 0 && STEP * step + j >= tiles) break;
-                    const u32 box = descriptor(stage + j * X_BYTES);
-                    const u32 here = stage + own;
+                    const u32 box = boxes + j * (X_BYTES / 16);
                     const Columns::Tile tile = load_tile(j, here, here + PARAMS_AT, here + SUPERS_AT, lane);
                     multiply<0>(sums, tile, rows, box, lane);
                     // Only this step's are under way.
-                    if (j == 0 && to_release) release(to_release, lane);
+                    if (j == 0) release(to_release, lane);
                     multiply<1>(sums, tile, rows, box, lane);
                 }
                 to_release = empty_of_twins + 8 * turn.stage;
                 turn.next();
             }
             wgmma_wait<0>();
-            if (to_release) release(to_release, lane);
+            release(to_release, lane);
             pin(sums);
 
             auto to = [&] { return y + ((size_t)at.matrix * m + at.token) * n; };
@@ -424,7 +425,7 @@ wide(const __grid_constant__ tenpak::TensorMap x, const unsigned char* codes, co
                 leave_sums(sums, stages, group * 64, scale * Layout::row_scale(rows, false), scale * Layout::row_scale(rows, true));
                 cluster_sync();
                 store_exchanged(stages_address, cluster_rank(), to(), plus(), at.strip * TILE_ROWS, m - at.token, n);
-                cluster_sync();
+                cluster_meet();
                 continue;
             }
 
@@ -474,5 +475,5 @@ wide(const __grid_constant__ tenpak::TensorMap x, const unsigned char* codes, co
         }
     }
     // No block ends while its twin may reach into it.
-    if constexpr (ROW_BLOCKS > 1) cluster_sync();
+    if constexpr (ROW_BLOCKS > 1) cluster_meet();
 }

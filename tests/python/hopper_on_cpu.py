@@ -228,9 +228,10 @@ static Barrier of_consumers, of_cluster;
 inline void consumers_barrier(int threads) { arrive(of_consumers, threads); }
 // What each block of a cluster left for the others, in the launch before this one, which is the same.
 static std::map<u32, std::vector<u8>> left;
+inline void cluster_meet() { arrive(of_cluster, TWINS ? 128 * GROUPS + 128 : 128 * GROUPS); }
 inline void cluster_sync() {
-    arrive(of_cluster, TWINS ? 128 * GROUPS + 128 : 128 * GROUPS);
-    if (threadIdx.x == 0 && !TWINS) left[blockIdx.x].assign(memory(), memory() + shared_size);
+    cluster_meet();
+    if (threadIdx.x == 0) left[blockIdx.x].assign(memory(), memory() + shared_size);
 }
 inline int cluster_rank() { return blockIdx.x % CLUSTER; }
 static int asked_rank;
