@@ -52,9 +52,6 @@ __device__ __forceinline__ float4 read_there(u32 from) {
     asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "r"(from) : "memory");
     return v;
 }
-__device__ __forceinline__ void barrier_arrive_there(u32 barrier) {
-    asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" :: "r"(barrier) : "memory");
-}
 
 // ---- Copies that barriers wait for ----------------------------------------------------------------------------------
 
@@ -91,19 +88,6 @@ __device__ __forceinline__ void copy_box(u32 to, const TensorMap& map, int colum
         "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint"
         " [%0], [%1, {%2, %3, %4}], [%5], %6;"
         :: "r"(to), "l"(&map), "r"(column), "r"(row), "r"(matrix), "r"(barrier), "l"(keep) : "memory");
-}
-
-// Of such a box of TOKENS rows this block's part, to the same address in all blocks of the cluster, each of which has its own
-// barrier count the bytes it gets.
-__device__ __forceinline__ void copy_box_to_all(u32 to, const TensorMap& map, int column, int row, int matrix, u32 barrier, u64 keep) {
-    constexpr int PART = TOKENS / CLUSTER;
-    const int first = cluster_rank() * PART;
-    asm volatile(
-        "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster.L2::cache_hint"
-        " [%0], [%1, {%2, %3, %4}], [%5], %7, %6;"
-        :: "r"(to + first * 128), "l"(&map), "r"(column), "r"(row + first), "r"(matrix), "r"(barrier), "l"(keep),
-           "h"((u16)((1 << CLUSTER) - 1))
-        : "memory");
 }
 
 // ---- Registers --------------------------------------------------------------------------------------------------------

@@ -35,9 +35,6 @@ struct alignas(16) uint4 { u32 x, y, z, w; };
 #ifndef CLUSTER
 #define CLUSTER 1
 #endif
-#ifndef TWINS
-#define TWINS 0
-#endif
 #define IN_CLUSTERS
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 template <class T> T __ldg(const T* at) { return *at; }
@@ -228,7 +225,7 @@ static Barrier of_consumers, of_cluster;
 inline void consumers_barrier(int threads) { arrive(of_consumers, threads); }
 // What each block of a cluster left for the others, in the launch before this one, which is the same.
 static std::map<u32, std::vector<u8>> left;
-inline void cluster_meet() { arrive(of_cluster, TWINS ? 128 * GROUPS + 128 : 128 * GROUPS); }
+inline void cluster_meet() { arrive(of_cluster, 128 * GROUPS); }
 inline void cluster_sync() {
     cluster_meet();
     if (threadIdx.x == 0) left[blockIdx.x].assign(memory(), memory() + shared_size);
@@ -271,11 +268,6 @@ inline void copy_box(u32 to, const TensorMap& map, int column, int row, int matr
             const u16* from = (const u16*)map.x + ((u64)matrix * map.rows + row + r) * map.stride + column + 8 * c;
             ask_for({{{at ^ (at >> 7 & 7) << 4, there ? (const u8*)from : nullptr, 16}}, false}, barrier);
         }
-}
-// Twins do the same at the same time.
-inline void barrier_arrive_there(u32 barrier) { barrier_arrive(barrier); }
-inline void copy_box_to_all(u32 to, const TensorMap& map, int column, int row, int matrix, u32 barrier, u64 keep) {
-    copy_box(to, map, column, row, matrix, barrier, keep);
 }
 template <int COUNT> void take_registers() {}
 template <int COUNT> void leave_registers() {}
@@ -415,11 +407,10 @@ def wide(
     strip = plans.strip_bytes(layout, STAGE_BYTES[layout], step)
     fixed, stage = plans.shared_bytes(groups, tokens, step, strip)
     tiles = -(-k // 64)
-    twins = int(str(defines.get("CLUSTER", 1))) if "TWINS" in defines else 1
-    rows = 64 * groups * twins
+    rows = 64 * groups
     output_tiles = batch * -(-n // rows) * -(-m // tokens)
-    partial = aligned(np.full((output_tiles if head else grid // twins) * rows * tokens, np.nan, np.float32))
-    arrived = aligned(np.zeros(output_tiles * groups * twins, np.uint32))
+    partial = aligned(np.full((output_tiles if head else grid) * rows * tokens, np.nan, np.float32))
+    arrived = aligned(np.zeros(output_tiles * groups, np.uint32))
     assert x is not None
     assert y is not None
     assert partial is not None
@@ -443,7 +434,7 @@ def wide(
     pointers = (ctypes.c_void_p * len(given))(*(value.ctypes.data for value in given))
     library = _library(tuple(sorted(defines.items())))
     # Of a cluster, the first launch leaves what its blocks read of each other.
-    for _ in range(2 if defines.get("CLUSTER", 1) != 1 and twins == 1 else 1):
+    for _ in range(1 if defines.get("CLUSTER", 1) == 1 else 2):
         y[...] = 0x7FFF
         library.launch(pointers, (ctypes.c_uint * 3)(grid, 1, 1), 128 * groups + 128, fixed + stages * stage)
     assert not arrived.any(), "counters are not zero again"

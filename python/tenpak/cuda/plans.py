@@ -359,7 +359,7 @@ def wide_plans(device: Device, layout: str, n: int, k: int, m: int, batch: int, 
             (*scalars, int32(choice.head)),
             choice.partial_bytes,
             choice.counters,
-            choice.tokens // choice.twins,
+            choice.tokens,
         )
         for choice in found
     ]
