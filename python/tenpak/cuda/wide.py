@@ -138,7 +138,7 @@ def _of_shape(
     weights = strips * strip
     fixed, stage_bytes = shared_bytes(groups, tokens, step, strip)
     stages = min(MOST_STAGES, (shared - fixed) // stage_bytes)
-    if stages < 2:
+    if stages < (3 if step == 4 else 2):
         return []
     token_tiles, steps = _up(m, tokens), _up(_up(k, TILE_COLS), step)
     tiles = batch * _up(n, rows) * token_tiles
