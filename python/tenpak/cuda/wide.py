@@ -28,15 +28,15 @@ MOST_STAGES = 10
 #: Blocks of a cluster: larger ones are not all there at once.
 CLUSTER = 2
 #: Bytes a cycle and multiprocessor: of weights from memory, of sums through L2, of shared memory.
-MEMORY_SPEED, L2_SPEED, SHARED_SPEED = 18.0, 20.0, 128.0
-#: What tiles that are cut evenly take longer than whole ones.
-CUT = 1.03
+MEMORY_SPEED, L2_SPEED, SHARED_SPEED = 17.4, 44.5, 128.0
+#: What tiles that are cut evenly take longer than whole ones, and, where memory is what takes the time, with helpers.
+CUT, HEAD = 1.03, 1.12
 #: Cycles to begin and end a tile, to wait for other blocks' sums, and for those of a cluster.
-TILE_CYCLES, SHARE_CYCLES, CLUSTER_CYCLES = 1500.0, 3000.0, 1500.0
+TILE_CYCLES, SHARE_CYCLES, CLUSTER_CYCLES = 1150.0, 2990.0, 1480.0
 #: What products of at least so many tokens reach of the tensor cores' speed: fewer use an unpacked weight less often.
-PRODUCTS = ((256, 0.88), (192, 0.8), (128, 0.74), (0, 0.56))
+PRODUCTS = ((256, 0.87), (192, 0.84), (128, 0.53), (0, 0.57))
 #: Cycles of each step beside those, and of each strip's step of two tiles: what takes small tiles their time.
-STEP_CYCLES, STRIP_CYCLES = 420.0, 80.0
+STEP_CYCLES, STRIP_CYCLES = 302.0, 83.2
 
 
 @dataclass(frozen=True)
@@ -146,8 +146,10 @@ def _of_shape(
     reads = step * ((rows // 64) * tokens + strips * 8) + stage_bytes / SHARED_SPEED
     # Weights of tiles with other tokens come from L2.
     asked = STEP_CYCLES + strips * STRIP_CYCLES * step / 2
-    step_cycles = max(products, reads, asked, weights / MEMORY_SPEED / min(token_tiles, 2))
-    store_cycles = TILE_CYCLES + rows * tokens * 2 / L2_SPEED
+    memory = weights / MEMORY_SPEED / min(token_tiles, 2)
+    step_cycles = max(products, reads, asked, memory)
+    # The first step's weights have nothing to hide behind.
+    store_cycles = TILE_CYCLES + rows * tokens * 2 / L2_SPEED + weights / MEMORY_SPEED
     sum_cycles = rows * tokens * 4 / L2_SPEED
 
     def choice(grid: int, cycles: float, head: int = 0, cluster: int = 1) -> Choice:
@@ -162,9 +164,12 @@ def _of_shape(
     if tiles % even == 0:
         found.append(choice(even, (steps * step_cycles + store_cycles) * rounds))
     if tiles % every:
-        sums = SHARE_CYCLES + 2 * sum_cycles
-        share = tiles * steps / every * step_cycles
-        found.append(choice(every, CUT * (share + store_cycles * max(1, rounds - 1) + sums)))
+        others = max(1, _up(every, tiles) - 1)
+        sums = SHARE_CYCLES + (1 + others) * sum_cycles
+        share = _up(tiles * steps, every) * step_cycles
+        # Where each tile is that of as many blocks, no block has parts of two.
+        cut = CUT if every % tiles else 1.0
+        found.append(choice(every, cut * (share + store_cycles * max(1, rounds - 1) + sums)))
     helpers = min(multiprocessors - tiles, tiles)
     if helpers > 0:
         # A helper does what is left of `each` tiles while their own blocks do their heads; storing sums takes it time.
@@ -173,7 +178,7 @@ def _of_shape(
         stored = (SHARE_CYCLES / 2 + sum_cycles) / step_cycles
         head = round(each * (steps + stored) / (each + 1))
         if 0 < head < steps:
-            cycles = head * step_cycles + SHARE_CYCLES + sum_cycles + store_cycles
+            cycles = head * max(step_cycles, HEAD * memory) + SHARE_CYCLES + sum_cycles + store_cycles
             found.append(choice(tiles + helpers, cycles, head=head))
     # In shared memory a token's sums are longer by four (EXCHANGE_ROW of wide.cu).
     fits = (rows + 4) * tokens * 4 <= stages * stage_bytes
