@@ -43,8 +43,7 @@ TABLES = frozenset({"int4_lut16", "int4_lut32"})
 INTEGER = TABLES | {"int4_g16_fp16", "int4_g32_fp16", "int4_g64_fp16", "int4_g128_fp16", "int4_g16_u8"}
 #: Tokens from which `wide` is always faster than what is for fewer.
 WIDE_FROM = 17
-#: Layouts that take so long to unpack that `prefill`, whose every warp unpacks for itself, multiplies large weights with
-#: fewer tokens sooner.
+#: Layouts that take so long to unpack that `prefill` is faster for large weights and fewer tokens.
 SLOW = TABLES | {"int4_g8_u8"}
 #: Weights from which more tiles in flight pay for the shared memory they take.
 LARGE = 100_000_000
