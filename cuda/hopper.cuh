@@ -82,8 +82,6 @@ __device__ __forceinline__ void copy_run(u32 to, const u8* from, u32 bytes, int 
 __device__ __forceinline__ void copies_arrive(u32 barrier) {
     asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" :: "r"(barrier) : "memory");
 }
-// What this thread has done with shared memory comes before what the copy engine is asked for after it.
-__device__ __forceinline__ void fence_engine() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 // The map's box at these coordinates; zeros beyond the matrix are counted as bytes, too.
 __device__ __forceinline__ void copy_box(u32 to, const TensorMap& map, int column, int row, int matrix, u32 barrier, u64 keep) {
     asm volatile(

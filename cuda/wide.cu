@@ -43,8 +43,8 @@ constexpr int LINE_BYTES = 64 * 2 + 16, CHUNK_BYTES = CHUNK * LINE_BYTES;
 constexpr int CHUNKS = TOKENS > CHUNK ? 2 : 1;
 
 // The registers of a thread that multiplies, and of one that does not; all together no more than there were at launch.
-constexpr int MANY = GROUPS == 4 ? 104 : GROUPS == 3 ? 152 : 232;
-constexpr int FEW = GROUPS == 4 ? 64 : GROUPS == 3 ? 56 : 40;
+constexpr int MANY = GROUPS == 4 ? 112 : GROUPS == 3 ? 152 : 232;
+constexpr int FEW = GROUPS == 4 ? 32 : GROUPS == 3 ? 56 : 40;
 
 // ---- Work -------------------------------------------------------------------------------------------------------------
 
@@ -178,20 +178,6 @@ __device__ __forceinline__ void copy_step(const TensorMap& x, const Weight& w, c
     copies_arrive(barrier);
 }
 
-// What others have left of a group's sums is float4 [SUMS / 4][128], of which a stage holds FOURS for each group.
-constexpr int PART = SUMS / 4 * 128, FIT = BYTES_OF_STAGE / (GROUPS * 128 * 16), FOURS = FIT < SUMS / 4 ? FIT : SUMS / 4;
-static_assert(FIT > 0 && GROUPS <= PRODUCER_WARPS, "a warp brings one group's");
-__device__ __forceinline__ void copy_left(const float4* left, int four, u32 stage, u32 barrier, int producer, int lane) {
-    if (producer == 0 && lane == 0) barrier_arrive(barrier);
-    if (producer < GROUPS) {
-        const u8* from = reinterpret_cast<const u8*>(left + four * 128);
-        const int bytes = min(FOURS, SUMS / 4 - four) * 2048;
-#pragma unroll 1
-        for (int at = 0; at < bytes; at += 2048) copy_run<2048>(stage + producer * (FOURS * 2048) + at, from + at, 2048, lane, lane);
-    }
-    copies_arrive(barrier);
-}
-
 // ---- Consumers ------------------------------------------------------------------------------------------------------------
 
 // That all lanes have read a stage, if there is one.
@@ -220,22 +206,6 @@ __device__ __forceinline__ void multiply(float (&sums)[SUMS], const Columns::Til
     wgmma(sums, a[1], x + 4 * HALF + 2);
     wgmma_commit();
     wgmma_wait<1>();
-}
-
-// Adds what copy_left has brought, this thread's being at `left`.
-__device__ __forceinline__ void add_left(float (&sums)[SUMS], int four, u32 left) {
-#pragma unroll
-    for (int i = 0; i < FOURS; ++i) {
-        if (four + i >= SUMS / 4) break;
-        const uint4 v = read<uint4>(left + i * 2048);
-        float* const to = sums + 4 * (four + i);
-        to[0] += __uint_as_float(v.x);
-        to[1] += __uint_as_float(v.y);
-        to[2] += __uint_as_float(v.z);
-        to[3] += __uint_as_float(v.w);
-    }
-    // The copy engine writes there next.
-    fence_engine();
 }
 
 // A group's sums of 64 rows to y [tokens, n], by its 128 threads; `staged` is the group's own.
@@ -382,26 +352,6 @@ wide(const __grid_constant__ tenpak::TensorMap x, const unsigned char* codes, co
                           warp - CONSUMER_WARPS, lane);
                 turn.next();
             }
-            if (CLUSTER > 1 || segment.first > 0 || segment.count == schedule.steps) continue;
-            // A tile that others have a part of: their sums are further stages.
-            const int producer = warp - CONSUMER_WARPS;
-            const u32 first = schedule.first_left(segment.tile), last = schedule.last_left(segment.tile);
-            if (producer < GROUPS && lane == 0) {
-                unsigned int* const counter = arrived + (size_t)segment.tile * GROUPS + producer;
-                while (load_acquire(counter) < last - first + 1) {}
-                *counter = 0;
-            }
-            __syncwarp();
-#pragma unroll 1
-            for (u32 other = first; other <= last; ++other) {
-#pragma unroll 1
-                for (int four = 0; four < SUMS / 4; four += FOURS) {
-                    barrier_wait(empty + 8 * turn.stage, turn.phase);
-                    copy_left(partial + ((size_t)other * GROUPS + producer) * PART, four, stages_address + turn.stage * BYTES_OF_STAGE,
-                              full + 8 * turn.stage, producer, lane);
-                    turn.next();
-                }
-            }
         }
     } else {
         take_registers<MANY>();
@@ -457,25 +407,44 @@ wide(const __grid_constant__ tenpak::TensorMap x, const unsigned char* codes, co
                 continue;
             }
 
+            constexpr int PART = SUMS / 4 * 128;  // float4 of one group
+            // Others' sums that registers have room for.
+            constexpr int ROOM = (MANY - 40) / SUMS - 1, AT_ONCE = ROOM < 1 ? 1 : ROOM > 4 ? 4 : ROOM;
+            unsigned int* const counter = arrived + (size_t)segment.tile * GROUPS + group;
+            auto part = [&](u32 place) { return partial + ((size_t)place * GROUPS + group) * PART + thread; };
             if (segment.first > 0) {
-                float4* left = partial + ((size_t)schedule.left_at(segment.tile) * GROUPS + group) * PART + thread;
+                float4* left = part(schedule.left_at(segment.tile));
 #pragma unroll
                 for (int i = 0; i < SUMS; i += 4) __stcg(left + i / 4 * 128, make_float4(sums[i], sums[i + 1], sums[i + 2], sums[i + 3]));
                 group_barrier(group);
-                if (thread == 0) add_release(arrived + (size_t)segment.tile * GROUPS + group, 1);
+                if (thread == 0) add_release(counter, 1);
                 continue;
             }
             if (segment.count < schedule.steps) {
-                const u32 others = schedule.last_left(segment.tile) - schedule.first_left(segment.tile) + 1;
+                const u32 first = schedule.first_left(segment.tile), last = schedule.last_left(segment.tile);
+                if (thread == 0) {
+                    while (load_acquire(counter) < last - first + 1) {}
+                    *counter = 0;
+                }
+                group_barrier(group);
 #pragma unroll 1
-                for (u32 other = 0; other < others; ++other) {
+                for (u32 other = first; other <= last; other += AT_ONCE) {
+                    float4 v[AT_ONCE][PART / 128];
 #pragma unroll
-                    for (int i = 0; i < (SUMS / 4 + FOURS - 1) / FOURS; ++i) {
-                        barrier_wait(full + 8 * turn.stage, turn.phase);
-                        add_left(sums, i * FOURS, stages_address + turn.stage * BYTES_OF_STAGE + (group * FOURS * 128 + thread) * 16);
-                        release(empty + 8 * turn.stage, lane);
-                        turn.next();
-                    }
+                    for (int i = 0; i < AT_ONCE; ++i)
+#pragma unroll
+                        for (int j = 0; j < PART / 128; ++j)
+                            v[i][j] = other + i <= last ? __ldcg(part(other + i) + j * 128) : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+#pragma unroll
+                    for (int i = 0; i < AT_ONCE; ++i)
+#pragma unroll
+                        for (int j = 0; j < PART / 128; ++j) {
+                            float* to = sums + 4 * j;
+                            to[0] += v[i][j].x;
+                            to[1] += v[i][j].y;
+                            to[2] += v[i][j].z;
+                            to[3] += v[i][j].w;
+                        }
                 }
             }
             store(sums, staged, to(), plus(), first_strip, m - at.token, n, scale * Layout::row_scale(rows, false),

@@ -37,7 +37,6 @@ struct alignas(16) uint4 { u32 x, y, z, w; };
 #endif
 #define IN_CLUSTERS
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
-inline float __uint_as_float(u32 x) { return tenpak::from_bits(x); }
 template <class T> T __ldg(const T* at) { return *at; }
 inline int __shfl_sync(u32, int x, int lane) { return (int)tenpak::share<1>({(u64)(u32)x})[lane][0]; }
 
@@ -258,7 +257,6 @@ inline void copies_arrive(u32 barrier) {
     ask_for({std::move(asked_for[threadIdx.x]), true}, barrier);
     asked_for[threadIdx.x].clear();
 }
-inline void fence_engine() {}
 inline void prefetch_map(const TensorMap&) {}
 // In sixteen bytes each; those that reach beyond the matrix are zeros (the test's rows end between two).
 inline void copy_box(u32 to, const TensorMap& map, int column, int row, int matrix, u32 barrier, u64) {

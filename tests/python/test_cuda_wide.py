@@ -147,4 +147,4 @@ def test_choices_fit(layout, m, n, k):
             assert choice.cluster <= steps
             assert (choice.rows + 4) * choice.tokens * 4 <= choice.shared - 1024
         sums = choice.tokens // 2
-        assert sums + 70 <= {2: 232, 3: 152, 4: 104}[choice.groups]
+        assert sums + 70 <= {2: 232, 3: 152, 4: 112}[choice.groups]
