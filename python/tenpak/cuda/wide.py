@@ -28,15 +28,16 @@ MOST_STAGES = 10
 #: Blocks of a cluster: larger ones are not all there at once.
 CLUSTER = 2
 #: Bytes a cycle and multiprocessor: of weights from memory, of sums through L2, of shared memory.
-MEMORY_SPEED, L2_SPEED, SHARED_SPEED = 17.4, 44.5, 128.0
+MEMORY_SPEED, L2_SPEED, SHARED_SPEED = 20.3, 48.8, 128.0
 #: What tiles that are cut evenly take longer than whole ones, and, where memory is what takes the time, with helpers.
 CUT, HEAD = 1.03, 1.12
 #: Cycles to begin and end a tile, to wait for other blocks' sums, and for those of a cluster.
-TILE_CYCLES, SHARE_CYCLES, CLUSTER_CYCLES = 1150.0, 2990.0, 1480.0
-#: What products of at least so many tokens reach of the tensor cores' speed: fewer use an unpacked weight less often.
-PRODUCTS = ((256, 0.87), (192, 0.84), (128, 0.53), (0, 0.57))
+TILE_CYCLES, SHARE_CYCLES, CLUSTER_CYCLES = 1210.0, 3070.0, 1500.0
+#: What products of (GROUPS, TOKENS) reach of the tensor cores' speed; fewer tokens use an unpacked weight less often.
+PRODUCTS = {(2, 256): 0.84, (2, 192): 0.85, (3, 128): 0.84, (2, 128): 0.75}
+FEW_PRODUCTS = 0.58
 #: Cycles of each step beside those, and of each strip's step of two tiles: what takes small tiles their time.
-STEP_CYCLES, STRIP_CYCLES = 302.0, 83.2
+STEP_CYCLES, STRIP_CYCLES = 319.0, 75.5
 
 
 @dataclass(frozen=True)
@@ -142,7 +143,7 @@ def _of_shape(
         return []
     token_tiles, steps = _up(m, tokens), _up(_up(k, TILE_COLS), step)
     tiles = batch * _up(n, rows) * token_tiles
-    products = step * 2 * (rows // 64) * tokens / next(share for least, share in PRODUCTS if tokens >= least)
+    products = step * 2 * groups * tokens / PRODUCTS.get((groups, tokens), FEW_PRODUCTS)
     reads = step * ((rows // 64) * tokens + strips * 8) + stage_bytes / SHARED_SPEED
     # Weights of tiles with other tokens come from L2.
     asked = STEP_CYCLES + strips * STRIP_CYCLES * step / 2
