@@ -22,6 +22,7 @@ namespace tenpak {
 #if CLUSTER == 1
 __device__ __forceinline__ int cluster_rank() { return 0; }
 __device__ __forceinline__ void cluster_sync() { __syncthreads(); }
+__device__ __forceinline__ void cluster_meet() { __syncthreads(); }
 template <class T>
 __device__ __forceinline__ T* in_block(T* shared, int) {
     return shared;
@@ -36,6 +37,10 @@ __device__ __forceinline__ int cluster_rank() {
 // Among all threads of the cluster that have not ended.
 __device__ __forceinline__ void cluster_sync() {
     asm volatile("barrier.cluster.arrive;\nbarrier.cluster.wait;" ::: "memory");
+}
+// The same, but what was written before it need not be there after it: for blocks that have begun, or shall not end.
+__device__ __forceinline__ void cluster_meet() {
+    asm volatile("barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
 }
 // Where another block of the cluster has what is at `shared` in this one.
 template <class T>

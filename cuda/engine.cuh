@@ -1,6 +1,5 @@
 // Barriers in shared memory that count bytes and copies, and bulk copies that end at them (compute capability 9.0).
 #pragma once
-#include "cluster.cuh"
 #include "layouts.cuh"
 
 namespace tenpak {
@@ -42,26 +41,6 @@ __device__ __forceinline__ void copy_bulk_once(u32 to, const void* from, u32 byt
     constexpr u64 EVICT_FIRST = 0x12f0000000000000;
     asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;"
                  :: "r"(to), "l"(from), "r"(bytes), "r"(barrier), "l"(EVICT_FIRST) : "memory");
-}
-
-// ---- In other blocks of a cluster, by addresses of in_block() ----------------------------------------------------------
-
-__device__ __forceinline__ float4 read_there(u32 from) {
-    float4 v;
-    asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "r"(from) : "memory");
-    return v;
-}
-__device__ __forceinline__ void barrier_arrive_there(u32 barrier) {
-    asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" :: "r"(barrier) : "memory");
-}
-// To the same place in every block, whose barrier there counts the bytes.
-__device__ __forceinline__ void copy_bulk_to_all(u32 to, const void* from, u32 bytes, u32 barrier) {
-#if CLUSTER == 1
-    copy_bulk(to, from, bytes, barrier);
-#else
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1], %2, [%3], %4;"
-                 :: "r"(to), "l"(from), "r"(bytes), "r"(barrier), "h"((u16)((1 << CLUSTER) - 1)) : "memory");
-#endif
 }
 
 }  // namespace tenpak

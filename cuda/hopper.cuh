@@ -44,6 +44,15 @@ __device__ __forceinline__ void group_barrier(int group) { asm volatile("bar.syn
 // Among those of all warpgroups that multiply.
 __device__ __forceinline__ void consumers_barrier(int threads) { asm volatile("bar.sync 15, %0;" :: "r"(threads) : "memory"); }
 
+// ---- Clusters of blocks -------------------------------------------------------------------------------------------------
+
+// From an address in the cluster's shared memory.
+__device__ __forceinline__ float4 read_there(u32 from) {
+    float4 v;
+    asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "r"(from) : "memory");
+    return v;
+}
+
 // ---- Copies that barriers wait for ----------------------------------------------------------------------------------
 
 // What the driver makes of a matrix in memory (cuTensorMapEncodeTiled).
@@ -79,19 +88,6 @@ __device__ __forceinline__ void copy_box(u32 to, const TensorMap& map, int colum
         "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint"
         " [%0], [%1, {%2, %3, %4}], [%5], %6;"
         :: "r"(to), "l"(&map), "r"(column), "r"(row), "r"(matrix), "r"(barrier), "l"(keep) : "memory");
-}
-
-// Of such a box of TOKENS rows this block's part, to the same address in all blocks of the cluster, each of which has its own
-// barrier count the bytes it gets.
-__device__ __forceinline__ void copy_box_to_all(u32 to, const TensorMap& map, int column, int row, int matrix, u32 barrier, u64 keep) {
-    constexpr int PART = TOKENS / CLUSTER;
-    const int first = cluster_rank() * PART;
-    asm volatile(
-        "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster.L2::cache_hint"
-        " [%0], [%1, {%2, %3, %4}], [%5], %7, %6;"
-        :: "r"(to + first * 128), "l"(&map), "r"(column), "r"(row + first), "r"(matrix), "r"(barrier), "l"(keep),
-           "h"((u16)((1 << CLUSTER) - 1))
-        : "memory");
 }
 
 // ---- Registers --------------------------------------------------------------------------------------------------------

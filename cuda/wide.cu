@@ -17,19 +17,13 @@
 //
 // A block waits only for blocks that were started before it, or with it.
 //
-// sm_90a. -DGROUPS, -DTOKENS, -DSTEP (1 or 2), -DSTAGES, -DCLUSTER (1 or 2).
+// sm_90a. -DGROUPS, -DTOKENS, -DSTEP (1, 2 or 4), -DSTAGES, -DCLUSTER (1 or 2).
 #include "columns.cuh"
-#ifndef TWINS
-#define TWINS 0
-#endif
 
 namespace tenpak {
 
 constexpr int CONSUMER_WARPS = 4 * GROUPS, PRODUCER_WARPS = 4;
 constexpr int GROUP_STRIPS = 4, STRIPS = GROUPS * GROUP_STRIPS, ROWS = STRIPS * TILE_ROWS;
-// Blocks that share a tile's columns, and those that share its tokens and divide its rows.
-constexpr int COLUMN_BLOCKS = TWINS ? 1 : CLUSTER, ROW_BLOCKS = TWINS ? CLUSTER : 1;
-__device__ __forceinline__ int row_block() { return ROW_BLOCKS > 1 ? cluster_rank() : 0; }
 
 // A stage: STEP boxes of x, then each strip's codes, parameters and super-scales.
 constexpr int X_BYTES = TOKENS * TILE_COLS * 2;
@@ -49,8 +43,8 @@ constexpr int LINE_BYTES = 64 * 2 + 16, CHUNK_BYTES = CHUNK * LINE_BYTES;
 constexpr int CHUNKS = TOKENS > CHUNK ? 2 : 1;
 
 // The registers of a thread that multiplies, and of one that does not; all together no more than there were at launch.
-constexpr int MANY = GROUPS == 6 ? 80 : GROUPS == 5 ? 88 : GROUPS == 4 ? 112 : GROUPS == 3 ? 152 : 232;
-constexpr int FEW = GROUPS == 6 ? 32 : GROUPS == 5 ? 56 : GROUPS == 4 ? 32 : GROUPS == 3 ? 56 : 40;
+constexpr int MANY = GROUPS == 4 ? 112 : GROUPS == 3 ? 152 : 232;
+constexpr int FEW = GROUPS == 4 ? 32 : GROUPS == 3 ? 56 : 40;
 
 // ---- Work -------------------------------------------------------------------------------------------------------------
 
@@ -69,16 +63,14 @@ struct Schedule {
     u32 share;
     u32 unit, end;     // what is left of this block's share of those; where there are helpers, of this one's tiles
     u32 whole;         // the next tile that is this block's alone
-    u32 blocks;        // of the grid; twins are as one
 
-    __device__ __forceinline__ Schedule(u32 tiles, int steps, int head)
-        : steps(steps), head(head), tiles(tiles), blocks(gridDim.x / ROW_BLOCKS) {
-        share = blockIdx.x / ROW_BLOCKS;
+    __device__ __forceinline__ Schedule(u32 tiles, int steps, int head) : steps(steps), head(head), tiles(tiles) {
+        share = blockIdx.x;
         unit = end = 0;
-        if (COLUMN_BLOCKS > 1) {
-            whole = share / COLUMN_BLOCKS;
+        if (CLUSTER > 1) {
+            whole = share / CLUSTER;
         } else if (head) {
-            const u32 helpers = blocks - tiles;
+            const u32 helpers = gridDim.x - tiles;
             whole = share - helpers;
             if (share < helpers) {
                 unit = share * tiles / helpers;
@@ -86,18 +78,18 @@ struct Schedule {
                 whole = tiles;
             }
         } else {
-            const u32 rest = tiles % blocks;
-            shared_tiles = rest == 0 ? 0 : tiles < blocks ? rest : rest + blocks;
-            share = blocks - 1 - share;
+            const u32 rest = tiles % gridDim.x;
+            shared_tiles = rest == 0 ? 0 : tiles < gridDim.x ? rest : rest + gridDim.x;
+            share = gridDim.x - 1 - blockIdx.x;
             unit = begin(share);
             end = begin(share + 1);
-            whole = shared_tiles + blocks - 1 - share;
+            whole = shared_tiles + blockIdx.x;
         }
     }
-    // share * units / blocks, in 32 bits.
+    // share * units / gridDim.x, in 32 bits.
     __device__ __forceinline__ u32 begin(u32 share) const {
-        const u32 units = shared_tiles * steps, each = units / blocks;
-        return share * each + share * (units - each * blocks) / blocks;
+        const u32 units = shared_tiles * steps, each = units / gridDim.x;
+        return share * each + share * (units - each * gridDim.x) / gridDim.x;
     }
     // Where a block that did not begin a tile leaves its sums, and those who did so for a tile that this one begins: from one
     // place to another.
@@ -123,11 +115,11 @@ struct Schedule {
         }
         if (whole >= tiles) return false;
         segment = {whole, 0, head ? head : steps};
-        whole += blocks;
-        if constexpr (COLUMN_BLOCKS > 1) {
-            const int rank = share % COLUMN_BLOCKS;
-            segment.first = steps * rank / COLUMN_BLOCKS;
-            segment.count = steps * (rank + 1) / COLUMN_BLOCKS - segment.first;
+        whole += gridDim.x;
+        if constexpr (CLUSTER > 1) {
+            const int rank = share % CLUSTER;
+            segment.first = steps * rank / CLUSTER;
+            segment.count = steps * (rank + 1) / CLUSTER - segment.first;
         }
         return true;
     }
@@ -141,7 +133,7 @@ struct Place {
         const u32 row_and_matrix = tile / token_tiles;
         token = (tile - row_and_matrix * token_tiles) * TOKENS;
         matrix = row_and_matrix / row_tiles;
-        strip = ((row_and_matrix - matrix * row_tiles) * ROW_BLOCKS + row_block()) * STRIPS;
+        strip = (row_and_matrix - matrix * row_tiles) * STRIPS;
     }
 };
 
@@ -161,14 +153,6 @@ struct Turn {
 
 // ---- Producer -----------------------------------------------------------------------------------------------------------
 
-// A box of x; of twins each asks for a part of it, for all.
-__device__ __forceinline__ void copy_tokens(u32 to, const TensorMap& x, int column, int token, int matrix, u32 barrier) {
-    if constexpr (ROW_BLOCKS > 1)
-        copy_box_to_all(to, x, column, token, matrix, barrier, KEEP_LONG);
-    else
-        copy_box(to, x, column, token, matrix, barrier, KEEP_LONG);
-}
-
 // One step's copies: boxes of x by one thread, and each producer warp's strips by its lanes, sixteen bytes each; strips
 // beyond the weight's are copies of its last. The copy engine is not asked for weights: with
 // its bulk copies of each strip's runs most shapes were slower.
@@ -179,7 +163,7 @@ __device__ __forceinline__ void copy_step(const TensorMap& x, const Weight& w, c
         barrier_expect(barrier, count * X_BYTES);
 #pragma unroll
         for (int j = 0; j < STEP; ++j)
-            if (j < count) copy_tokens(stage + j * X_BYTES, x, (k + j) * TILE_COLS, at.token, at.matrix, barrier);
+            if (j < count) copy_box(stage + j * X_BYTES, x, (k + j) * TILE_COLS, at.token, at.matrix, barrier, KEEP_LONG);
     }
     __syncwarp();
 #pragma unroll
@@ -196,13 +180,10 @@ __device__ __forceinline__ void copy_step(const TensorMap& x, const Weight& w, c
 
 // ---- Consumers ------------------------------------------------------------------------------------------------------------
 
-// That this warp has read a stage, to all who write there: lane i to the twin whose barrier it has.
+// That all lanes have read a stage, if there is one.
 __device__ __forceinline__ void release(u32 barrier, int lane) {
-    if constexpr (ROW_BLOCKS > 1) {
-        if (lane < ROW_BLOCKS) barrier_arrive_there(barrier);
-    } else {
-        if (lane == 0) barrier_arrive(barrier);
-    }
+    __syncwarp();
+    if (barrier && lane == 0) barrier_arrive(barrier);
 }
 
 // Tile j of a stage; j is known when this is compiled.
@@ -276,7 +257,7 @@ __device__ __forceinline__ void store(const float (&sums)[SUMS], u8* staged, u16
 // The sums of one tile's columns, by the blocks of a cluster: each leaves its own in its shared memory, where stages were,
 // scaled, and adds everybody's of some tokens.
 constexpr int EXCHANGE_ROW = ROWS + 4;  // floats of a token: eight rows of four tokens then meet all banks
-static_assert(COLUMN_BLOCKS == 1 || TOKENS * EXCHANGE_ROW * 4 <= STAGES * BYTES_OF_STAGE, "sums are left where stages were");
+static_assert(CLUSTER == 1 || TOKENS * EXCHANGE_ROW * 4 <= STAGES * BYTES_OF_STAGE, "sums are left where stages were");
 __device__ __forceinline__ void leave_sums(const float (&sums)[SUMS], u8* exchange, int first_row, float low, float high) {
     const int warp = threadIdx.x % 128 / LANES, lane = threadIdx.x % LANES;
     float* to = reinterpret_cast<float*>(exchange) + lane % 4 * 2 * EXCHANGE_ROW + first_row + warp * TILE_ROWS + lane / 4;
@@ -284,19 +265,19 @@ __device__ __forceinline__ void leave_sums(const float (&sums)[SUMS], u8* exchan
     for (int i = 0; i < SUMS; ++i) to[(i / 4 * 8 + i % 2) * EXCHANGE_ROW + i / 2 % 2 * 8] = sums[i] * (i / 2 % 2 ? high : low);
 }
 __device__ __forceinline__ void store_exchanged(u32 exchange, int rank, u16* y, const u16* bias, int first_row, int tokens, int n) {
-    constexpr int EACH = TOKENS / COLUMN_BLOCKS, FOURS = ROWS / 4;
+    constexpr int EACH = TOKENS / CLUSTER, FOURS = ROWS / 4;
     const bool vectors = n % 4 == 0 && (u64)y % 8 == 0;
 #pragma unroll 2
     for (int i = threadIdx.x; i < EACH * FOURS; i += 128 * GROUPS) {
         const int token = rank * EACH + i / FOURS, row = i % FOURS * 4, r = first_row + row;
         if (token >= min(tokens, TOKENS) || r >= n) continue;
         const u32 from = exchange + (token * EXCHANGE_ROW + row) * 4;
-        float4 parts[COLUMN_BLOCKS];
+        float4 parts[CLUSTER];
 #pragma unroll
-        for (int j = 0; j < COLUMN_BLOCKS; ++j) parts[j] = read_there(in_block(from, j));
+        for (int j = 0; j < CLUSTER; ++j) parts[j] = read_there(in_block(from, j));
         float all[4] = {};
 #pragma unroll
-        for (int j = 0; j < COLUMN_BLOCKS; ++j) {
+        for (int j = 0; j < CLUSTER; ++j) {
             all[0] += parts[j].x;
             all[1] += parts[j].y;
             all[2] += parts[j].z;
@@ -333,7 +314,7 @@ wide(const __grid_constant__ tenpak::TensorMap x, const unsigned char* codes, co
     const u32 stages_address = keep_address(shared_address(stages));
     const u32 full = keep_address(shared_address(barriers)), empty = full + 8 * STAGES;
 
-    const int row_tiles = (n + ROW_BLOCKS * ROWS - 1) / (ROW_BLOCKS * ROWS), token_tiles = (m + TOKENS - 1) / TOKENS;
+    const int row_tiles = (n + ROWS - 1) / ROWS, token_tiles = (m + TOKENS - 1) / TOKENS;
     const int strips = (n + TILE_ROWS - 1) / TILE_ROWS;
     // Each role makes its own: what both keep must fit in the registers of the smaller one.
     auto own_schedule = [&] { return Schedule((u32)batch * row_tiles * token_tiles, (tiles + STEP - 1) / STEP, head); };
@@ -346,7 +327,7 @@ wide(const __grid_constant__ tenpak::TensorMap x, const unsigned char* codes, co
         for (int i = 0; i < STAGES; ++i) {
             // Each thread's copies of weights, and the one that asks for x.
             barrier_init(full + 8 * i, PRODUCER_WARPS * LANES + 1);
-            barrier_init(empty + 8 * i, ROW_BLOCKS * CONSUMER_WARPS);
+            barrier_init(empty + 8 * i, CONSUMER_WARPS);
         }
         barriers_ready();
     }
@@ -354,7 +335,6 @@ wide(const __grid_constant__ tenpak::TensorMap x, const unsigned char* codes, co
     Lut16::prepare(threadIdx.x, Lut16::BIASED_XOR);
 #endif
     __syncthreads();
-    if constexpr (ROW_BLOCKS > 1) cluster_sync();
 
     const int warp = __shfl_sync(~0u, threadIdx.x / LANES, 0), lane = lane_of_warp();
     if (warp >= CONSUMER_WARPS) {
@@ -381,7 +361,6 @@ wide(const __grid_constant__ tenpak::TensorMap x, const unsigned char* codes, co
         u8* const staged = stages + STAGES * BYTES_OF_STAGE + group * CHUNKS * CHUNK_BYTES;
         // This warp's strip in a stage.
         const u32 own = WEIGHTS_AT + (group * GROUP_STRIPS + warp % 4) * STRIP_BYTES;
-        const u32 empty_of_twins = ROW_BLOCKS > 1 ? in_block(empty, lane % ROW_BLOCKS) : empty;
         Turn turn(0);
         while (schedule.next(segment)) {
             const Place at(segment.tile, row_tiles, token_tiles);
@@ -395,45 +374,44 @@ wide(const __grid_constant__ tenpak::TensorMap x, const unsigned char* codes, co
             u32 to_release = 0;  // the barrier of the stage whose products may still be under way
 #pragma unroll 1
             for (int step = segment.first; step < segment.first + segment.count; ++step) {
+                const u32 stage = stages_address + turn.stage * BYTES_OF_STAGE, here = stage + own;
                 // Exchanged so that the compiler knows it to be the same for all lanes, as descriptors must be.
-                const u32 stage = __shfl_sync(~0u, stages_address + turn.stage * BYTES_OF_STAGE, 0);
+                const u32 boxes = __shfl_sync(~0u, descriptor(stage), 0);
                 barrier_wait(full + 8 * turn.stage, turn.phase);
 #pragma unroll
                 for (int j = 0; j < STEP; ++j) {
                     if (j > 0 && STEP * step + j >= tiles) break;
-                    const u32 box = descriptor(stage + j * X_BYTES);
-                    const u32 here = stage + own;
+                    const u32 box = boxes + j * (X_BYTES / 16);
                     const Columns::Tile tile = load_tile(j, here, here + PARAMS_AT, here + SUPERS_AT, lane);
                     multiply<0>(sums, tile, rows, box, lane);
                     // Only this step's are under way.
-                    if (j == 0 && to_release) release(to_release, lane);
+                    if (j == 0) release(to_release, lane);
                     multiply<1>(sums, tile, rows, box, lane);
                 }
-                to_release = empty_of_twins + 8 * turn.stage;
+                to_release = empty + 8 * turn.stage;
                 turn.next();
             }
             wgmma_wait<0>();
-            if (to_release) release(to_release, lane);
+            release(to_release, lane);
             pin(sums);
 
             auto to = [&] { return y + ((size_t)at.matrix * m + at.token) * n; };
             auto plus = [&] { return bias ? bias + (size_t)at.matrix * n : nullptr; };
-            if constexpr (COLUMN_BLOCKS > 1) {
+            if constexpr (CLUSTER > 1) {
                 // Everybody's products have read their stages.
                 consumers_barrier(128 * GROUPS);
                 leave_sums(sums, stages, group * 64, scale * Layout::row_scale(rows, false), scale * Layout::row_scale(rows, true));
                 cluster_sync();
                 store_exchanged(stages_address, cluster_rank(), to(), plus(), at.strip * TILE_ROWS, m - at.token, n);
-                cluster_sync();
+                cluster_meet();
                 continue;
             }
 
             constexpr int PART = SUMS / 4 * 128;  // float4 of one group
             // Others' sums that registers have room for.
             constexpr int ROOM = (MANY - 40) / SUMS - 1, AT_ONCE = ROOM < 1 ? 1 : ROOM > 4 ? 4 : ROOM;
-            const int place_of_group = row_block() * GROUPS + group;
-            unsigned int* const counter = arrived + (size_t)segment.tile * (ROW_BLOCKS * GROUPS) + place_of_group;
-            auto part = [&](u32 place) { return partial + ((size_t)place * (ROW_BLOCKS * GROUPS) + place_of_group) * PART + thread; };
+            unsigned int* const counter = arrived + (size_t)segment.tile * GROUPS + group;
+            auto part = [&](u32 place) { return partial + ((size_t)place * GROUPS + group) * PART + thread; };
             if (segment.first > 0) {
                 float4* left = part(schedule.left_at(segment.tile));
 #pragma unroll
@@ -473,6 +451,4 @@ wide(const __grid_constant__ tenpak::TensorMap x, const unsigned char* codes, co
                   scale * Layout::row_scale(rows, true), group);
         }
     }
-    // No block ends while its twin may reach into it.
-    if constexpr (ROW_BLOCKS > 1) cluster_sync();
 }

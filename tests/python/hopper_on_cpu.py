@@ -26,11 +26,9 @@ struct uint2 { u32 x, y; };
 struct alignas(16) uint4 { u32 x, y, z, w; };
 #define __constant__ static
 #define __grid_constant__
+#define __cluster_dims__(...)
 #ifndef CLUSTER
 #define CLUSTER 1
-#endif
-#ifndef TWINS
-#define TWINS 0
 #endif
 #define IN_CLUSTERS
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
@@ -126,32 +124,12 @@ inline u8* memory() {
     }();
     return begin;
 }
-// What each block of a cluster left for the others when they met, in the launch before this one, which is the same.
-static std::map<std::pair<u32, u32>, std::vector<u8>> left;
-static u32 meetings;
-inline void leave_for_others() {
-    if (threadIdx.x == 0) left[{blockIdx.x, meetings++}].assign(memory(), memory() + shared_size);
-}
-inline int cluster_rank() { return blockIdx.x % CLUSTER; }
-static int asked_rank;
-inline u32 in_block(u32 at, int rank) {
-    asked_rank = rank;
-    return at;
-}
-// From what was left there when they last met.
-inline float4 read_there(u32 at) {
-    const std::vector<u8>& from = left[{blockIdx.x / CLUSTER * CLUSTER + asked_rank, meetings - 1}];
-    float4 v = {};
-    if (!from.empty()) memcpy(&v, from.data() + (at - first_shared), sizeof v);
-    return v;
-}
 // For each block anew.
 inline u8* dynamic_memory() {
     if (threadIdx.x == 0) {
         first_shared = (u32)(u64)memory();
         shared_size = dynamic.size() - 16;
         memset(memory(), 0xff, 230 << 10);
-        meetings = 0;
         counters.clear();
         under_way.clear();
         asked_for.clear();
@@ -175,7 +153,6 @@ inline void barrier_arrive(u32 barrier) {
     --c.missing;
     may_end(c);
 }
-inline void barrier_arrive_there(u32 barrier) { barrier_arrive(barrier); }
 inline void barrier_expect(u32 barrier, u32 bytes) {
     counter(barrier).bytes += bytes;
     barrier_arrive(barrier);
@@ -213,7 +190,6 @@ inline void copy_bulk(u32 to, const void* from, u32 bytes, u32 barrier) {
     check(to % 16 == 0 && (u64)from % 16 == 0 && bytes % 16 == 0, "a copy is not made of sixteen bytes");
     ask_for({{{to, (const u8*)from, bytes}}, false}, barrier);
 }
-inline void copy_bulk_to_all(u32 to, const void* from, u32 bytes, u32 barrier) { copy_bulk(to, from, bytes, barrier); }
 inline void copy_bulk_once(u32 to, const void* from, u32 bytes, u32 barrier) { copy_bulk(to, from, bytes, barrier); }
 }
 """
@@ -242,11 +218,24 @@ inline void group_barrier(int group) { arrive(of_groups[group], 128); }
 inline uint2 make_uint2(u32 x, u32 y) { return {x, y}; }
 static Barrier of_consumers, of_cluster;
 inline void consumers_barrier(int threads) { arrive(of_consumers, threads); }
+// What each block of a cluster left for the others, in the launch before this one, which is the same.
+static std::map<u32, std::vector<u8>> left;
+inline void cluster_meet() { arrive(of_cluster, 128 * GROUPS); }
 inline void cluster_sync() {
-    constexpr int THREADS = TWINS ? 128 * GROUPS + 128 : 128 * GROUPS;
-    arrive(of_cluster, THREADS);
-    if (!TWINS) leave_for_others();
-    arrive(of_cluster, THREADS);
+    cluster_meet();
+    if (threadIdx.x == 0) left[blockIdx.x].assign(memory(), memory() + shared_size);
+}
+inline int cluster_rank() { return blockIdx.x % CLUSTER; }
+static int asked_rank;
+inline u32 in_block(u32 at, int rank) {
+    asked_rank = rank;
+    return at;
+}
+inline float4 read_there(u32 at) {
+    const std::vector<u8>& from = left[blockIdx.x / CLUSTER * CLUSTER + asked_rank];
+    float4 v = {};
+    if (!from.empty()) memcpy(&v, from.data() + (at - first_shared), sizeof v);
+    return v;
 }
 
 constexpr u64 KEEP_LONG = 2;
@@ -274,10 +263,6 @@ inline void copy_box(u32 to, const TensorMap& map, int column, int row, int matr
             const u16* from = (const u16*)map.x + ((u64)matrix * map.rows + row + r) * map.stride + column + 8 * c;
             ask_for({{{at ^ (at >> 7 & 7) << 4, there ? (const u8*)from : nullptr, 16}}, false}, barrier);
         }
-}
-// Twins do the same at the same time.
-inline void copy_box_to_all(u32 to, const TensorMap& map, int column, int row, int matrix, u32 barrier, u64 keep) {
-    copy_box(to, map, column, row, matrix, barrier, keep);
 }
 template <int COUNT> void take_registers() {}
 template <int COUNT> void leave_registers() {}
@@ -395,11 +380,10 @@ def wide(
     strip = plans.strip_bytes(layout, STAGE_BYTES[layout], step)
     fixed, stage = plans.shared_bytes(groups, tokens, step, strip)
     tiles = -(-k // 64)
-    twins = int(str(defines.get("CLUSTER", 1))) if "TWINS" in defines else 1
-    rows = 64 * groups * twins
+    rows = 64 * groups
     output_tiles = batch * -(-n // rows) * -(-m // tokens)
-    partial = aligned(np.full((output_tiles if head else grid // twins) * rows * tokens, np.nan, np.float32))
-    arrived = aligned(np.zeros(output_tiles * groups * twins, np.uint32))
+    partial = aligned(np.full((output_tiles if head else grid) * rows * tokens, np.nan, np.float32))
+    arrived = aligned(np.zeros(output_tiles * groups, np.uint32))
     assert x is not None
     assert y is not None
     assert partial is not None
@@ -423,7 +407,7 @@ def wide(
     pointers = (ctypes.c_void_p * len(given))(*(value.ctypes.data for value in given))
     library = _library(tuple(sorted(defines.items())))
     # Of a cluster, the first launch leaves what its blocks read of each other.
-    for _ in range(2 if defines.get("CLUSTER", 1) != 1 and twins == 1 else 1):
+    for _ in range(1 if defines.get("CLUSTER", 1) == 1 else 2):
         y[...] = 0x7FFF
         library.launch(pointers, (ctypes.c_uint * 3)(grid, 1, 1), 128 * groups + 128, fixed + stages * stage)
     assert not arrived.any(), "counters are not zero again"

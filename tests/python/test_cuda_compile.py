@@ -23,8 +23,8 @@ ENGINE = [{**SKINNY[0], "ENGINE": 1}, {"WARPS": 8, "DEPTH": 3, "COLUMNS": 2, "BL
 PREFILL = [{"GROUPS": 4, "BLOCKS": 1, "TOKENS": 16, "DEPTH": 3, "STAGES": 3}]
 WIDE = [
     {"GROUPS": 2, "TOKENS": 256, "STEP": 1, "STAGES": 4},
-    {"GROUPS": 4, "TOKENS": 64, "STEP": 2, "STAGES": 3},
-    {"GROUPS": 3, "TOKENS": 128, "STEP": 1, "STAGES": 5, "CLUSTER": 2},
+    {"GROUPS": 4, "TOKENS": 16, "STEP": 4, "STAGES": 3},
+    {"GROUPS": 3, "TOKENS": 128, "STEP": 2, "STAGES": 3, "CLUSTER": 2},
 ]
 
 

@@ -25,10 +25,10 @@ from tenpak.cuda import compile as kernels
 from tenpak.cuda import layouts
 from tenpak.cuda.plans import (
     ACTIVATIONS,
+    FEW,
     HEAD_DIMS,
     NORMS,
     RESERVED,
-    WIDE_FROM,
     Device,
     Fused,
     cache_defines,
@@ -172,7 +172,7 @@ def _plans(
                 plan = choose(here, layout, n, k, m, bf16=bf16)
                 yield plan.source, plan.defines
             # `wide` has tiles of up to 256, and which of them fit best changes with their number.
-            for m in range(WIDE_FROM, dense_from(here.hopper, True) if here.hopper else 0, 16):
+            for m in range(FEW + 1, dense_from(here.hopper, True) if here.hopper else 0, 16):
                 plan = choose(here, layout, n, k, m, bf16=bf16, in_boxes=True)
                 yield plan.source, plan.defines
         for fused in launches:

@@ -5,8 +5,8 @@ tuned at run time.
 
 - up to 8 tokens, and 16 where x fits in shared memory: `skinny`, bound by memory (one token of most layouts, and two of
   tables, in integers);
-- more on Hopper: from `WIDE_FROM` tokens on `wide`, whose tokens the copy engine brings, and `prefill` for fewer and
-  where it cannot bring them; both on the tensor cores' warpgroup instructions;
+- more on Hopper: `wide`, whose tokens the copy engine brings, and `prefill` where it cannot bring them; both on the
+  tensor cores' warpgroup instructions;
 - `dense_from` tokens and more: the weight is unpacked, a part at a time, for cuBLAS.
 """
 
@@ -41,8 +41,10 @@ TABLES = frozenset({"int4_lut16", "int4_lut32"})
 #: Layouts of which one token is multiplied in integers (cuda/integers.cuh). The others have so many bytes that memory
 #: takes the time either way.
 INTEGER = TABLES | {"int4_g16_fp16", "int4_g32_fp16", "int4_g64_fp16", "int4_g128_fp16", "int4_g16_u8"}
-#: Tokens from which `wide` is faster than what is for fewer.
+#: Tokens from which `wide` is always faster than what is for fewer.
 WIDE_FROM = 17
+#: Layouts that take so long to unpack that `prefill` is faster for large weights and fewer tokens.
+SLOW = TABLES | {"int4_g8_u8"}
 #: Weights from which more tiles in flight pay for the shared memory they take.
 LARGE = 100_000_000
 #: Shared memory that a block keeps for itself: barriers, tables, and what the driver reserves.
@@ -373,7 +375,7 @@ def wide_plans(device: Device, layout: str, n: int, k: int, m: int, batch: int, 
             (*scalars, int32(choice.head)),
             choice.partial_bytes,
             choice.counters,
-            choice.tokens // choice.twins,
+            choice.tokens,
         )
         for choice in found
     ]
@@ -395,13 +397,12 @@ def choose(
 
     `in_boxes`: the copy engine can read x.
     """
-    if device.hopper and not grouped and in_boxes and m >= WIDE_FROM:
-        return wide_plans(device, layout, n, k, m, batch, bf16)[0]
-    if device.hopper and not grouped:
-        # x of 16 tokens: 32 bytes a column.
-        fits = m <= FEW or (m <= 16 and 32 * k <= 160 << 10 and n * k < LARGE)
-        if not fits:
-            return _prefill(device, layout, n, k, m, batch, bf16)
+    # x of 16 tokens: 32 bytes a column.
+    few = m <= FEW or (m < WIDE_FROM and 32 * k <= 160 << 10 and n * k < LARGE)
+    if device.hopper and not grouped and not few:
+        if in_boxes and (m >= WIDE_FROM or n * k < LARGE or layout not in SLOW):
+            return wide_plans(device, layout, n, k, m, batch, bf16)[0]
+        return _prefill(device, layout, n, k, m, batch, bf16)
     return skinny_plans(device, layout, n, k, m, batch, bf16, grouped, fused)[0]
 
 
