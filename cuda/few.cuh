@@ -58,28 +58,6 @@ __device__ __forceinline__ float reciprocal(float x) {
     return y;
 }
 
-// ---- Clusters of blocks -----------------------------------------------------------------------------------------------
-
-// That all threads of all blocks have come so far, and barriers are ready: whole warps say that they have, and wait.
-__device__ __forceinline__ void cluster_arrive() {
-#if CLUSTER > 1
-    asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
-#endif
-}
-__device__ __forceinline__ void cluster_wait() {
-#if CLUSTER > 1
-    asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
-#endif
-}
-// Of what all blocks get, each brings this one to all of them, and then every so many-th.
-constexpr int BROUGHT_EVERY = CLUSTER;
-__device__ __forceinline__ int first_brought() { return cluster_rank(); }
-// At the same barrier of each block.
-__device__ __forceinline__ void barrier_arrive_everywhere(u32 barrier) {
-#pragma unroll
-    for (int rank = 0; rank < CLUSTER; ++rank) barrier_arrive_there(in_block(barrier, rank));
-}
-
 // True in one lane of a warp whose lanes are all here. What the others know, too, then stays in uniform registers, and a copy takes
 // a few instructions to ask for; with any other condition it takes a loop over lanes.
 __device__ __forceinline__ bool elected() {

@@ -71,7 +71,7 @@ __device__ __forceinline__ void wait_for_staging(int tokens) {
 }
 
 #if ENGINE
-// The columns of x of one step: of one copier's tokens. Each block of a cluster brings some of them to all of them.
+// The columns of x of one step: of one copier's tokens.
 __device__ __forceinline__ void copy_x(const XSlice& from, u32 to, int row_bytes, int step, u32 barrier, int copier) {
     constexpr int MOST = STEP_TILES * TILE_COLS;
     const int column = step * MOST, bytes = min(MOST, from.columns - column) * 2;
@@ -79,9 +79,8 @@ __device__ __forceinline__ void copy_x(const XSlice& from, u32 to, int row_bytes
     if (elected()) {
         barrier_expect(barrier, tokens * bytes);
 #pragma unroll 1
-        for (int token = copier + COPIERS * first_brought(); token < from.tokens; token += COPIERS * BROUGHT_EVERY)
-            copy_bulk_to_all(to + token * row_bytes + column * 2, from.x + token * from.stride + from.first_column + column,
-                             bytes, barrier);
+        for (int token = copier; token < from.tokens; token += COPIERS)
+            copy_bulk(to + token * row_bytes + column * 2, from.x + token * from.stride + from.first_column + column, bytes, barrier);
     }
 }
 #endif
@@ -92,7 +91,7 @@ __device__ __forceinline__ void copy_x(const XSlice& from, u32 to, int row_bytes
 // after another, sorted by expert. y alike with rows of n, or n / 2 if gated. bias [batch, n] or null. slice: tiles of K for
 // each block, a multiple of four; partial [slots, slices, strips, PARTS, lanes] float4 and arrived [slots, strips] (of the first strip of
 // each turn) serve slices > 1. norm_weight, norm_bias (or null): FP32 [k], with -DNORM.
-extern "C" __global__ void IN_CLUSTERS __launch_bounds__(tenpak::ALL_WARPS * 32, BLOCKS)
+extern "C" __global__ void __launch_bounds__(tenpak::ALL_WARPS * 32, BLOCKS)
 skinny(const unsigned char* codes, const unsigned char* params, const unsigned char* row_params, const unsigned short* x,
        tenpak::Out* y, const unsigned short* bias, const int* offsets, float4* partial, unsigned int* arrived,
        long long codes_step, long long params_step, long long row_params_step, long long x_stride, int m, int n, int k,
@@ -144,7 +143,6 @@ skinny(const unsigned char* codes, const unsigned char* params, const unsigned c
         }
         if (COPIERS > 1) wait_at_barrier<COPIERS * LANES>(READY);
         else __syncwarp();
-        cluster_arrive();
         // What is asked for before others have come so far: of each step x, where it is there, and then the weights.
         const int all = walk.turns * walk.steps, early = min(DEPTH, all);
         int weights = 0, turn = 0, step = 0, x_steps = 0;
@@ -154,8 +152,6 @@ skinny(const unsigned char* codes, const unsigned char* params, const unsigned c
             if (++step == walk.steps) step = 0, ++turn;
         };
         const bool x_early = x_by_engine && !OVERLAP;
-        if (CLUSTER > 1 && early) ask();
-        cluster_wait();
         while (weights < early) {
             if (x_early && x_steps < walk.steps) copy_x(slice_of_x(0), to, row_bytes, x_steps, x_full + 8 * x_steps, copier), ++x_steps;
             ask();
@@ -178,8 +174,6 @@ skinny(const unsigned char* codes, const unsigned char* params, const unsigned c
     }
 #endif
 
-    cluster_arrive();
-    cluster_wait();
     if (warp >= WARPS) {
         const int buffer = warp - WARPS;
         for (int chunk = 0; chunk < chunks; ++chunk) {

@@ -41,6 +41,7 @@ static SOURCES: &[(&str, &str)] = sources![
     "product.cu",
     "reduce.cuh",
     "ring.cuh",
+    "rows.cu",
     "sample.cu",
     "skinny.cu",
     "tokens.cuh",

@@ -70,20 +70,7 @@ inline void read_if(u32 wanted, u32 from, u32& x, u32& y, u32& z, u32& w) {
     read_if(wanted, from + 8, z, w);
 }
 inline void copy_or_zeros(u32 to, const void* from, int bytes) { copy16(at_shared(to), from, bytes != 0); }
-inline void cluster_arrive() {}
-inline void cluster_wait() {}
-inline void cluster_sync() {
-    __syncthreads();
-    leave_for_others();
-    __syncthreads();
-}
-// Each block brings what it gets: blocks run one after another.
-constexpr int BROUGHT_EVERY = 1;
-inline int first_brought() { return 0; }
 inline bool elected() { __syncwarp(); return threadIdx.x % 32 == 0; }
-inline void barrier_arrive_everywhere(u32 barrier) {
-    for (int i = 0; i < CLUSTER; ++i) barrier_arrive(barrier);
-}
 inline u32 opaque_minus_one() { return ~0u; }
 inline float reciprocal(float x) { return 1.0f / x; }
 static Barrier named[16];
@@ -133,9 +120,5 @@ def run(
     boxes = [np.array([argument]) for argument in arguments]
     pointers = (ctypes.c_void_p * len(boxes))(*(box.ctypes.data for box in boxes))
     library = _library(plan.source, plan.kernel, tuple(sorted(plan.defines.items())))
-    # Of a cluster, the first launch leaves what its blocks read of each other.
-    before = y.copy()
-    for _ in range(1 if plan.defines.get("CLUSTER", 1) == 1 else 2):
-        y[...] = before
-        library.launch(pointers, (ctypes.c_uint * 3)(*plan.grid), plan.block[0], plan.shared)
+    library.launch(pointers, (ctypes.c_uint * 3)(*plan.grid), plan.block[0], plan.shared)
     assert not counters.any()

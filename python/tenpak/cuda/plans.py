@@ -3,8 +3,8 @@
 The choices are measured ones (tests/bench/bench_gemm.py, bench_attention.py) and ship with the package: nothing is
 tuned at run time.
 
-- up to 8 tokens, and 16 where x fits in shared memory: `skinny`, bound by memory (one token of most layouts, and two of
-  tables, in integers);
+- up to 16 tokens: `skinny`, bound by memory (one token of most layouts, and two of tables, in integers), or on Hopper
+  from `ROWS_FROM` tokens on `rows`, whose blocks have more rows for what they read of x;
 - more on Hopper: `wide`, whose tokens the copy engine brings, and `prefill` where it cannot bring them; both on the
   tensor cores' warpgroup instructions;
 - `dense_from` tokens and more: the weight is unpacked, a part at a time, for cuBLAS.
@@ -41,6 +41,8 @@ TABLES = frozenset({"int4_lut16", "int4_lut32"})
 #: Layouts of which one token is multiplied in integers (cuda/integers.cuh). The others have so many bytes that memory
 #: takes the time either way.
 INTEGER = TABLES | {"int4_g16_fp16", "int4_g32_fp16", "int4_g64_fp16", "int4_g128_fp16", "int4_g16_u8"}
+#: Tokens from which `rows` is faster than `skinny`, where the copy engine can read x.
+ROWS_FROM = 5
 #: Tokens from which `wide` is always faster than what is for fewer.
 WIDE_FROM = 17
 #: Layouts that take so long to unpack that `prefill` is faster for large weights and fewer tokens.
@@ -168,7 +170,6 @@ class Form:
     blocks: int
     strips: int = 1
     engine: bool = False
-    cluster: int = 1
     adders: int = 0
     even: bool = False
     copiers: int = 1
@@ -268,11 +269,6 @@ def skinny_plans(
         width = min(turns, per_matrix)
         if form.even:
             width = divide_up(turns, divide_up(turns, width))
-        if form.cluster > 1:
-            whole = divide_up(width, form.cluster) * form.cluster
-            width = whole if whole <= min(turns, per_matrix) else whole - form.cluster
-            if not width or m > chunk or grouped:
-                return None
         defines = {
             "LAYOUT": layout,
             "BF16": int(bf16),
@@ -283,7 +279,6 @@ def skinny_plans(
             "INTEGER": integer,
             "STRIPS": form.strips,
             "ENGINE": int(form.engine),
-            **({"CLUSTER": form.cluster} if form.cluster > 1 else {}),
             **({"SHARERS": sharers} if form.sharers else {}),
             **({"COPIERS": form.copiers} if form.copiers > 1 else {}),
             **({"ADDERS": form.adders} if form.adders else {}),
@@ -315,6 +310,56 @@ def skinny_plans(
         if found:
             return found
         slices += 1
+
+
+#: Blocks of `rows` by the strips of 16 rows that they have at a time: warps, and those of them that share a strip.
+#: Each warp has two strips.
+ROWS_FORMS = {2: (8, 8), 4: (8, 4), 6: (12, 4), 8: (8, 2), 10: (10, 2), 12: (12, 2), 14: (14, 2)}
+
+
+def rows_plan(device: Device, layout: str, n: int, k: int, m: int, batch: int = 1, bf16: bool = False) -> Plan | None:
+    """The configuration of `rows` for a product, or None where there are too few rows for it.
+
+    The copy engine can read x, and k is a multiple of 64.
+    """
+    strips, tiles, stage = divide_up(n, TILE_ROWS), divide_up(k, TILE_COLS), STAGE_BYTES[layout]
+    columns = 1 if m <= 8 else 2
+    if k % TILE_COLS or strips * batch <= device.multiprocessors:
+        return None
+    per_matrix = max(1, device.multiprocessors // batch)
+    # As many turns as the most rows ask for, and as few rows as as many turns need.
+    turns = divide_up(strips, per_matrix * max(ROWS_FORMS))
+    rows = min(r for r in ROWS_FORMS if r * per_matrix * turns >= strips)
+    warps, sharers = ROWS_FORMS[rows]
+    copiers = 2 if rows > 6 else 4
+    of_x = 8 * columns * (sharers * 2 * TILE_COLS * 2 + 64)
+    of_stage = divide_up(divide_up(rows * sharers * stage, 128) * 128 + of_x, 128) * 128
+    sums = warps * 2 * columns * 512
+    depth = min(4, (device.shared - sums) // of_stage)
+    if depth < 2:
+        return None
+    defines = {
+        "LAYOUT": layout,
+        "BF16": int(bf16),
+        "WARPS": warps,
+        "SHARERS": sharers,
+        "STRIPS": 2,
+        "DEPTH": depth,
+        "COLUMNS": columns,
+        "COPIERS": copiers,
+    }
+    int32 = np.int32
+    return Plan(
+        "rows.cu",
+        "rows",
+        defines,
+        (min(divide_up(strips, rows) * divide_up(m, 8 * columns), per_matrix), 1, batch),
+        (32 * (warps + copiers),),
+        depth * of_stage + sums,
+        (int32(m), int32(n), int32(k), int32(tiles), int32(divide_up(k, 256)), int32(tiles)),
+        0,
+        0,
+    )
 
 
 def _prefill(device: Device, layout: str, n: int, k: int, m: int, batch: int, bf16: bool) -> Plan:
@@ -397,6 +442,10 @@ def choose(
 
     `in_boxes`: the copy engine can read x.
     """
+    if device.hopper and not grouped and in_boxes and fused == PLAIN and ROWS_FROM <= m < WIDE_FROM:
+        found = rows_plan(device, layout, n, k, m, batch, bf16)
+        if found is not None:
+            return found
     # x of 16 tokens: 32 bytes a column.
     few = m <= FEW or (m < WIDE_FROM and 32 * k <= 160 << 10 and n * k < LARGE)
     if device.hopper and not grouped and not few:
