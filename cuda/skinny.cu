@@ -45,11 +45,7 @@
 namespace tenpak {
 
 // Strips (or pairs of strips) whose sums are in shared memory at a time, each with a warp that adds them.
-#ifdef ADDERS
-constexpr int BUFFERS = ADDERS;
-#else
 constexpr int BUFFERS = COLUMNS <= 2 ? 2 : 1;
-#endif
 // Warps: those that multiply, those that add, and those that ask for copies.
 constexpr int FIRST_COPIER = WARPS + BUFFERS, ALL_WARPS = FIRST_COPIER + ENGINE * COPIERS;
 // Tiles of sums, of a strip's 16 rows by eight tokens each.

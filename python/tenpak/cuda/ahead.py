@@ -30,6 +30,7 @@ from tenpak.cuda.plans import (
     NORMS,
     RESERVED,
     ROWS_FROM,
+    ROWS_FROM_LARGE,
     Device,
     Fused,
     cache_defines,
@@ -173,7 +174,8 @@ def _plans(
                 plan = choose(here, layout, n, k, m, bf16=bf16)
                 yield plan.source, plan.defines
             # `wide` has tiles of up to 256, and which of them fit best changes with their number.
-            for m in (ROWS_FROM, *range(FEW + 1, dense_from(here.hopper, True), 16)) if here.hopper else ():
+            more = range(FEW + 1, dense_from(here.hopper, True), 16)
+            for m in (ROWS_FROM, ROWS_FROM_LARGE, *more) if here.hopper else ():
                 plan = choose(here, layout, n, k, m, bf16=bf16, in_boxes=True)
                 yield plan.source, plan.defines
         for fused in launches:

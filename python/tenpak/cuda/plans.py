@@ -42,7 +42,10 @@ TABLES = frozenset({"int4_lut16", "int4_lut32"})
 #: takes the time either way.
 INTEGER = TABLES | {"int4_g16_fp16", "int4_g32_fp16", "int4_g64_fp16", "int4_g128_fp16", "int4_g16_u8"}
 #: Tokens from which `rows` is faster than `skinny`, where the copy engine can read x.
-ROWS_FROM = 5
+ROWS_FROM = 2
+#: The same for weights from `LARGE` on, and for those of them that have the most bytes.
+ROWS_FROM_LARGE, ROWS_FROM_LARGEST = 5, 9
+LARGEST = frozenset({"int4_g8_fp16", "int4_g16_fp16", "int4_g32_fp16", "int8_sym"})
 #: Tokens from which `wide` is always faster than what is for fewer.
 WIDE_FROM = 17
 #: Layouts that take so long to unpack that `prefill` is faster for large weights and fewer tokens.
@@ -160,9 +163,10 @@ def dense_from(hopper: bool, in_boxes: bool) -> int:
 
 @dataclass(frozen=True)
 class Form:
-    """Macros of cuda/skinny.cu: warps of a block that multiply, their steps in flight, and a multiprocessor's blocks.
+    """Macros of cuda/skinny.cu: warps of a block that multiply, steps in flight, and a multiprocessor's blocks.
 
-    `strips` at a time; `engine`: the copy engine brings weights.
+    `strips` at a time. `engine`: the copy engine brings weights, asked for by `copiers`. `sharers`: warps that take a
+    step together, of whom there are several groups in turn (0: all). `even`: no more blocks than as many turns need.
     """
 
     warps: int
@@ -170,10 +174,13 @@ class Form:
     blocks: int
     strips: int = 1
     engine: bool = False
-    adders: int = 0
-    even: bool = False
     copiers: int = 1
     sharers: int = 0
+    even: bool = False
+
+
+#: Layouts of which one token was measured with two groups of eight warps, where blocks have two strips or fewer.
+IN_GROUPS = TABLES | {"int4_g32_fp16", "int4_g128_fp16"}
 
 
 def _forms(device: Device, layout: str, n: int, k: int, m: int, integer: int, overlaps: bool) -> list[Form]:
@@ -188,21 +195,32 @@ def _forms(device: Device, layout: str, n: int, k: int, m: int, integer: int, ov
     if not device.hopper or m > 16:
         return forms
 
-    def engine(warps: int, depth: int, blocks: int, strips: int = 1) -> Form:
-        return Form(warps, depth, blocks, strips, True)
+    def engine(warps: int, depth: int, blocks: int, strips: int = 1, copiers: int = 1, sharers: int = 0) -> Form:
+        return Form(warps, depth, blocks, strips, True, copiers, sharers, blocks == 1 and not sharers)
 
+    # Strips of a multiprocessor.
+    strips = divide_up(n, TILE_ROWS) / device.multiprocessors
     if integer:
-        if large:
-            forms[:0] = [engine(16, 4, 1), engine(16, 3, 1)]
-        elif k <= 8192 and (overlaps or tables or layout == "int4_g16_u8"):
+        if overlaps and not large:
             # Of two blocks the first to end makes room for the launch that waits.
-            forms.insert(0, engine(8, 3, 2))
+            first = engine(8, 3, 2) if 2 < strips <= 8 and k <= 8192 else engine(16, 3 if k <= 8192 else 4, 1)
+        elif large and integer == 2:
+            first = engine(16, 2, 1, 2, 4)
+        elif large and not tables:
+            first = engine(16, 4, 1, 1, 2)
+        elif strips > 2:
+            first = engine(8, 4, 1, 2, 2 if tables else 4)
+        elif layout in IN_GROUPS:
+            first = engine(16, 8, 1, 1, 2, 8)
         else:
-            forms[:0] = [engine(12, 5, 1), engine(12, 3, 1)]
+            first = engine(12, 5, 1, 1, 2)
+        forms[:0] = [first, engine(16, 4, 1), engine(16, 3, 1), engine(12, 3, 1)]
+    elif large and m > 1:
+        first = engine(16, 2, 1, 2, 4) if tables and m <= 4 else engine(8, 4, 1, 2, 4)
+        forms[:0] = [first, engine(8, 3, 1, 2, 4), engine(16, 3, 1), engine(12, 3, 1), engine(12, 2, 1)]
     elif m > 4:
-        first = engine(8, 3, 1, 2) if not large else engine(16, 3, 1) if tables else engine(8, 4, 1, 2)
-        forms[:0] = [first, engine(12, 3, 1), engine(12, 2, 1)]
-    elif m > 1 and not (large and tables):
+        forms[:0] = [engine(8, 3, 1, 2, 4), engine(12, 3, 1), engine(12, 2, 1)]
+    elif m > 1:
         forms.insert(0, engine(8, 3, 2))
     return forms
 
@@ -251,6 +269,9 @@ def skinny_plans(
     chunk = integer or 8 * columns
     at_once = min(chunk, m)
 
+    # Strips whose sums a block adds at a time, each by a warp (BUFFERS of cuda/skinny.cu).
+    buffers = 2 if columns <= 2 else 1
+
     # K goes over several blocks where there are too few rows for all multiprocessors, or x is too large for one.
     slices = 1
     if strips * batch <= device.multiprocessors:
@@ -258,7 +279,6 @@ def skinny_plans(
 
     def plan(form: Form, slices: int) -> Plan | None:
         slice_tiles = divide_up(divide_up(tiles, slices), SLICE_TILES) * SLICE_TILES
-        buffers = form.adders or (2 if columns <= 2 else 1)
         sharers = form.sharers or form.warps
         shared = form.strips * (buffers * form.warps * columns * 512 + sharers * form.depth * stage)
         shared += at_once * x_row_bytes(layout, integer, slice_tiles)
@@ -279,9 +299,8 @@ def skinny_plans(
             "INTEGER": integer,
             "STRIPS": form.strips,
             "ENGINE": int(form.engine),
-            **({"SHARERS": sharers} if form.sharers else {}),
-            **({"COPIERS": form.copiers} if form.copiers > 1 else {}),
-            **({"ADDERS": form.adders} if form.adders else {}),
+            "COPIERS": form.copiers,
+            "SHARERS": sharers,
             **fused.defines,
         }
         if fused.norm != "none":
@@ -331,11 +350,11 @@ def rows_plan(device: Device, layout: str, n: int, k: int, m: int, batch: int = 
     turns = divide_up(strips, per_matrix * max(ROWS_FORMS))
     rows = min(r for r in ROWS_FORMS if r * per_matrix * turns >= strips)
     warps, sharers = ROWS_FORMS[rows]
-    copiers = 2 if rows > 6 else 4
+    copiers = 2 if rows == max(ROWS_FORMS) or m <= 4 else 4
     of_x = 8 * columns * (sharers * 2 * TILE_COLS * 2 + 64)
     of_stage = divide_up(divide_up(rows * sharers * stage, 128) * 128 + of_x, 128) * 128
     sums = warps * 2 * columns * 512
-    depth = min(4, (device.shared - sums) // of_stage)
+    depth = min(3 if rows == 2 else 4, (device.shared - sums) // of_stage)
     if depth < 2:
         return None
     defines = {
@@ -442,7 +461,8 @@ def choose(
 
     `in_boxes`: the copy engine can read x.
     """
-    if device.hopper and not grouped and in_boxes and fused == PLAIN and ROWS_FROM <= m < WIDE_FROM:
+    first = ROWS_FROM if n * k < LARGE else ROWS_FROM_LARGEST if layout in LARGEST else ROWS_FROM_LARGE
+    if device.hopper and not grouped and in_boxes and fused == PLAIN and first <= m < WIDE_FROM:
         found = rows_plan(device, layout, n, k, m, batch, bf16)
         if found is not None:
             return found
