@@ -9,19 +9,14 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
-import subprocess
-import tempfile
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from support import ROOT
-from tenpak.cuda import compile as kernels
 from tenpak.cuda import wide as plans
 from tenpak.cuda.plans import STAGE_BYTES
-from warps_on_cpu import COMPILER, WARP
+from warps_on_cpu import WARP, built
 
 #: Stands in for what cuda/layouts.cuh says in assembly: its sections on copies and on pairs of floats.
 PAIRS = """
@@ -341,37 +336,15 @@ def layouts_on_cpu(copies: str = "namespace tenpak { inline void copy_once(u32, 
     return f"#pragma once\n{renamed}\n{PAIRS}\n{copies}\n{head}\n{text[end:]}"
 
 
+#: Libraries of different macros must not share what static variables hold; the order of blocks is that of a GPU.
+FLAGS = ["-fno-gnu-unique", "-DASCENDING=1"]
+
+
 @functools.cache
 def _library(defines: tuple[tuple[str, object], ...]) -> ctypes.CDLL:
-    folder = Path(tempfile.gettempdir()) / "tenpak-hopper-on-cpu"
-    # Libraries of different macros must not share what static variables hold.
-    flags = ["-O1", "-w", "-Wl,-Bsymbolic", "-fno-gnu-unique", "-DASCENDING=1", "-DSKIPS=1"]
-    flags += [o for o in kernels.options("wide.cu", dict(defines), "sm_90a") if o.startswith(("-std", "-D"))]
-    dynamic = "extern __shared__ __align__(1024) u8 dynamic[];"
-    text = (ROOT / "cuda" / "wide.cu").read_text()
-    assert dynamic in text
-    launcher = (
-        'extern "C" void launch(void** a, const unsigned* g, unsigned t, unsigned s) '
-        "{ tenpak::launch(wide, a, g, t, s); }\n"
-    )
-    files = {
-        "warp.cuh": WARP,
-        "layouts.cuh": layouts_on_cpu(),
-        "engine.cuh": ENGINE,
-        "hopper.cuh": HOPPER,
-        "columns.cuh": (ROOT / "cuda" / "columns.cuh").read_text(),
-        "kernel.cpp": text.replace(dynamic, "u8* const dynamic = dynamic_memory();") + launcher,
-    }
-    key = hashlib.sha256("\0".join([*files.values(), *flags]).encode()).hexdigest()[:20]
-    built = folder / key / "kernel.so"
-    if not built.exists():
-        built.parent.mkdir(parents=True, exist_ok=True)
-        for file, content in files.items():
-            (built.parent / file).write_text(content)
-        command = [COMPILER, "-shared", "-fPIC", *flags, "kernel.cpp"]
-        subprocess.run([*command, "-o", "part.so"], check=True, cwd=built.parent)
-        (built.parent / "part.so").rename(built)
-    return ctypes.CDLL(str(built))
+    stand_ins = {"warp.cuh": WARP, "layouts.cuh": layouts_on_cpu(), "engine.cuh": ENGINE, "hopper.cuh": HOPPER}
+    dynamic = "extern __shared__ __align__(1024) u8 dynamic[];", "u8* const dynamic = dynamic_memory();"
+    return built("wide.cu", "wide", defines, "sm_90a", stand_ins, [*FLAGS, "-DSKIPS=1"], dynamic)
 
 
 def aligned(array: NDArray[Any] | None) -> NDArray[Any] | None:

@@ -19,7 +19,14 @@ LAYOUTS = list(layouts.LAYOUTS)
 SKINNY = [{"WARPS": 8, "DEPTH": 2, "COLUMNS": 1, "BLOCKS": 2}, {"WARPS": 12, "DEPTH": 3, "COLUMNS": 8, "BLOCKS": 1}]
 INTEGER = [{**SKINNY[0], "INTEGER": tokens} for tokens in (1, 2)]
 #: With Hopper's copy engine.
-ENGINE = [{**SKINNY[0], "ENGINE": 1}, {"WARPS": 8, "DEPTH": 3, "COLUMNS": 2, "BLOCKS": 1, "STRIPS": 2, "ENGINE": 1}]
+ENGINE = [
+    {**SKINNY[0], "ENGINE": 1},
+    {"WARPS": 8, "DEPTH": 3, "COLUMNS": 2, "BLOCKS": 1, "STRIPS": 2, "ENGINE": 1, "COPIERS": 4},
+]
+ROWS = [
+    {"WARPS": 14, "SHARERS": 2, "STRIPS": 2, "DEPTH": 3, "COLUMNS": 2, "COPIERS": 2},
+    {"WARPS": 8, "SHARERS": 8, "STRIPS": 2, "DEPTH": 3, "COLUMNS": 1, "COPIERS": 4},
+]
 PREFILL = [{"GROUPS": 4, "BLOCKS": 1, "TOKENS": 16, "DEPTH": 3, "STAGES": 3}]
 WIDE = [
     {"GROUPS": 2, "TOKENS": 256, "STEP": 1, "STAGES": 4},
@@ -47,7 +54,7 @@ def defines_of(name: str, layout: str, arch: str) -> list[dict[str, object]]:
         if arch != "sm_80":
             configurations += [*ENGINE, *({**defines, "ENGINE": 1} for defines in integer)]
         return [{"LAYOUT": layout, "BF16": i % 2, **defines} for i, defines in enumerate(configurations)]
-    configurations = WIDE if name == "wide.cu" else PREFILL
+    configurations = {"wide.cu": WIDE, "rows.cu": ROWS, "prefill.cu": PREFILL}[name]
     return [{"LAYOUT": layout, "BF16": bf16, **defines} for bf16 in (0, 1) for defines in configurations]
 
 
@@ -89,7 +96,7 @@ def products_of_a_step(device: plans.Device) -> list[tuple[str, dict[str, object
 
 #: `prefill` and `wide` have Hopper's own instructions.
 BUILDS = [(name, arch) for name in ("pack.cu", "decode.cu", "dense.cu", "skinny.cu") for arch in ARCHITECTURES]
-BUILDS += [("prefill.cu", "sm_90a"), ("wide.cu", "sm_90a")]
+BUILDS += [("rows.cu", "sm_90"), ("prefill.cu", "sm_90a"), ("wide.cu", "sm_90a")]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

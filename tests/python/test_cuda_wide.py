@@ -7,10 +7,11 @@ import sys
 import numpy as np
 import pytest
 import tenpak
-from hopper_on_cpu import COMPILER, wide
+from hopper_on_cpu import wide
 from tenpak.cuda import layouts
 from tenpak.cuda import wide as plans
 from tenpak.cuda.plans import STAGE_BYTES
+from warps_on_cpu import COMPILER
 
 pytestmark = pytest.mark.skipif(
     COMPILER is None or sys.maxsize < 2**32, reason="a C++ compiler, fibers and the linker's options of Linux"

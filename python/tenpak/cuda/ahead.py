@@ -29,6 +29,7 @@ from tenpak.cuda.plans import (
     HEAD_DIMS,
     NORMS,
     RESERVED,
+    ROWS_FROM,
     Device,
     Fused,
     cache_defines,
@@ -172,7 +173,7 @@ def _plans(
                 plan = choose(here, layout, n, k, m, bf16=bf16)
                 yield plan.source, plan.defines
             # `wide` has tiles of up to 256, and which of them fit best changes with their number.
-            for m in range(FEW + 1, dense_from(here.hopper, True) if here.hopper else 0, 16):
+            for m in (ROWS_FROM, *range(FEW + 1, dense_from(here.hopper, True), 16)) if here.hopper else ():
                 plan = choose(here, layout, n, k, m, bf16=bf16, in_boxes=True)
                 yield plan.source, plan.defines
         for fused in launches:
