@@ -1,7 +1,7 @@
 """What of an artifact's tensors can move while its codes stay: scales and offsets of linear layers, gains of norms.
 
-Each kind has `moves`, FP32 numbers that start at 0 and are relative to what they move, the rate at which they may learn,
-and tells what it is rebuilt to, how a loss's gradient reaches the moves, and what is to be stored.
+Each kind has `moves`, FP32 numbers that start at 0 and are relative to what they move, the rate at which they may
+learn, and tells what it is rebuilt to, how a loss's gradient reaches the moves, and what is to be stored.
 """
 
 from __future__ import annotations

@@ -87,8 +87,8 @@ def tune(
     """Writes an artifact again, its scales, offsets and norms' gains moved so that the model loses less.
 
     Sizes, codes and layouts stay. Scales and offsets are those of the layouts `int4_gN_fp16` and super-scales those of
-    `int4_lutN`; of other layouts norms alone move. FP32 weights of the artifact are in memory, and those of one layer of
-    the original.
+    `int4_lutN`; of other layouts norms alone move. FP32 weights of the artifact are in memory, and those of one layer
+    of the original.
 
     Args:
         artifact: The `.tenpak`, of a model of the GPT-2 or Llama family.
@@ -203,7 +203,9 @@ class _Tuner:
         for _ in range(self._epochs):
             order += [self.learned[i] for i in random.permutation(len(self.learned))]
         steps = math.ceil(len(order) / self._at_once)
-        moments = {name: (self._xp.zeros_like(m.moves), self._xp.zeros_like(m.moves)) for name, m in self.movables.items()}
+        moments = {
+            name: (self._xp.zeros_like(m.moves), self._xp.zeros_like(m.moves)) for name, m in self.movables.items()
+        }
         for step in range(steps):
             # It rises, then falls along a cosine.
             rate = min(1.0, (step + 1) / _WARM_UP) * (1 + math.cos(math.pi * step / steps)) / 2
@@ -297,7 +299,7 @@ class _Tuner:
         return loss, None if d is None else d.reshape(h.shape), gain
 
     def _hidden(self, teacher: Decoder) -> list[NDArray[np.float32]]:
-        """What the original's head is given, for each window [T, width]; one layer's weights are in memory at a time."""
+        """What the original's head is given, for each window [T, width]; of its weights one layer is in memory."""
         at = [slice(i, i + self._at_once) for i in range(0, len(self.tokens), self._at_once)]
         hidden = [teacher.embed(self.tokens[batch]) for batch in at]
         for index in range(teacher.config.layers):
