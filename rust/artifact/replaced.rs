@@ -18,7 +18,11 @@ pub fn replaced(source: &ArtifactFile, target: &Path, force: bool, parts: &Parts
         return Err(Error::usage(format!("{} is a delta; materialize it first", source.path().display())));
     }
     for ((tensor, part), bytes) in parts {
-        let stored = source.find(tensor)?.parts.get(part).map(|p| p.len);
+        let entry = source.find(tensor)?;
+        if entry.name != *tensor {
+            return Err(Error::usage(format!("{tensor:?} is an alias; give parts of {:?}", entry.name)));
+        }
+        let stored = entry.parts.get(part).map(|p| p.len);
         if stored != Some(bytes.len() as u64) {
             let stored = stored.map_or("none".to_owned(), |n| format!("one of {n} bytes"));
             let given = bytes.len();

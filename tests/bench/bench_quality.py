@@ -5,7 +5,8 @@
 
 Every model is compressed to an artifact on disk, opened again and evaluated beside the original, over all windows of
 1,024 tokens of text/dev.txt under TENPAK_REFERENCE (../shared). Statistics come from 160 windows of
-text/calibration.txt, or from as much text as `tenpak calibrate --self` lets the model sample. Other tools' formats go
+text/calibration.txt, or from as much text as `tenpak calibrate --self` lets the model sample; `tuned` rows learn from
+the same text. Other tools' formats go
 through the same evaluation, their weights quantised and rebuilt layer by layer. Linear layers only, embeddings and
 heads as they are, but for the rows `whole model`. Results go to results/quality.json, from which quality_page.py makes
 docs/quality.md. Several runs, each with rows (--only) and results (--results) of its own, may share statistics
