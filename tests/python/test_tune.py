@@ -181,3 +181,19 @@ def test_command(tmp_path, packed):
     ran = tenpak_command(*request, "--text", TEXT, "--epochs", 1, "--force")
     assert "KL divergence" in ran.out
     tenpak_command(*request, "--text", TEXT, code=2)
+
+
+def test_parts_are_of_tensors_and_of_whole_artifacts(tmp_path, packed, llama, gpt2):
+    tied, out = tmp_path / "gpt2.tenpak", tmp_path / "b.tenpak"
+    tenpak.compress(gpt2, tied)
+    with tenpak.open(tied) as artifact:
+        aliases = dict(artifact.aliases)
+    for alias, name in aliases.items():
+        with pytest.raises(UsageError, match=f'is an alias; give parts of "{name}"'):
+            _core.replace_parts(str(tied), str(out), [(alias, "codes", b"")], False)
+    again, delta = tmp_path / "c.tenpak", tmp_path / "d.delta"
+    _core.replace_parts(str(packed), str(again), [], False)
+    assert again.read_bytes() == packed.read_bytes()
+    tenpak.delta(llama, llama, delta)
+    with pytest.raises(UsageError, match="is a delta; materialize it first"):
+        _core.replace_parts(str(delta), str(out), [], False)
