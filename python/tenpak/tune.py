@@ -181,8 +181,12 @@ class _Tuner:
         #: By the tensor's name.
         self.movables: dict[str, Movable] = {}
         self._norms: dict[str, Any] = {}
+        # What two layers share stays: it would have to move for both.
+        shared = {*source.artifact.aliases, *source.artifact.aliases.values()}
         for block in student.blocks:
             for name, linear in block.linears.items():
+                if name in shared:
+                    continue
                 if (movable := of_linear(source.artifact, name, linear.weight, self._xp)) is not None:
                     self.movables[name] = movable
             self._add_norms(source, block.attention_norm, block.mlp_norm, block.q_norm, block.k_norm)
@@ -191,10 +195,13 @@ class _Tuner:
 
     def _add_norms(self, source: ArtifactSource, *norms: Any) -> None:
         for norm in norms:
-            if norm is not None:
-                dtype = source.artifact.info(norm.name).dtype
+            if norm is None:
+                continue
+            info = source.artifact.info(norm.name)
+            # A rule may ask for a codec.
+            if info.codec == "keep":
                 self._norms[norm.name] = norm
-                self.movables[norm.name] = Gain(dtype, norm.weight, self._xp)
+                self.movables[norm.name] = Gain(info.dtype, norm.weight, self._xp)
 
     def run(self, random: np.random.Generator) -> tuple[float, float]:
         """Learns; the divergence before and after, of what will be stored."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -128,6 +129,27 @@ def test_what_does_not_help_is_not_kept(tmp_path, packed, llama, monkeypatch):
     assert not report.better
     assert report.divergence == report.divergence_before
     assert report.root == tenpak.open(packed).root
+
+
+def test_what_is_shared_or_has_another_form_stays(tmp_path, llama):
+    from safetensors.numpy import load_file, save_file
+
+    same, artifact = tmp_path / "same", tmp_path / "a.tenpak"
+    shutil.copytree(llama, same)
+    tensors = load_file(same / "model.safetensors")
+    first, second = (f"model.layers.{i}.mlp.up_proj.weight" for i in (0, 1))
+    tensors[second] = tensors[first].copy()
+    save_file(tensors, same / "model.safetensors")
+    norm = "model.layers.1.input_layernorm.weight"
+    tenpak.compress(same, artifact, rules=[("layers.1.mlp.down_proj", "keep"), (norm, "int8_sym_v1")])
+    with tenpak.open(artifact) as opened:
+        stays = {first, second, "model.layers.1.mlp.down_proj.weight"}
+        assert set(opened.aliases) < stays
+        stays |= {norm} if opened.info(norm).codec != "keep" else set()
+    one = tuner(artifact, same)
+    assert not stays & set(one.movables)
+    one.run(np.random.default_rng(0))
+    _core.replace_parts(str(artifact), str(tmp_path / "b.tenpak"), one.parts(), False)
 
 
 def test_bfloat16_gains_are_rounded_to_even():
