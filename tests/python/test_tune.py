@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tenpak
-from support import DATA, ROOT, files_in, gaussian, tenpak_command
+from support import DATA, ROOT, files_in, gaussian, require, tenpak_command
 from tenpak import _core
 from tenpak.decoder import Decoder
 from tenpak.errors import UsageError
@@ -121,6 +121,17 @@ def test_models_lose_less(tmp_path, model, monkeypatch):
     assert again.read_bytes() == after.read_bytes()
     tenpak.tune(again, again, Decoder.open(model), TEXT, force=True, **OPTIONS)
     assert again.read_bytes() != after.read_bytes()
+
+
+def test_a_gpu_learns_the_same(tmp_path, model):
+    require("cuda")
+    before = tmp_path / "a.tenpak"
+    tenpak.compress(model, before)
+    reports = [
+        tenpak.tune(before, tmp_path / device, model, TEXT, device=device, **OPTIONS) for device in ("cpu", "cuda")
+    ]
+    assert reports[1].divergence_before == pytest.approx(reports[0].divergence_before, rel=1e-3)
+    assert reports[1].divergence == pytest.approx(reports[0].divergence, rel=1e-2)
 
 
 def test_what_does_not_help_is_not_kept(tmp_path, packed, llama, monkeypatch):
