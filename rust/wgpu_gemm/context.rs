@@ -103,7 +103,10 @@ impl Context {
             )
         })?;
         let info = info(&adapter);
-        let wanted = wgpu::Features::SHADER_F16 | wgpu::Features::SUBGROUP | wgpu::Features::TIMESTAMP_QUERY;
+        let wanted = wgpu::Features::SHADER_F16
+            | wgpu::Features::SHADER_I16
+            | wgpu::Features::SUBGROUP
+            | wgpu::Features::TIMESTAMP_QUERY;
         let opened = adapter.request_device(&wgpu::DeviceDescriptor {
             label: Some("tenpak"),
             required_features: adapter.features() & wanted,
