@@ -30,25 +30,28 @@ pub fn pack(x: &[f32], cols: usize, largest: i32, pairs: bool) -> Vec<u32> {
     out
 }
 
+/// Adding and then flipping these bits makes three bytes of a number its balanced digits.
+const HALVES: i32 = 0x80_8080;
+
 fn octet(x: &[f32], most: i32, pairs: bool, first: &mut [u32; 4], second: &mut [u32; 4]) {
-    let size = x.iter().fold(0f32, |size, x| size.max(x.abs()));
+    let mut padded = [0f32; OCTET];
+    padded[..x.len()].copy_from_slice(x);
+    let size = padded.iter().fold(0f32, |size, x| size.max(x.abs()));
     let inverse = most as f32 / size;
-    if x.iter().any(|x| !x.is_finite()) {
+    if !padded.iter().all(|x| x.is_finite()) {
         // Sums with such an input are no numbers.
         *second = [0, 0, f32::NAN.to_bits(), f32::NAN.to_bits()];
     } else if inverse.is_finite() {
         let mut total = 0;
-        for (i, x) in x.iter().enumerate() {
+        for (i, x) in padded.iter().enumerate() {
             let scaled = x * inverse;
             let q = ((scaled + 0.5f32.copysign(scaled)) as i32).clamp(-most, most);
             total += q;
-            let (low, rest) = (q as i8, (q - i32::from(q as i8)) >> 8);
-            let (middle, high) = (rest as i8, (rest - i32::from(rest as i8)) >> 8);
+            let [low, middle, high, _] = ((q + HALVES) ^ HALVES).to_le_bytes().map(u32::from);
             let (word, byte) = if pairs { (i % 2, i / 2) } else { (i / 4, i % 4) };
-            let put = |digit: i8| u32::from(digit as u8) << (8 * byte);
-            first[word] |= put(high as i8);
-            first[2 + word] |= put(middle);
-            second[word] |= put(low);
+            first[word] |= high << (8 * byte);
+            first[2 + word] |= middle << (8 * byte);
+            second[word] |= low << (8 * byte);
         }
         let scale = size / most as f32;
         second[2] = scale.to_bits();
