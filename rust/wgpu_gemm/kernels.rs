@@ -26,9 +26,9 @@ static SOURCES: &[(&str, &str)] = sources![
 /// Up to so many tokens a kernel for few is used.
 const FEW: usize = 4;
 
-/// Workgroups of a product of few tokens with tables, which take longer to write than a few quads to multiply: about as
-/// many as an H200 runs at once, so that none waits for a second turn.
-const TABLE_GROUPS: usize = 256;
+/// Workgroups of a product of few tokens with tables, large ones, for each writes tables of its own: about as many as an
+/// H200 has multiprocessors.
+const TABLE_GROUPS: usize = 128;
 
 /// Rows of a tile of gemm.wgsl.
 const TILE_ROWS: usize = 64;
@@ -56,7 +56,8 @@ struct Few {
     quads: u32,
     units: u32,
     tokens: u32,
-    subgroups: bool,
+    /// The least lanes of a subgroup; one where there are no subgroups.
+    lanes: u32,
     /// Subgroups that share quads; without subgroups all threads do.
     split: u32,
     /// Copies of tables in workgroup memory; 0 where there are no tables.
@@ -139,13 +140,12 @@ impl Config {
                 set("LAST", few.units - 1);
                 set("TOKENS", few.tokens);
                 set("SPLIT", few.split);
-                set("SUBGROUPS", few.subgroups.into());
-                set("SHARED", (few.split > 1 || !few.subgroups).into());
+                set("SUBGROUPS", (few.lanes > 1).into());
+                set("SHARED", (few.split > 1).into());
                 set("REPLICAS", few.replicas);
                 set("SHORT", few.short.into());
                 set("SUMS_PER_THREAD", sums);
-                // A subgroup has four lanes or more.
-                set("SUMS", sums * if few.subgroups { few.threads.div_ceil(4) } else { few.threads });
+                set("SUMS", sums * few.threads.div_ceil(few.lanes));
                 ("gemv.wgsl", if few.short { "enable wgpu_int16;\n" } else { "" })
             }
             Kernel::Many { columns, tokens, half } => {
@@ -200,25 +200,30 @@ impl Few {
         let limits = context.device.limits();
         let most = 1 << limits.max_compute_invocations_per_workgroup.ilog2();
         let tokens = tokens.next_power_of_two();
-        let subgroups = context.subgroups();
+        let lanes = if context.subgroups() { context.lanes } else { 1 };
         let short = context.device.features().contains(wgpu::Features::SHADER_I16);
         let table = form.workgroup_bytes();
-        if table == 0 || !subgroups {
-            // Each thread takes two rounds of units or more, and a workgroup no fewer than a subgroup of most GPUs.
-            let threads = (octets as u32 / 4).next_power_of_two().clamp(32, 64).min(most);
+        if table == 0 || lanes == 1 {
+            // Each thread takes two units or more, and a workgroup no fewer threads than a subgroup of most GPUs has.
+            let threads = (octets as u32 / 2).next_power_of_two().clamp(32, 64).min(most);
             let (quads, replicas) = (if tokens == 1 { 1 } else { 2 }, u32::from(table > 0));
-            return Few { threads, quads, units: 2, tokens, subgroups, split: threads, replicas, short };
+            return Few { threads, quads, units: 1, tokens, lanes, split: threads, replicas, short };
         }
-        let (threads, together) = (most.min(512), 2);
-        // Of 32 lanes, as most GPUs have them; kernels are right with others.
-        let (subgroups_each, wanted) = (threads / 32, quads.div_ceil(TABLE_GROUPS) as u32);
+        let together = 2;
+        let room = limits.max_compute_workgroup_storage_size - table;
+        let sums = |threads: u32| 16 * together * tokens * threads.div_ceil(lanes);
+        let mut threads = most.min(1024);
+        while sums(threads) > room {
+            threads /= 2;
+        }
+        let replicas =
+            [16, 8, 4, 2].into_iter().find(|r| (r - 1) * table <= room - sums(threads)).unwrap_or(1);
+        // Subgroups of 32 lanes, as most GPUs have them; kernels are right with others.
+        let (all, wanted) = (threads / 32, quads.div_ceil(TABLE_GROUPS) as u32);
         let mut split = 1;
-        while split < subgroups_each && subgroups_each / (2 * split) * together >= wanted {
+        while split < all && all / (2 * split) * together >= wanted {
             split *= 2;
         }
-        let sums = 16 * together * tokens * threads.div_ceil(4);
-        let room = limits.max_compute_workgroup_storage_size - sums;
-        let replicas = [16, 8, 4, 2].into_iter().find(|r| r * table <= room).unwrap_or(1);
-        Few { threads, quads: together, units: 2, tokens, subgroups, split, replicas, short }
+        Few { threads, quads: together, units: 2, tokens, lanes, split, replicas, short }
     }
 }
