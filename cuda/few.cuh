@@ -45,10 +45,25 @@ __device__ __forceinline__ void copy_or_zeros(u32 to, const void* from, int byte
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" :: "r"(to), "l"(from), "r"(bytes) : "memory");
 }
 
+// -1, of which the compiler does not know that a product with it is a difference. (Blocks have one row of threads.)
+__device__ __forceinline__ u32 opaque_minus_one() {
+    u32 rows;
+    asm volatile("mov.u32 %0, %%ntid.y;" : "=r"(rows));
+    return 0 - rows;
+}
+
 __device__ __forceinline__ float reciprocal(float x) {
     float y;
     asm("rcp.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
+}
+
+// True in one lane of a warp whose lanes are all here. What the others know, too, then stays in uniform registers, and a copy takes
+// a few instructions to ask for; with any other condition it takes a loop over lanes.
+__device__ __forceinline__ bool elected() {
+    u32 yes;
+    asm volatile("{\n.reg .pred p;\nelect.sync _|p, 0xffffffff;\nselp.u32 %0, 1, 0, p;\n}" : "=r"(yes));
+    return yes;
 }
 
 // One of a block's barriers, for OF of its threads: some wait there for others, which only arrive.

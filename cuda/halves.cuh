@@ -135,6 +135,16 @@ struct Products {
         }
     }
 
+    // One or two tiles times columns of x that lie so far on.
+    __device__ __forceinline__ void multiply_at(const Pair& pair, const Layout::Rows (&rows)[STRIPS], int on, bool both) {
+        multiply_half<0, 0>(pair, rows, on);
+        multiply_half<0, 1>(pair, rows, on);
+        if (both) {
+            multiply_half<1, 0>(pair, rows, on);
+            multiply_half<1, 1>(pair, rows, on);
+        }
+    }
+
     // Rows g and g + 8 of a strip times tokens 2t and 2t + 1 of a column.
     __device__ __forceinline__ float4 sum(int part, int) const {
         const float(&s)[4] = sums[part / COLUMNS][0][part % COLUMNS];
@@ -145,6 +155,7 @@ struct Products {
         }
         return total;
     }
+    static __device__ __forceinline__ float4 finished(const float4& sum, int) { return sum; }
 };
 
 }  // namespace tenpak

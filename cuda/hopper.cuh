@@ -3,6 +3,7 @@
 // Apart from the kernels so that tests can put plain C++ in its place and run them on a CPU. sm_90a. -DTOKENS, the columns
 // of a product.
 #pragma once
+#include "cluster.cuh"
 #include "engine.cuh"
 
 namespace tenpak {
@@ -45,25 +46,10 @@ __device__ __forceinline__ void consumers_barrier(int threads) { asm volatile("b
 
 // ---- Clusters of blocks -------------------------------------------------------------------------------------------------
 
-__device__ __forceinline__ int cluster_rank() {
-    u32 rank;
-    asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-    return (int)rank;
-}
-// Among all threads of the cluster that have not ended. What they have written to shared memory is there for all.
-__device__ __forceinline__ void cluster_sync() {
-    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
-}
-// After all have read what they want of each other.
-__device__ __forceinline__ void cluster_leave() {
-    asm volatile("barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
-}
-// What another block has at this address of its shared memory.
-__device__ __forceinline__ float4 in_block(u32 at, u32 rank) {
+// From an address in the cluster's shared memory.
+__device__ __forceinline__ float4 read_there(u32 from) {
     float4 v;
-    asm volatile("{\n.reg .u32 there;\nmapa.shared::cluster.u32 there, %4, %5;\n"
-                 "ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [there];\n}"
-                 : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "r"(at), "r"(rank) : "memory");
+    asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "r"(from) : "memory");
     return v;
 }
 

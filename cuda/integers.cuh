@@ -46,7 +46,8 @@ static_assert(UNIT == GROUP, "sums of groups");
 struct Digits {
     static constexpr int BLOCK_COLS = STAGE_TILES * TILE_COLS;  // columns of x that share a scale
     static constexpr float LARGEST = 32639.0f;                  // 256 * 127 + 127
-    static constexpr int AT_ONCE = 4;                           // loads of x in flight
+    // Blocks that a warp splits at a time, so that all warps together split 4096 columns at once.
+    static constexpr int AT_ONCE = (4096 / BLOCK_COLS + WARPS - 1) / WARPS < 4 ? (4096 / BLOCK_COLS + WARPS - 1) / WARPS : 4;
     static constexpr int VERSIONS = !TABLES && UNIT < TILE_COLS ? 2 : 1;
     static constexpr int TILE_BYTES = VERSIONS * 2 * TILE_COLS, BLOCK_BYTES = STAGE_TILES * TILE_BYTES;
 
@@ -100,15 +101,16 @@ struct Digits {
         for (int j = 0; j < COUNT; ++j) {
             const float most = __uint_as_float(largest[j]), inverse = most > 1e-30f ? LARGEST * reciprocal(most) : 0.0f;
             scale[j] = most * (1.0f / LARGEST);
-            high[j] = low[j] = 0;
-            sum[j] = 0;
+            // Above 1.5 * 2^23 a float's lowest bits are the integer nearest to what was added.
+            constexpr u32 ABOVE = 0x4b400000;
+            u32 q[4];
 #pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                const int q = __float2int_rn(values[j][i] * inverse);
-                sum[j] += q;
-                low[j] |= (q & 255) << (8 * i);
-                high[j] |= ((q + 128) >> 8 & 255) << (8 * i);
-            }
+            for (int i = 0; i < 4; ++i) q[i] = __float_as_uint(fmaf(values[j][i], inverse, __uint_as_float(ABOVE)));
+            sum[j] = (int)(q[0] + q[1] + q[2] + q[3] - 4 * ABOVE);
+            low[j] = permute(permute(q[0], q[1], 0x0040), permute(q[2], q[3], 0x0040), 0x5410);
+#pragma unroll
+            for (int i = 0; i < 4; ++i) q[i] += 128;
+            high[j] = permute(permute(q[0], q[1], 0x0051), permute(q[2], q[3], 0x0051), 0x5410);
         }
         if (!TABLES && VERSIONS == 1) {
             // Of the lanes with the same columns of both halves the first writes their first pairs, the second the others.
@@ -297,11 +299,14 @@ struct Integers<Lut16> {
 struct Products : Digits {
     using Group = Integers<Layout>;
 
-    // A lane's registers for two tiles.
-    struct Pair {
+    // A lane's registers for two tiles of a strip, and of all strips that are multiplied at a time.
+    struct OfStrip {
         uint4 codes[STAGE_TILES];
         typename Group::Held held[STAGE_TILES];
         u32 supers[2];
+    };
+    struct Pair {
+        OfStrip strips[STRIPS];
     };
 
     u32 x, x_scales, x_units;  // of this lane's columns of the instruction, and of the sums it gets
@@ -309,7 +314,7 @@ struct Products : Digits {
     u32 tables_of;             // int4_lut16: the parameters of its words
     u32 keep[2];               // whether this lane has x, in both halves of a tile
     u32 b[STAGE_TILES][4];     // x; zeros stay
-    float sums[2];             // rows g and g + 8
+    float sums[STRIPS][2];     // rows g and g + 8
 
     __device__ __forceinline__ Products(const PairAt& stage, u32 staged, int row_bytes, int tokens, int tiles, int lane)
         : at{keep_address(stage.codes + 16 * lane), keep_address(stage.params + Group::offset(lane)),
@@ -338,10 +343,13 @@ struct Products : Digits {
             for (int i = 0; i < 4; ++i) b[j][i] = 0;
     }
 
-    __device__ __forceinline__ void clear() { sums[0] = sums[1] = 0.0f; }
+    __device__ __forceinline__ void clear() {
+#pragma unroll
+        for (int s = 0; s < STRIPS; ++s) sums[s][0] = sums[s][1] = 0.0f;
+    }
 
     template <int J>
-    __device__ __forceinline__ void load_tile(Pair& pair, u32 on) const {
+    __device__ __forceinline__ void load_tile(OfStrip& pair, u32 on) const {
         pair.codes[J] = read<uint4>(at.codes + on + J * Layout::CODE_BYTES);
         if (J == 0 || !WHOLE) Group::template hold<J>(pair.held[J], at.params + on);
 #ifdef LUT16_TABLES
@@ -354,8 +362,11 @@ struct Products : Digits {
     }
     // The tiles that lie so far on.
     __device__ __forceinline__ void load(Pair& pair, u32 on, int) const {
-        load_tile<0>(pair, on);
-        load_tile<1>(pair, on);
+#pragma unroll
+        for (int s = 0; s < STRIPS; ++s, on += BLOCK_STAGE_BYTES) {
+            load_tile<0>(pair.strips[s], on);
+            load_tile<1>(pair.strips[s], on);
+        }
     }
 
     // Of tile j of two.
@@ -385,15 +396,18 @@ struct Products : Digits {
     template <int WORD>
     __device__ __forceinline__ void look_up(const uint4& words, u32 places, u32 (&one)[2], u32 (&other)[2]) const {
         const uint4 table = read<uint4>(tables_at + (WORD == 3 ? places >> 24 : permute(places, 0, 0x4440 + WORD)));
-        const u32 codes = FourBit::word(words, WORD), turned = codes ^ 0x88888888;
+        const u32 codes = FourBit::word(words, WORD), upper = codes >> 16;
         one[0] = permute(table.x, table.y, codes);
-        one[1] = permute(table.x, table.y, codes >> 16);
-        other[0] = permute(table.z, table.w, turned);
-        other[1] = permute(table.z, table.w, turned >> 16);
+        one[1] = permute(table.x, table.y, upper);
+        other[0] = permute(table.z, table.w, inverted(codes));
+        other[1] = permute(table.z, table.w, inverted(upper));
     }
+    // ~x, as a product: the pipe of logic is the fuller one.
+    u32 minus_one = opaque_minus_one();
+    __device__ __forceinline__ u32 inverted(u32 x) const { return x * minus_one + minus_one; }
     // The sum of what both half tables give is the entry: both go through the tensor cores.
     template <int J>
-    __device__ __forceinline__ void multiply_tile(const Pair& pair, int (&block)[4]) {
+    __device__ __forceinline__ void multiply_tile(const OfStrip& pair, int (&block)[4]) {
         const u32 places = pair.held[J].tables >> 2 & 0x30303030;
         u32 one[4][2], other[4][2];
         look_up<0>(pair.codes[J], places, one[0], other[0]);
@@ -418,13 +432,10 @@ struct Products : Digits {
         }
     }
     template <bool BOTH>
-    __device__ __forceinline__ void multiply_pair(const Pair& pair, const Layout::Rows&, int tile) {
-        load_x(0, tile);
-        if (BOTH) load_x(1, tile);
+    __device__ __forceinline__ void multiply_pair(const OfStrip& pair, const Layout::Rows&, int, float s, float (&sums)[2]) {
         int block[4] = {};
         multiply_tile<0>(pair, block);
         if (BOTH) multiply_tile<1>(pair, block);
-        const float s = read<float>(x_scales + tile * 2);
         sums[0] += from_half((u16)pair.supers[0]) * s * fmaf((float)block[0], 256.0f, (float)block[1]);
         sums[1] += from_half((u16)pair.supers[1]) * s * fmaf((float)block[2], 256.0f, (float)block[3]);
     }
@@ -432,23 +443,21 @@ struct Products : Digits {
     static __device__ __forceinline__ void prepare(int) {}
 
     template <int J>
-    __device__ __forceinline__ void multiply_tile(const Pair& pair, int (&d)[4]) const {
+    __device__ __forceinline__ void multiply_tile(const OfStrip& pair, int (&d)[4]) const {
         u32 a[2][4];
         Group::operands(pair.codes[J], a);
         tenpak::multiply<TABLES>(d, a[0], b[J][0], b[J][1]);
         tenpak::multiply<TABLES>(d, a[1], b[J][2], b[J][3]);
     }
     template <int J>
-    __device__ __forceinline__ void add_tile(float (&part)[2], const int (&d)[4], const Pair& pair, const Layout::Rows& rows,
+    __device__ __forceinline__ void add_tile(float (&part)[2], const int (&d)[4], const OfStrip& pair, const Layout::Rows& rows,
                                              int tile) const {
         const float unit = read<float>(x_units + (WHOLE ? tile * 2 : (tile + J) * UNITS * 4));
         Group::template add<0>(part[0], pair.held[J], rows, (float)(d[0] * 256 + d[1]), unit);
         Group::template add<1>(part[1], pair.held[J], rows, (float)(d[2] * 256 + d[3]), unit);
     }
     template <bool BOTH>
-    __device__ __forceinline__ void multiply_pair(const Pair& pair, const Layout::Rows& rows, int tile) {
-        load_x(0, tile);
-        if (BOTH) load_x(1, tile);
+    __device__ __forceinline__ void multiply_pair(const OfStrip& pair, const Layout::Rows& rows, int tile, float s, float (&sums)[2]) {
         int d[4] = {}, e[4] = {};
         multiply_tile<0>(pair, d);
         if (BOTH) {
@@ -458,21 +467,32 @@ struct Products : Digits {
         float part[2] = {0.0f, 0.0f};
         add_tile<0>(part, d, pair, rows, tile);
         if (BOTH && !WHOLE) add_tile<1>(part, e, pair, rows, tile);
-        const float s = read<float>(x_scales + tile * 2);
         sums[0] = fmaf(s, part[0], sums[0]);
         sums[1] = fmaf(s, part[1], sums[1]);
     }
 #endif
 
+    template <bool BOTH>
+    __device__ __forceinline__ void multiply_strips(const Pair& pair, const Layout::Rows (&rows)[STRIPS], int tile) {
+        load_x(0, tile);
+        if (BOTH) load_x(1, tile);
+        const float s = read<float>(x_scales + tile * 2);
+#pragma unroll
+        for (int i = 0; i < STRIPS; ++i) multiply_pair<BOTH>(pair.strips[i], rows[i], tile, s, sums[i]);
+    }
     // Tiles `tile` (even) and tile + 1 of the slice's `count`.
     __device__ __forceinline__ void multiply(const Pair& pair, const Layout::Rows (&rows)[STRIPS], int tile, int count) {
-        if (tile + 1 < count) multiply_pair<true>(pair, rows[0], tile);
-        else if (tile < count) multiply_pair<false>(pair, rows[0], tile);
+        if (tile + 1 < count) multiply_strips<true>(pair, rows, tile);
+        else if (tile < count) multiply_strips<false>(pair, rows, tile);
     }
 
-    // As of halves.cuh: rows g and g + 8 times tokens 2t and 2t + 1.
-    __device__ __forceinline__ float4 sum(int, int lane) const {
-        float upper = sums[0], lower = sums[1];
+    // This lane's: rows g and g + 8 of a strip.
+    __device__ __forceinline__ float4 sum(int strip, int) const {
+        return make_float4(sums[strip][0], sums[strip][1], 0.0f, 0.0f);
+    }
+    // Of all lanes, as halves.cuh has them: rows g and g + 8 of a strip times tokens 2t and 2t + 1.
+    static __device__ __forceinline__ float4 finished(const float4& sum, int lane) {
+        float upper = sum.x, lower = sum.y;
 #pragma unroll
         for (int lanes = TOKENS; lanes < TOKENS * SPLITS; lanes *= 2) {
             upper += __shfl_xor_sync(~0u, upper, lanes);

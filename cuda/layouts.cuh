@@ -82,6 +82,12 @@ __device__ __forceinline__ float read<float>(u32 from) {
     asm volatile("ld.shared.f32 %0, [%1];" : "=f"(v) : "r"(from) : "memory");
     return v;
 }
+template <>
+__device__ __forceinline__ float4 read<float4>(u32 from) {
+    float4 v;
+    asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "r"(from) : "memory");
+    return v;
+}
 __device__ __forceinline__ void write(u32 to, const float4& v) {
     asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" :: "r"(to), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w) : "memory");
 }
@@ -435,7 +441,12 @@ struct Lut16 : FourBit {
 #ifdef LUT16_TABLES
         const int place = thread % 4;
         const u32 entries = LUT16_WORDS[thread - place + place / 2 + place % 2 * 2];
-        if (form == SUM) return place % 2 ? entries : entries + 0x01010101;
+        if (form == SUM) {
+            // The second half table backwards, for codes that are turned round as a whole.
+            if (place < 2) return place % 2 ? entries : entries + 0x01010101;
+            const u32 other = LUT16_WORDS[thread - place + (place == 2 ? 3 : 1)];
+            return permute(other, 0, 0x0123) + (place == 2 ? 0 : 0x01010101);
+        }
         const u32 biased = entries ^ 0x80808080;
         return place < 2 || place % 2 == 0 ? biased : ~biased;
 #else

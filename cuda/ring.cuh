@@ -26,29 +26,33 @@ struct Walk {
 };
 
 #if ENGINE
+// Each step is for one of GROUPS groups of warps, in turn.
 struct Ring {
-    static constexpr int PARAMS_AT = STEP_TILES * Layout::CODE_BYTES, SUPERS_AT = PARAMS_AT + WARPS * Layout::PAIR_BYTES;
+    static constexpr int PARAMS_AT = STEP_TILES * Layout::CODE_BYTES, SUPERS_AT = PARAMS_AT + SHARERS * Layout::PAIR_BYTES;
     static constexpr int BARRIERS = 2 * DEPTH;
 
     u32 stages, full, empty;
-    int slot = 0;
+    int slot;
     u32 phase = 0;
 
-    __device__ __forceinline__ Ring(u32 stages, u32 barriers) : stages(stages), full(barriers), empty(barriers + 8 * DEPTH) {}
+    __device__ __forceinline__ Ring(u32 stages, u32 barriers, int first = 0)
+        : stages(stages), full(barriers), empty(barriers + 8 * DEPTH), slot(first) {}
     static __device__ __forceinline__ PairAt place(u32 stages, int warp) {
         static_assert(STAGE_TILES == 2, "two warps' tiles have one super-scale");
         return {stages + warp * STAGE_TILES * Layout::CODE_BYTES, stages + PARAMS_AT + warp * Layout::PAIR_BYTES,
                 stages + SUPERS_AT + warp / 2 * (Layout::PARAM_BYTES - Layout::PAIR_BYTES)};
     }
+    // By one thread.
     static __device__ __forceinline__ void init(u32 barriers) {
         for (int i = 0; i < DEPTH; ++i) {
-            barrier_init(barriers + 8 * i, 1);
-            barrier_init(barriers + 8 * (DEPTH + i), WARPS);
+            barrier_init(barriers + 8 * i, COPIERS);
+            barrier_init(barriers + 8 * (DEPTH + i), SHARERS);
         }
     }
-    __device__ __forceinline__ void next() {
-        if (++slot == DEPTH) {
-            slot = 0;
+    __device__ __forceinline__ void advance(int by) {
+        slot += by;
+        if (slot >= DEPTH) {
+            slot -= DEPTH;
             phase ^= 1;
         }
     }
@@ -59,31 +63,41 @@ struct Ring {
     __device__ __forceinline__ void release(int lane) {
         __syncwarp();
         if (lane == 0) barrier_arrive(empty + 8 * slot);
-        next();
+        advance(GROUPS);
     }
 
-    // One step's copies, once its stage is empty; by one thread.
-    __device__ __forceinline__ void copy(const Walk& walk, int turn, int step) {
+    // One step's copies, once its stage is empty: those of one copier, a warp.
+    __device__ __forceinline__ void copy(const Walk& walk, int turn, int step, int copier) {
         barrier_wait(empty + 8 * slot, phase ^ 1);
         const int tile = walk.first_tile + step * STEP_TILES, here = min(STEP_TILES, walk.first_tile + walk.count - tile);
         const u32 barrier = full + 8 * slot;
+        // Of each strip, codes are for one and parameters for another, if there is another.
+        auto mine = [&](int piece) { return COPIERS == 1 || piece % COPIERS == copier; };
+        const u32 of_codes = here * Layout::CODE_BYTES, of_params = Layout::param_run(walk.weight, 0, tile, here).bytes;
+        const u32 of_supers = Layout::super_run(walk.weight, 0, tile, here).bytes;
+        u32 bytes = 0;
 #pragma unroll
-        for (int i = 0; i < STRIPS; ++i) {
-            const u32 to = stages + (slot * STRIPS + i) * BLOCK_STAGE_BYTES;
-            const int strip = walk.strip(turn, i);
-            const ParamRun params = Layout::param_run(walk.weight, strip, tile, here);
-            const ParamRun supers = Layout::super_run(walk.weight, strip, tile, here);
-            if (i == 0) barrier_expect(barrier, STRIPS * (here * Layout::CODE_BYTES + params.bytes + supers.bytes));
-            copy_bulk_once(to, walk.weight.codes + (size_t)(u32)(strip * walk.weight.tiles + tile) * Layout::CODE_BYTES,
-                           here * Layout::CODE_BYTES, barrier);
-            if (Layout::PAIR_BYTES) copy_bulk_once(to + PARAMS_AT, params.from, params.bytes, barrier);
-            if (Layout::PARAM_BYTES > Layout::PAIR_BYTES) copy_bulk_once(to + SUPERS_AT, supers.from, supers.bytes, barrier);
+        for (int i = 0; i < STRIPS; ++i) bytes += (mine(2 * i) ? of_codes : 0) + (mine(2 * i + 1) ? of_params + of_supers : 0);
+        if (elected()) {
+            barrier_expect(barrier, bytes);
+#pragma unroll
+            for (int i = 0; i < STRIPS; ++i) {
+                const u32 to = stages + (slot * STRIPS + i) * BLOCK_STAGE_BYTES;
+                const int strip = walk.strip(turn, i);
+                if (mine(2 * i))
+                    copy_bulk_once(to, walk.weight.codes + (size_t)(u32)(strip * walk.weight.tiles + tile) * Layout::CODE_BYTES, of_codes, barrier);
+                if (mine(2 * i + 1)) {
+                    if (Layout::PAIR_BYTES) copy_bulk_once(to + PARAMS_AT, Layout::param_run(walk.weight, strip, tile, here).from, of_params, barrier);
+                    if (Layout::PARAM_BYTES > Layout::PAIR_BYTES)
+                        copy_bulk_once(to + SUPERS_AT, Layout::super_run(walk.weight, strip, tile, here).from, of_supers, barrier);
+                }
+            }
         }
-        next();
+        advance(1);
     }
 };
 #else
-static_assert(STRIPS == 1, "several strips need the copy engine");
+static_assert(STRIPS == 1 && GROUPS == 1, "several strips, and groups, need the copy engine");
 
 struct Ring {
     u32 stages;

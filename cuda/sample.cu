@@ -9,11 +9,6 @@
 #include "cluster.cuh"
 #include "overlap.cuh"
 #include "reduce.cuh"
-#if CLUSTER == 1
-#define IN_CLUSTERS
-#else
-#define IN_CLUSTERS __cluster_dims__(CLUSTER, 1, 1)
-#endif
 
 namespace tenpak {
 

@@ -31,6 +31,7 @@
 #ifndef NORM
 #define NORM 0
 #endif
+#include "output.cuh"
 #include "ring.cuh"
 #if INTEGER
 #include "integers.cuh"
@@ -44,13 +45,18 @@
 namespace tenpak {
 
 // Strips (or pairs of strips) whose sums are in shared memory at a time, each with a warp that adds them.
+#ifdef ADDERS
+constexpr int BUFFERS = ADDERS;
+#else
 constexpr int BUFFERS = COLUMNS <= 2 ? 2 : 1;
-// Warps: those that multiply, those that add, and one that asks for copies.
-constexpr int COPIER = WARPS + BUFFERS, ALL_WARPS = COPIER + ENGINE;
+#endif
+// Warps: those that multiply, those that add, and those that ask for copies.
+constexpr int FIRST_COPIER = WARPS + BUFFERS, ALL_WARPS = FIRST_COPIER + ENGINE * COPIERS;
 // Tiles of sums, of a strip's 16 rows by eight tokens each.
 constexpr int PARTS = STRIPS * COLUMNS;
+static_assert(DEPTH >= GROUPS, "every group of warps has a step");
 // Barriers: a buffer has been written, or read.
-constexpr int FULL = 1, EMPTY = FULL + BUFFERS;
+constexpr int FULL = 1, EMPTY = FULL + BUFFERS, READY = EMPTY + BUFFERS;
 // Steps of x that the copy engine may bring one by one.
 constexpr int X_STEPS = ENGINE && !INTEGER && !NORM ? 32 : 0;
 
@@ -65,63 +71,19 @@ __device__ __forceinline__ void wait_for_staging(int tokens) {
 }
 
 #if ENGINE
-// The columns of x of one step, for all tokens, by one thread.
-__device__ __forceinline__ void copy_x(const XSlice& from, u32 to, int row_bytes, int step, u32 barrier) {
+// The columns of x of one step: of one copier's tokens.
+__device__ __forceinline__ void copy_x(const XSlice& from, u32 to, int row_bytes, int step, u32 barrier, int copier) {
     constexpr int MOST = STEP_TILES * TILE_COLS;
     const int column = step * MOST, bytes = min(MOST, from.columns - column) * 2;
-    barrier_expect(barrier, from.tokens * bytes);
-    for (int token = 0; token < from.tokens; ++token)
-        copy_bulk(to + token * row_bytes + column * 2, from.x + token * from.stride + from.first_column + column, bytes, barrier);
+    const int tokens = max(from.tokens - copier + COPIERS - 1, 0) / COPIERS;
+    if (elected()) {
+        barrier_expect(barrier, tokens * bytes);
+#pragma unroll 1
+        for (int token = copier; token < from.tokens; token += COPIERS)
+            copy_bulk(to + token * row_bytes + column * 2, from.x + token * from.stride + from.first_column + column, bytes, barrier);
+    }
 }
 #endif
-
-#if OUTPUT == 0
-using Out = u16;
-#else
-using Out = float;
-#endif
-
-struct Output {
-    Out* y;
-    const u16* bias;
-    int n;
-    float scale;
-
-    __device__ __forceinline__ float finished(float sum, int row) const {
-        return sum * scale + (bias ? widen(bias[row]) : 0.0f);
-    }
-    static __device__ __forceinline__ void put(Out& to, float x) {
-#if OUTPUT == 0
-        to = narrow(x);
-#elif OUTPUT == 1
-        to = x;
-#else
-        // Past L1, which may hold what was there before a kernel that this one overlaps with: only threads that wait for
-        // it see to that.
-        to = __ldcg(&to) + x;
-#endif
-    }
-    // One lane's four sums: rows g and g + 8 of the strip, tokens 2t and 2t + 1.
-    __device__ __forceinline__ void store(const float4& sum, int strip, int token, int tokens, float low, float high, int lane) const {
-        const int row = strip * TILE_ROWS + lane / 4;
-        token += lane % 4 * 2;
-        const float v[4] = {sum.x * low, sum.y * low, sum.z * high, sum.w * high};
-#if GATED
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-            if (row + 8 >= n || token + i >= tokens) continue;
-            put(y[(size_t)(token + i) * (n / 2) + strip * 8 + lane / 4],
-                activate(finished(v[i], row)) * finished(v[2 + i], row + 8));
-        }
-#else
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            const int r = row + i / 2 * 8, m = token + i % 2;
-            if (r < n && m < tokens) put(y[(size_t)m * n + r], activate(finished(v[i], r)));
-        }
-#endif
-    }
-};
 
 }  // namespace tenpak
 
@@ -169,32 +131,44 @@ skinny(const unsigned char* codes, const unsigned char* params, const unsigned c
 #if ENGINE
     __shared__ u64 barriers[Ring::BARRIERS + X_STEPS];
     const u32 ring_barriers = keep_address(shared_address(barriers)), x_full = ring_barriers + 8 * Ring::BARRIERS;
-    if (warp == COPIER) {
+    if (warp >= FIRST_COPIER) {
+        const int copier = warp - FIRST_COPIER;
         Ring ring(keep_address(shared_address(stages)), ring_barriers);
         const u32 to = keep_address(shared_address(staged_x));
-        // Steps whose weights are asked for before x.
-        const int early = x_by_engine && !OVERLAP ? 0 : min(DEPTH, walk.turns * walk.steps);
-        if (lane == 0) {
+        if (threadIdx.x == FIRST_COPIER * LANES) {
             Ring::init(ring_barriers);
-            for (int i = 0; i < X_STEPS; ++i) barrier_init(x_full + 8 * i, 1);
+            if (x_by_engine)
+                for (int i = 0; i < walk.steps; ++i) barrier_init(x_full + 8 * i, COPIERS);
             barriers_ready();
-            for (int i = 0; i < early; ++i) ring.copy(walk, i / walk.steps, i % walk.steps);
         }
-        __syncwarp();
+        if (COPIERS > 1) wait_at_barrier<COPIERS * LANES>(READY);
+        else __syncwarp();
+        // What is asked for before others have come so far: of each step x, where it is there, and then the weights.
+        const int all = walk.turns * walk.steps, early = min(DEPTH, all);
+        int weights = 0, turn = 0, step = 0, x_steps = 0;
+        auto ask = [&] {
+            ring.copy(walk, turn, step, copier);
+            ++weights;
+            if (++step == walk.steps) step = 0, ++turn;
+        };
+        const bool x_early = x_by_engine && !OVERLAP;
+        while (weights < early) {
+            if (x_early && x_steps < walk.steps) copy_x(slice_of_x(0), to, row_bytes, x_steps, x_full + 8 * x_steps, copier), ++x_steps;
+            ask();
+        }
         for (int chunk = 0; chunk < chunks; ++chunk) {
             const XSlice here = slice_of_x(chunk);
-            if (chunk) __syncthreads();
-            wait_for_staging(here.tokens);
-            if (lane == 0) {
-                if (x_by_engine && OVERLAP && chunk == 0) wait_for_previous();
-                for (int turn = 0; turn < walk.turns; ++turn)
-#pragma unroll 1
-                    for (int step = 0; step < walk.steps; ++step) {
-                        if (x_by_engine && turn == 0) copy_x(here, to, row_bytes, step, x_full + 8 * step);
-                        if (chunk || turn * walk.steps + step >= early) ring.copy(walk, turn, step);
-                    }
+            if (chunk) {
+                __syncthreads();
+                weights = turn = step = x_steps = 0;
             }
-            __syncwarp();
+            wait_for_staging(here.tokens);
+            if (x_by_engine && OVERLAP && chunk == 0) wait_for_previous();
+#pragma unroll 1
+            while (weights < all || (x_by_engine && x_steps < walk.steps)) {
+                if (x_by_engine && x_steps < walk.steps) copy_x(here, to, row_bytes, x_steps, x_full + 8 * x_steps, copier), ++x_steps;
+                if (weights < all) ask();
+            }
         }
         return;
     }
@@ -213,6 +187,7 @@ skinny(const unsigned char* codes, const unsigned char* params, const unsigned c
                 Layout::Rows rows[STRIPS];
 #pragma unroll
                 for (int i = 0; i < STRIPS; ++i) rows[i] = Layout::rows(weight, walk.strip(turn, i), lane);
+                if (turn >= BUFFERS) wait_at(EMPTY + buffer);
                 wait_at(FULL + buffer);
                 float4 sums[PARTS];
 #pragma unroll
@@ -221,8 +196,8 @@ skinny(const unsigned char* codes, const unsigned char* params, const unsigned c
                     sums[part] = from[0];
 #pragma unroll
                     for (int other = 1; other < WARPS; ++other) add(sums[part], from[other * PARTS * LANES]);
+                    sums[part] = Products::finished(sums[part], lane);
                 }
-                if (turn + BUFFERS < walk.turns) arrive_at(EMPTY + buffer);
                 if (slices > 1) {
                     const size_t step = (size_t)strips * PARTS * LANES;
                     float4* all = partial + (slot * slices * strips + strip) * PARTS * LANES + lane;
@@ -255,7 +230,9 @@ skinny(const unsigned char* codes, const unsigned char* params, const unsigned c
     }
 
 #if ENGINE
-    Ring ring(keep_address(shared_address(stages)), ring_barriers);
+    // Steps before the next of this warp's group.
+    int ahead = warp / SHARERS;
+    Ring ring(keep_address(shared_address(stages)), ring_barriers, ahead);
 #endif
     const u32 staged_address = keep_address(shared_address(staged_x));
     const u32 my_sums = keep_address(shared_address(sums_of_warps + warp * PARTS * LANES + lane));
@@ -290,23 +267,28 @@ skinny(const unsigned char* codes, const unsigned char* params, const unsigned c
 #endif
         __syncthreads();
 
-        Products products(Ring::place(shared_address(stages), warp), staged_address, row_bytes, here.tokens, count, lane);
+        Products products(Ring::place(shared_address(stages), warp % SHARERS), staged_address, row_bytes, here.tokens, count, lane);
         for (int turn = 0; turn < walk.turns; ++turn) {
             Layout::Rows rows_after[STRIPS];
 #pragma unroll
             for (int i = 0; i < STRIPS; ++i) rows_after[i] = Layout::rows(weight, walk.strip(turn + 1, i), lane);
             products.clear();
-            int tile = STAGE_TILES * warp;
-#pragma unroll 1
-            for (int step = 0; step < walk.steps; step += UNROLL) {
 #if ENGINE
+            int step = ahead, tile = STAGE_TILES * (warp % SHARERS) + step * STEP_TILES;
+#pragma unroll 1
+            for (; step < walk.steps; step += GROUPS, tile += GROUPS * STEP_TILES) {
                 Products::Pair pair;
-                if (x_by_engine && turn == 0) barrier_wait(x_full + 8 * step, chunk % 2);
+                if (x_by_engine && turn < GROUPS) barrier_wait(x_full + 8 * step, chunk % 2);
                 products.load(pair, ring.wait(), lane);
                 ring.release(lane);
                 products.multiply(pair, rows, tile, count);
-                tile += STEP_TILES;
+            }
+            // The groups take turns across the ends of strips, too.
+            ahead = step - walk.steps;
 #else
+            int tile = STAGE_TILES * warp;
+#pragma unroll 1
+            for (int step = 0; step < walk.steps; step += UNROLL) {
 #pragma unroll
                 for (int i = 0; i < UNROLL; ++i, tile += STEP_TILES) {
                     Products::Pair pair;
@@ -315,8 +297,8 @@ skinny(const unsigned char* codes, const unsigned char* params, const unsigned c
                     products.multiply(pair, rows, tile, count);
                 }
                 ring.next();
-#endif
             }
+#endif
 
             const int buffer = turn % BUFFERS;
             if (turn >= BUFFERS) wait_at(EMPTY + buffer);

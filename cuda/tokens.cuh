@@ -4,6 +4,9 @@
 #ifndef ENGINE
 #define ENGINE 0
 #endif
+#ifndef COPIERS
+#define COPIERS 1
+#endif
 #ifndef STRIPS
 #define STRIPS 1
 #endif
@@ -14,8 +17,12 @@
 namespace tenpak {
 
 constexpr int THREADS = WARPS * LANES;  // those that multiply
-// What the warps take of a strip in a step: two tiles each.
-constexpr int STEP_TILES = WARPS * STAGE_TILES, BLOCK_STAGE_BYTES = WARPS * STAGE_BYTES;
+#ifndef SHARERS
+#define SHARERS WARPS
+#endif
+constexpr int GROUPS = WARPS / SHARERS;
+// What the warps that share a strip take of it in a step: two tiles each.
+constexpr int STEP_TILES = SHARERS * STAGE_TILES, BLOCK_STAGE_BYTES = SHARERS * STAGE_BYTES;
 // Steps at a time. Long steps are not unrolled: a launch is so short that fetching instructions is part of its time.
 constexpr int UNROLL = INTEGER || ENGINE ? 1 : DEPTH;
 

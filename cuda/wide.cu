@@ -17,16 +17,8 @@
 //
 // A block waits only for blocks that were started before it, or with it.
 //
-// sm_90a. -DGROUPS, -DTOKENS, -DSTEP (1 or 2), -DSTAGES, -DCLUSTER (1 or 2).
+// sm_90a. -DGROUPS, -DTOKENS, -DSTEP (1, 2 or 4), -DSTAGES, -DCLUSTER (1 or 2).
 #include "columns.cuh"
-#ifndef CLUSTER
-#define CLUSTER 1
-#endif
-#if CLUSTER > 1
-#define IN_CLUSTERS __cluster_dims__(CLUSTER, 1, 1)
-#else
-#define IN_CLUSTERS
-#endif
 
 namespace tenpak {
 
@@ -188,6 +180,20 @@ __device__ __forceinline__ void copy_step(const TensorMap& x, const Weight& w, c
 
 // ---- Consumers ------------------------------------------------------------------------------------------------------------
 
+// That all lanes have read a stage, if there is one.
+__device__ __forceinline__ void release(u32 barrier, int lane) {
+    __syncwarp();
+    if (barrier && lane == 0) barrier_arrive(barrier);
+}
+
+// Tile j of a stage; j is known when this is compiled.
+__device__ __forceinline__ Columns::Tile load_tile(int j, u32 codes, u32 params, u32 supers, int lane) {
+    return j == 0   ? Columns::template load<0>(codes, params, supers, lane)
+           : j == 1 ? Columns::template load<1>(codes, params, supers, lane)
+           : j == 2 ? Columns::template load<2>(codes, params, supers, lane)
+                    : Columns::template load<3>(codes, params, supers, lane);
+}
+
 // Half of a tile's columns, which are then under way with at most the half before them.
 template <int HALF>
 __device__ __forceinline__ void multiply(float (&sums)[SUMS], const Columns::Tile& tile, const Layout::Rows& rows, u32 x, int lane) {
@@ -268,7 +274,7 @@ __device__ __forceinline__ void store_exchanged(u32 exchange, int rank, u16* y, 
         const u32 from = exchange + (token * EXCHANGE_ROW + row) * 4;
         float4 parts[CLUSTER];
 #pragma unroll
-        for (int j = 0; j < CLUSTER; ++j) parts[j] = in_block(from, j);
+        for (int j = 0; j < CLUSTER; ++j) parts[j] = read_there(in_block(from, j));
         float all[4] = {};
 #pragma unroll
         for (int j = 0; j < CLUSTER; ++j) {
@@ -368,26 +374,25 @@ wide(const __grid_constant__ tenpak::TensorMap x, const unsigned char* codes, co
             u32 to_release = 0;  // the barrier of the stage whose products may still be under way
 #pragma unroll 1
             for (int step = segment.first; step < segment.first + segment.count; ++step) {
+                const u32 stage = stages_address + turn.stage * BYTES_OF_STAGE, here = stage + own;
                 // Exchanged so that the compiler knows it to be the same for all lanes, as descriptors must be.
-                const u32 stage = __shfl_sync(~0u, stages_address + turn.stage * BYTES_OF_STAGE, 0);
+                const u32 boxes = __shfl_sync(~0u, descriptor(stage), 0);
                 barrier_wait(full + 8 * turn.stage, turn.phase);
 #pragma unroll
                 for (int j = 0; j < STEP; ++j) {
                     if (j > 0 && STEP * step + j >= tiles) break;
-                    const u32 box = descriptor(stage + j * X_BYTES);
-                    const u32 here = stage + own;
-                    const Columns::Tile tile = j ? Columns::template load<1>(here, here + PARAMS_AT, here + SUPERS_AT, lane)
-                                                 : Columns::template load<0>(here, here + PARAMS_AT, here + SUPERS_AT, lane);
+                    const u32 box = boxes + j * (X_BYTES / 16);
+                    const Columns::Tile tile = load_tile(j, here, here + PARAMS_AT, here + SUPERS_AT, lane);
                     multiply<0>(sums, tile, rows, box, lane);
                     // Only this step's are under way.
-                    if (j == 0 && to_release && lane == 0) barrier_arrive(to_release);
+                    if (j == 0) release(to_release, lane);
                     multiply<1>(sums, tile, rows, box, lane);
                 }
                 to_release = empty + 8 * turn.stage;
                 turn.next();
             }
             wgmma_wait<0>();
-            if (to_release && lane == 0) barrier_arrive(to_release);
+            release(to_release, lane);
             pin(sums);
 
             auto to = [&] { return y + ((size_t)at.matrix * m + at.token) * n; };
@@ -398,7 +403,7 @@ wide(const __grid_constant__ tenpak::TensorMap x, const unsigned char* codes, co
                 leave_sums(sums, stages, group * 64, scale * Layout::row_scale(rows, false), scale * Layout::row_scale(rows, true));
                 cluster_sync();
                 store_exchanged(stages_address, cluster_rank(), to(), plus(), at.strip * TILE_ROWS, m - at.token, n);
-                cluster_leave();
+                cluster_meet();
                 continue;
             }
 

@@ -9,19 +9,14 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
-import subprocess
-import tempfile
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from support import ROOT
-from tenpak.cuda import compile as kernels
 from tenpak.cuda import wide as plans
 from tenpak.cuda.plans import STAGE_BYTES
-from warps_on_cpu import COMPILER, WARP
+from warps_on_cpu import WARP, built
 
 #: Stands in for what cuda/layouts.cuh says in assembly: its sections on copies and on pairs of floats.
 PAIRS = """
@@ -35,6 +30,7 @@ struct alignas(16) uint4 { u32 x, y, z, w; };
 #ifndef CLUSTER
 #define CLUSTER 1
 #endif
+#define IN_CLUSTERS
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 template <class T> T __ldg(const T* at) { return *at; }
 inline int __shfl_sync(u32, int x, int lane) { return (int)tenpak::share<1>({(u64)(u32)x})[lane][0]; }
@@ -224,14 +220,19 @@ static Barrier of_consumers, of_cluster;
 inline void consumers_barrier(int threads) { arrive(of_consumers, threads); }
 // What each block of a cluster left for the others, in the launch before this one, which is the same.
 static std::map<u32, std::vector<u8>> left;
+inline void cluster_meet() { arrive(of_cluster, 128 * GROUPS); }
 inline void cluster_sync() {
-    arrive(of_cluster, 128 * GROUPS);
+    cluster_meet();
     if (threadIdx.x == 0) left[blockIdx.x].assign(memory(), memory() + shared_size);
 }
-inline void cluster_leave() {}
 inline int cluster_rank() { return blockIdx.x % CLUSTER; }
-inline float4 in_block(u32 at, u32 rank) {
-    const std::vector<u8>& from = left[blockIdx.x / CLUSTER * CLUSTER + rank];
+static int asked_rank;
+inline u32 in_block(u32 at, int rank) {
+    asked_rank = rank;
+    return at;
+}
+inline float4 read_there(u32 at) {
+    const std::vector<u8>& from = left[blockIdx.x / CLUSTER * CLUSTER + asked_rank];
     float4 v = {};
     if (!from.empty()) memcpy(&v, from.data() + (at - first_shared), sizeof v);
     return v;
@@ -335,37 +336,15 @@ def layouts_on_cpu(copies: str = "namespace tenpak { inline void copy_once(u32, 
     return f"#pragma once\n{renamed}\n{PAIRS}\n{copies}\n{head}\n{text[end:]}"
 
 
+#: Libraries of different macros must not share what static variables hold; the order of blocks is that of a GPU.
+FLAGS = ["-fno-gnu-unique", "-DASCENDING=1"]
+
+
 @functools.cache
 def _library(defines: tuple[tuple[str, object], ...]) -> ctypes.CDLL:
-    folder = Path(tempfile.gettempdir()) / "tenpak-hopper-on-cpu"
-    # Libraries of different macros must not share what static variables hold.
-    flags = ["-O1", "-w", "-Wl,-Bsymbolic", "-fno-gnu-unique", "-DASCENDING=1", "-DSKIPS=1"]
-    flags += [o for o in kernels.options("wide.cu", dict(defines), "sm_90a") if o.startswith(("-std", "-D"))]
-    dynamic = "extern __shared__ __align__(1024) u8 dynamic[];"
-    text = (ROOT / "cuda" / "wide.cu").read_text()
-    assert dynamic in text
-    launcher = (
-        'extern "C" void launch(void** a, const unsigned* g, unsigned t, unsigned s) '
-        "{ tenpak::launch(wide, a, g, t, s); }\n"
-    )
-    files = {
-        "warp.cuh": WARP,
-        "layouts.cuh": layouts_on_cpu(),
-        "engine.cuh": ENGINE,
-        "hopper.cuh": HOPPER,
-        "columns.cuh": (ROOT / "cuda" / "columns.cuh").read_text(),
-        "kernel.cpp": text.replace(dynamic, "u8* const dynamic = dynamic_memory();") + launcher,
-    }
-    key = hashlib.sha256("\0".join([*files.values(), *flags]).encode()).hexdigest()[:20]
-    built = folder / key / "kernel.so"
-    if not built.exists():
-        built.parent.mkdir(parents=True, exist_ok=True)
-        for file, content in files.items():
-            (built.parent / file).write_text(content)
-        command = [COMPILER, "-shared", "-fPIC", *flags, "kernel.cpp"]
-        subprocess.run([*command, "-o", "part.so"], check=True, cwd=built.parent)
-        (built.parent / "part.so").rename(built)
-    return ctypes.CDLL(str(built))
+    stand_ins = {"warp.cuh": WARP, "layouts.cuh": layouts_on_cpu(), "engine.cuh": ENGINE, "hopper.cuh": HOPPER}
+    dynamic = "extern __shared__ __align__(1024) u8 dynamic[];", "u8* const dynamic = dynamic_memory();"
+    return built("wide.cu", "wide", defines, "sm_90a", stand_ins, [*FLAGS, "-DSKIPS=1"], dynamic)
 
 
 def aligned(array: NDArray[Any] | None) -> NDArray[Any] | None:

@@ -7,18 +7,12 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
-import subprocess
-import tempfile
-from pathlib import Path
 
 import numpy as np
-from hopper_on_cpu import ENGINE, aligned, layouts_on_cpu
+from hopper_on_cpu import ENGINE, FLAGS, aligned, layouts_on_cpu
 from numpy.typing import NDArray
-from support import ROOT
-from tenpak.cuda import compile as kernels
 from tenpak.cuda.plans import Plan
-from warps_on_cpu import COMPILER, WARP
+from warps_on_cpu import WARP, built
 
 #: Copies of cuda/layouts.cuh, which `PAIRS` of hopper_on_cpu leaves out, and what else the kernel asks of CUDA.
 COPIES = """
@@ -32,7 +26,6 @@ inline uint2 make_uint2(u32 x, u32 y) { return {x, y}; }
 inline uint4 make_uint4(u32 x, u32 y, u32 z, u32 w) { return {x, y, z, w}; }
 inline u32 __float_as_uint(float x) { return tenpak::to_bits(x); }
 inline float __uint_as_float(u32 x) { return tenpak::from_bits(x); }
-inline int __float2int_rn(float x) { return x == x ? (int)rint(x) : 0; }
 inline u32 bits_of(float x) { return tenpak::to_bits(x); }
 inline u32 bits_of(u32 x) { return x; }
 inline u32 bits_of(int x) { return (u32)x; }
@@ -77,6 +70,8 @@ inline void read_if(u32 wanted, u32 from, u32& x, u32& y, u32& z, u32& w) {
     read_if(wanted, from + 8, z, w);
 }
 inline void copy_or_zeros(u32 to, const void* from, int bytes) { copy16(at_shared(to), from, bytes != 0); }
+inline bool elected() { __syncwarp(); return threadIdx.x % 32 == 0; }
+inline u32 opaque_minus_one() { return ~0u; }
 inline float reciprocal(float x) { return 1.0f / x; }
 static Barrier named[16];
 template <int OF> void arrive_at_barrier(int barrier) {
@@ -93,35 +88,10 @@ template <int OF> void wait_at_barrier(int barrier) { arrive(named[barrier], OF)
 
 
 @functools.cache
-def _library(defines: tuple[tuple[str, object], ...]) -> ctypes.CDLL:
-    folder = Path(tempfile.gettempdir()) / "tenpak-skinny-on-cpu"
-    flags = ["-O1", "-w", "-Wl,-Bsymbolic", "-fno-gnu-unique", "-DASCENDING=1", "-include", "layouts.cuh"]
-    flags += [o for o in kernels.options("skinny.cu", dict(defines), "sm_90") if o.startswith(("-std", "-D"))]
-    dynamic = "extern __shared__ __align__(128) uint4 dynamic[];"
-    text = (ROOT / "cuda" / "skinny.cu").read_text()
-    assert dynamic in text
-    launcher = (
-        'extern "C" void launch(void** a, const unsigned* g, unsigned t, unsigned s) '
-        "{ tenpak::launch(skinny, a, g, t, s); }\n"
-    )
-    files = dict(kernels.headers("skinny.cu"))
-    files |= {
-        "warp.cuh": WARP,
-        "layouts.cuh": layouts_on_cpu(COPIES),
-        "engine.cuh": ENGINE,
-        "few.cuh": FEW,
-        "kernel.cpp": text.replace(dynamic, "uint4* const dynamic = (uint4*)dynamic_memory();") + launcher,
-    }
-    key = hashlib.sha256("\0".join([*files.values(), *flags]).encode()).hexdigest()[:20]
-    built = folder / key / "kernel.so"
-    if not built.exists():
-        built.parent.mkdir(parents=True, exist_ok=True)
-        for file, content in files.items():
-            (built.parent / file).write_text(content)
-        command = [COMPILER, "-shared", "-fPIC", *flags, "kernel.cpp"]
-        subprocess.run([*command, "-o", "part.so"], check=True, cwd=built.parent)
-        (built.parent / "part.so").rename(built)
-    return ctypes.CDLL(str(built))
+def _library(source: str, kernel: str, defines: tuple[tuple[str, object], ...]) -> ctypes.CDLL:
+    stand_ins = {"warp.cuh": WARP, "layouts.cuh": layouts_on_cpu(COPIES), "engine.cuh": ENGINE, "few.cuh": FEW}
+    dynamic = "extern __shared__ __align__(128) uint4 dynamic[];", "uint4* const dynamic = (uint4*)dynamic_memory();"
+    return built(source, kernel, defines, "sm_90", stand_ins, [*FLAGS, "-include", "layouts.cuh"], dynamic)
 
 
 def run(
@@ -149,6 +119,6 @@ def run(
         arguments += [address(norm[0]), address(norm[1]), np.float32(norm[2])]
     boxes = [np.array([argument]) for argument in arguments]
     pointers = (ctypes.c_void_p * len(boxes))(*(box.ctypes.data for box in boxes))
-    library = _library(tuple(sorted(plan.defines.items())))
+    library = _library(plan.source, plan.kernel, tuple(sorted(plan.defines.items())))
     library.launch(pointers, (ctypes.c_uint * 3)(*plan.grid), plan.block[0], plan.shared)
     assert not counters.any()

@@ -19,12 +19,19 @@ LAYOUTS = list(layouts.LAYOUTS)
 SKINNY = [{"WARPS": 8, "DEPTH": 2, "COLUMNS": 1, "BLOCKS": 2}, {"WARPS": 12, "DEPTH": 3, "COLUMNS": 8, "BLOCKS": 1}]
 INTEGER = [{**SKINNY[0], "INTEGER": tokens} for tokens in (1, 2)]
 #: With Hopper's copy engine.
-ENGINE = [{**SKINNY[0], "ENGINE": 1}, {"WARPS": 8, "DEPTH": 3, "COLUMNS": 2, "BLOCKS": 1, "STRIPS": 2, "ENGINE": 1}]
+ENGINE = [
+    {**SKINNY[0], "ENGINE": 1},
+    {"WARPS": 8, "DEPTH": 3, "COLUMNS": 2, "BLOCKS": 1, "STRIPS": 2, "ENGINE": 1, "COPIERS": 4},
+]
+ROWS = [
+    {"WARPS": 14, "SHARERS": 2, "STRIPS": 2, "DEPTH": 3, "COLUMNS": 2, "COPIERS": 2},
+    {"WARPS": 8, "SHARERS": 8, "STRIPS": 2, "DEPTH": 3, "COLUMNS": 1, "COPIERS": 4},
+]
 PREFILL = [{"GROUPS": 4, "BLOCKS": 1, "TOKENS": 16, "DEPTH": 3, "STAGES": 3}]
 WIDE = [
     {"GROUPS": 2, "TOKENS": 256, "STEP": 1, "STAGES": 4},
-    {"GROUPS": 4, "TOKENS": 64, "STEP": 2, "STAGES": 3},
-    {"GROUPS": 3, "TOKENS": 128, "STEP": 1, "STAGES": 5, "CLUSTER": 2},
+    {"GROUPS": 4, "TOKENS": 16, "STEP": 4, "STAGES": 3},
+    {"GROUPS": 3, "TOKENS": 128, "STEP": 2, "STAGES": 3, "CLUSTER": 2},
 ]
 
 
@@ -47,12 +54,12 @@ def defines_of(name: str, layout: str, arch: str) -> list[dict[str, object]]:
         if arch != "sm_80":
             configurations += [*ENGINE, *({**defines, "ENGINE": 1} for defines in integer)]
         return [{"LAYOUT": layout, "BF16": i % 2, **defines} for i, defines in enumerate(configurations)]
-    configurations = WIDE if name == "wide.cu" else PREFILL
+    configurations = {"wide.cu": WIDE, "rows.cu": ROWS, "prefill.cu": PREFILL}[name]
     return [{"LAYOUT": layout, "BF16": bf16, **defines} for bf16 in (0, 1) for defines in configurations]
 
 
 #: An H200 and an A100, as plans see them.
-H200, A100 = plans.Device(132, 225 << 10, 228 << 10, True), plans.Device(108, 161 << 10, 164 << 10, False)
+H200, A100 = plans.Device(132, 225 << 10, 228 << 10, 90), plans.Device(108, 161 << 10, 164 << 10, 80)
 
 #: What stands between a decoder's products, and what ends them there.
 STEP: list[tuple[str, dict[str, object]]] = [
@@ -89,7 +96,7 @@ def products_of_a_step(device: plans.Device) -> list[tuple[str, dict[str, object
 
 #: `prefill` and `wide` have Hopper's own instructions.
 BUILDS = [(name, arch) for name in ("pack.cu", "decode.cu", "dense.cu", "skinny.cu") for arch in ARCHITECTURES]
-BUILDS += [("prefill.cu", "sm_90a"), ("wide.cu", "sm_90a")]
+BUILDS += [("rows.cu", "sm_90"), ("prefill.cu", "sm_90a"), ("wide.cu", "sm_90a")]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -105,6 +112,12 @@ def test_a_decoders_step_compiles(arch):
         assert kernels.compile_to_cubin(name, defines, arch).startswith(b"\x7fELF")
     if arch != "sm_80":
         assert kernels.compile_to_cubin("sample.cu", plans.sample_defines(H200), arch).startswith(b"\x7fELF")
+
+
+def test_tokens_are_sampled_in_clusters_where_there_are_any():
+    newer = plans.Device(188, 99 << 10, 100 << 10, 120)
+    assert [plans.sample_defines(device)["CLUSTER"] for device in (A100, H200, newer)] == [1, 8, 8]
+    assert not newer.hopper
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)

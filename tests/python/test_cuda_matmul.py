@@ -6,6 +6,7 @@ Skipped where there is no GPU. Outputs are poisoned with NaN before they are wri
 from __future__ import annotations
 
 import threading
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -144,22 +145,20 @@ def test_the_norm_before_a_product(cupy, layout, kind):
                 assert error(added, wanted, at_least=expected_norm(x, w)) < TOLERANCE["float16"], (n, k, m, overlaps)
 
 
-@every_layout
-@every_dtype
-def test_products_of_few_tokens(cupy, layout, dtype):
-    """skinny.cu in every configuration that it may be taken in for a shape; twice the same."""
-    from tenpak.cuda import plans, products
+def check_every_plan(cupy: Any, layout: str, dtype: str, tokens: tuple[int, ...], plans_of: Any) -> None:
+    """Each of plans_of(n, k, m, batch, bf16) beside FP64, for shapes of all kinds; twice the same."""
+    from tenpak.cuda import products
     from tenpak.cuda.compile import function
 
+    bf16, stream = dtype == "bfloat16", cupy.cuda.get_current_stream()
     for n, k, batch in [(21, 152, 0), (130, 1000, 0), (48, 8200, 0), (2500, 264, 0), (70, 200, 3)]:
         w = random_weight(layout, n, k, batch)
         lead = (batch,) if batch else ()
         bias = activations(cupy, *lead, n, dtype=dtype, seed=2)
-        for m in (1, 2, 3, 4, 7, 16, 19):
+        for m in tokens:
             x = activations(cupy, *lead, m, k, dtype=dtype, seed=m)
             wanted, norm = exact(x, w, bias), expected_norm(x, w)
-            bf16, stream = dtype == "bfloat16", cupy.cuda.get_current_stream()
-            for plan in plans.skinny_plans(products.device_of(0), layout, n, k, m, max(batch, 1), bf16):
+            for plan in plans_of(n, k, m, max(batch, 1), bf16):
                 kernel = function(plan.source, plan.kernel, plan.defines, 0)
                 outputs = []
                 for _ in range(2):
@@ -169,42 +168,34 @@ def test_products_of_few_tokens(cupy, layout, dtype):
                     outputs.append(out)
                 assert error(outputs[0], wanted, at_least=norm) < TOLERANCE[dtype], (m, plan)
                 assert bool((outputs[0].view(np.uint16) == outputs[1].view(np.uint16)).all()), (m, plan)
+
+
+@every_layout
+@every_dtype
+def test_products_of_few_tokens(cupy, layout, dtype):
+    """skinny.cu in every configuration that it may be taken in for a shape."""
+    from tenpak.cuda import plans, products
+
+    device = products.device_of(0)
+    check_every_plan(cupy, layout, dtype, (1, 2, 3, 4, 7, 16, 19), partial(plans.skinny_plans, device, layout))
 
 
 @every_layout
 @every_dtype
 def test_products_of_boxes(cupy, layout, dtype, monkeypatch):
-    """wide.cu wherever the copy engine can read x, in every configuration it may choose for a shape; twice the same."""
+    """wide.cu wherever the copy engine can read x, in every configuration it may choose for a shape."""
     from tenpak.cuda import plans, products, tensormap
-    from tenpak.cuda.compile import function
 
     device = products.device_of(0)
     if not device.hopper:
         pytest.skip("wide.cu has Hopper's own instructions")
-    for n, k, batch in [(21, 152, 0), (130, 1000, 0), (48, 8200, 0), (2500, 264, 0), (70, 200, 3)]:
-        w = random_weight(layout, n, k, batch)
-        lead = (batch,) if batch else ()
-        bias = activations(cupy, *lead, n, dtype=dtype, seed=2)
-        for m in (1, 9, 17, 65, 130, 300):
-            x = activations(cupy, *lead, m, k, dtype=dtype, seed=m)
-            assert tensormap.fits(x.data.ptr, k)
-            wanted, norm = exact(x, w, bias), expected_norm(x, w)
-            bf16, stream = dtype == "bfloat16", cupy.cuda.get_current_stream()
-            for plan in plans.wide_plans(device, layout, n, k, m, max(batch, 1), bf16):
-                kernel = function(plan.source, plan.kernel, plan.defines, 0)
-                outputs = []
-                for _ in range(2):
-                    out = poisoned(cupy, *lead, m, n, dtype=dtype)
-                    addresses = (x.data.ptr, out.data.ptr)
-                    products.run((plan, kernel), w, *addresses, m, k, bf16=bf16, stream=stream, bias=bias.data.ptr)
-                    outputs.append(out)
-                assert error(outputs[0], wanted, at_least=norm) < TOLERANCE[dtype], (m, plan)
-                assert bool((outputs[0].view(np.uint16) == outputs[1].view(np.uint16)).all()), (m, plan)
+    check_every_plan(cupy, layout, dtype, (1, 9, 17, 65, 130, 300), partial(plans.wide_plans, device, layout))
     # As `matmul` takes it once it is chosen; rows that do not fit take another kernel.
     monkeypatch.setattr(plans, "WIDE_FROM", 9)
     w = random_weight(layout, 130, 1001)
     for stride in (1001, 1008):
         x = activations(cupy, 40, stride, dtype=dtype)[:, :1001]
+        assert tensormap.fits(x.data.ptr, stride) == (stride == 1008)
         assert error(products.matmul(x, w), exact(x, w), at_least=expected_norm(x, w)) < TOLERANCE[dtype]
 
 

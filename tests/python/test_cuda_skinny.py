@@ -1,4 +1,4 @@
-"""`skinny.cu` beside FP64, on the CPU: layouts, both ways to copy and to multiply, norms, slices of K, experts."""
+"""`skinny.cu` and `rows.cu` beside FP64, on the CPU: layouts, ways to copy and multiply, norms, slices, experts."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from unittest.mock import patch
 
 import numpy as np
 import pytest
-from skinny_on_cpu import COMPILER, run
+from skinny_on_cpu import run
 from tenpak.cuda import layouts, plans
 from test_cuda_wide import bits, random_weight, values
+from warps_on_cpu import COMPILER
 
 pytestmark = pytest.mark.skipif(
     COMPILER is None or sys.maxsize < 2**32, reason="a C++ compiler, fibers and the linker's options of Linux"
@@ -17,12 +18,12 @@ pytestmark = pytest.mark.skipif(
 
 LAYOUTS = list(layouts.LAYOUTS)
 #: Few multiprocessors, so that a block has several strips.
-SMALL = plans.Device(2, 225 << 10, 228 << 10, True)
+SMALL = plans.Device(2, 225 << 10, 228 << 10, 90)
 
 
 def check(
     layout: str,
-    form: plans.Form,
+    form: plans.Form | None,
     shape: tuple[int, int, int],
     *,
     bf16: bool = False,
@@ -31,14 +32,18 @@ def check(
     fused: plans.Fused = plans.PLAIN,
     device: plans.Device = SMALL,
 ) -> None:
-    """Twice the same, within rounding of the exact product."""
+    """Twice the same, within rounding of the exact product; without a form, by `rows.cu`."""
     m, n, k = shape
     random, lead, count = np.random.default_rng(m + n + k), (batch,) if batch else (), max(batch, 1)
     parts, reference, scale = random_weight(layout, (*lead, n, k))
     reference = reference.reshape(count, n, k) * scale
     packed = layouts.pack(layouts.find(layout), parts, n, k, batch)
-    with patch.object(plans, "_forms", lambda *_: [form]):
-        (plan,) = plans.skinny_plans(device, layout, n, k, m, count, bf16, offsets is not None, fused)
+    if form is None:
+        plan = plans.rows_plan(device, layout, n, k, m, count, bf16)
+        assert plan is not None
+    else:
+        with patch.object(plans, "_forms", lambda *_: [form]):
+            (plan,) = plans.skinny_plans(device, layout, n, k, m, count, bf16, offsets is not None, fused)
     rows = (m,) if offsets else (count, m)
     x = random.standard_normal((*rows, k)).astype(np.float32)
     tolerance = 8e-3 if bf16 else 1.5e-3
@@ -96,15 +101,25 @@ def test_two_strips_and_more_tokens_than_a_chunk(layout):
     for engine in (False, True):
         check(layout, plans.Form(2, 3, 1, engine=engine), (19, 37, 192))
         check(layout, plans.Form(2, 2, 1, engine=engine), (2, 37, 330))
+    check(layout, plans.Form(2, 2, 1, 2, True), (1, 90, 576))
     check(layout, plans.Form(2, 2, 1, 2, True), (5, 90, 576))
-    check(layout, plans.Form(2, 3, 1, 2, True), (13, 55, 328), bf16=True)
+    check(layout, plans.Form(2, 3, 1, 2, True, copiers=3), (13, 55, 328), bf16=True)
+    check(layout, plans.Form(2, 3, 1, 2, True, copiers=2), (19, 70, 640))
+
+
+@pytest.mark.parametrize("layout", ["int4_g32_fp16", "int4_g128_fp16", "int4_g8_u8", "int4_lut16", "int8_sym"])
+def test_blocks_of_many_rows(layout):
+    # One turn and several, also of tokens; an odd number of tiles; strips that are not there.
+    check(layout, None, (13, 70, 576))
+    check(layout, None, (5, 460, 192), bf16=True)
+    check(layout, None, (19, 40, 128), batch=3)
 
 
 @pytest.mark.parametrize("layout", ["int4_g32_fp16", "int4_lut16"])
 @pytest.mark.parametrize("engine", [False, True])
 def test_slices_batches_and_experts(layout, engine):
     form = plans.Form(2, 2, 1, engine=engine)
-    many = plans.Device(12, 225 << 10, 228 << 10, True)
+    many = plans.Device(12, 225 << 10, 228 << 10, 90)
     for m in (1, 3):
         check(layout, form, (m, 20, 2112), device=many)
         check(layout, form, (m, 40, 136), batch=3)

@@ -14,7 +14,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -265,29 +265,48 @@ void launch(void (*kernel)(A...), void** a, const unsigned* grid, unsigned threa
 """
 
 
-@functools.cache
-def _library(name: str, defines: tuple[tuple[str, object], ...], kernel: str) -> ctypes.CDLL:
-    folder = Path(tempfile.gettempdir()) / "tenpak-warps-on-cpu"
+def built(
+    source: str,
+    kernel: str,
+    defines: tuple[tuple[str, object], ...],
+    arch: str,
+    stand_ins: dict[str, str],
+    flags: Sequence[str],
+    dynamic: tuple[str, str] | None = None,
+) -> ctypes.CDLL:
+    """A kernel of cuda/ as a library that has `launch`, compiled once for each text.
+
+    `stand_ins` are what headers are on a CPU; `flags` the compiler's; `dynamic` how the source declares its dynamic
+    shared memory, and what stands in place of that.
+    """
     # Kernels may be named like functions of the C library.
-    flags = ["-O1", "-w", "-Wl,-Bsymbolic", "-include", "warp.cuh"]
-    flags += [o for o in kernels.options(name, dict(defines), "sm_80") if o.startswith(("-std", "-D"))]
-    files = dict(kernels.headers(name))
-    files |= {"warp.cuh": WARP, "floats.cuh": '#pragma once\n#include "warp.cuh"\n'}
+    flags = ["-O1", "-w", "-Wl,-Bsymbolic", *flags]
+    flags += [o for o in kernels.options(source, dict(defines), arch) if o.startswith(("-std", "-D"))]
     launcher = (
         f'extern "C" void launch(void** a, const unsigned* g, unsigned t, unsigned s) '
         f"{{ tenpak::launch({kernel}, a, g, t, s); }}\n"
     )
-    files["kernel.cpp"] = (ROOT / "cuda" / name).read_text() + launcher
+    text = (ROOT / "cuda" / source).read_text()
+    if dynamic is not None:
+        assert dynamic[0] in text
+        text = text.replace(*dynamic)
+    files = {**kernels.headers(source), **stand_ins, "kernel.cpp": text + launcher}
     key = hashlib.sha256("\0".join([*files.values(), *flags]).encode()).hexdigest()[:20]
-    built = folder / key / "kernel.so"
-    if not built.exists():
-        built.parent.mkdir(parents=True, exist_ok=True)
-        for file, text in files.items():
-            (built.parent / file).write_text(text)
+    library = Path(tempfile.gettempdir()) / "tenpak-on-cpu" / key / "kernel.so"
+    if not library.exists():
+        library.parent.mkdir(parents=True, exist_ok=True)
+        for file, content in files.items():
+            (library.parent / file).write_text(content)
         command = [COMPILER, "-shared", "-fPIC", *flags, "kernel.cpp"]
-        subprocess.run([*command, "-o", "part.so"], check=True, cwd=built.parent)
-        (built.parent / "part.so").rename(built)
-    return ctypes.CDLL(str(built))
+        subprocess.run([*command, "-o", "part.so"], check=True, cwd=library.parent)
+        (library.parent / "part.so").rename(library)
+    return ctypes.CDLL(str(library))
+
+
+@functools.cache
+def _library(name: str, defines: tuple[tuple[str, object], ...], kernel: str) -> ctypes.CDLL:
+    stand_ins = {"warp.cuh": WARP, "floats.cuh": '#pragma once\n#include "warp.cuh"\n'}
+    return built(name, kernel, defines, "sm_80", stand_ins, ["-include", "warp.cuh"])
 
 
 def function(name: str, kernel: str, defines: dict[str, object], device: int) -> Any:

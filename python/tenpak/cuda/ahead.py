@@ -25,10 +25,11 @@ from tenpak.cuda import compile as kernels
 from tenpak.cuda import layouts
 from tenpak.cuda.plans import (
     ACTIVATIONS,
+    FEW,
     HEAD_DIMS,
     NORMS,
     RESERVED,
-    WIDE_FROM,
+    ROWS_FROM,
     Device,
     Fused,
     cache_defines,
@@ -86,7 +87,7 @@ Build = tuple[str, tuple[tuple[str, object], ...]]
 
 def device(multiprocessors: int, block_kib: int, all_kib: int, capability: str) -> Device:
     """What `choose` asks of a GPU."""
-    return Device(multiprocessors, (block_kib << 10) - RESERVED, all_kib << 10, capability == "90")
+    return Device(multiprocessors, (block_kib << 10) - RESERVED, all_kib << 10, int(capability))
 
 
 def builds(
@@ -172,7 +173,7 @@ def _plans(
                 plan = choose(here, layout, n, k, m, bf16=bf16)
                 yield plan.source, plan.defines
             # `wide` has tiles of up to 256, and which of them fit best changes with their number.
-            for m in range(WIDE_FROM, dense_from(here.hopper, True) if here.hopper else 0, 16):
+            for m in (ROWS_FROM, *range(FEW + 1, dense_from(here.hopper, True), 16)) if here.hopper else ():
                 plan = choose(here, layout, n, k, m, bf16=bf16, in_boxes=True)
                 yield plan.source, plan.defines
         for fused in launches:

@@ -3,10 +3,10 @@
 The choices are measured ones (tests/bench/bench_gemm.py, bench_attention.py) and ship with the package: nothing is
 tuned at run time.
 
-- up to 8 tokens, and 16 where x fits in shared memory: `skinny`, bound by memory (one token of most layouts, and two of
-  tables, in integers);
-- more on Hopper: from `WIDE_FROM` tokens on `wide`, whose tokens the copy engine brings, and `prefill` for fewer and
-  where it cannot bring them; both on the tensor cores' warpgroup instructions;
+- up to 16 tokens: `skinny`, bound by memory (one token of most layouts, and two of tables, in integers), or on Hopper
+  from `ROWS_FROM` tokens on `rows`, whose blocks have more rows for what they read of x;
+- more on Hopper: `wide`, whose tokens the copy engine brings, and `prefill` where it cannot bring them; both on the
+  tensor cores' warpgroup instructions;
 - `dense_from` tokens and more: the weight is unpacked, a part at a time, for cuBLAS.
 """
 
@@ -41,8 +41,12 @@ TABLES = frozenset({"int4_lut16", "int4_lut32"})
 #: Layouts of which one token is multiplied in integers (cuda/integers.cuh). The others have so many bytes that memory
 #: takes the time either way.
 INTEGER = TABLES | {"int4_g16_fp16", "int4_g32_fp16", "int4_g64_fp16", "int4_g128_fp16", "int4_g16_u8"}
-#: Tokens from which `wide` is faster than what is for fewer.
+#: Tokens from which `rows` is faster than `skinny`, where the copy engine can read x.
+ROWS_FROM = 5
+#: Tokens from which `wide` is always faster than what is for fewer.
 WIDE_FROM = 17
+#: Layouts that take so long to unpack that `prefill` is faster for large weights and fewer tokens.
+SLOW = TABLES | {"int4_g8_u8"}
 #: Weights from which more tiles in flight pay for the shared memory they take.
 LARGE = 100_000_000
 #: Shared memory that a block keeps for itself: barriers, tables, and what the driver reserves.
@@ -56,7 +60,17 @@ class Device:
     multiprocessors: int
     shared: int  # bytes a block may have
     shared_all: int  # bytes of a multiprocessor
-    hopper: bool
+    capability: int  # 90 for 9.0
+
+    @property
+    def hopper(self) -> bool:
+        """Whether it has the warpgroups' products of `wide` and `prefill`, which newer ones do not."""
+        return self.capability == 90
+
+    @property
+    def clusters(self) -> bool:
+        """Whether blocks of a cluster reach each other's shared memory."""
+        return self.capability >= 90
 
 
 #: What a product writes: the activations' type, FP32, or FP32 that it is added to; numbered by cuda/skinny.cu.
@@ -109,7 +123,7 @@ def norm_defines(width: int, centred: bool) -> dict[str, object]:
 
 def sample_defines(here: Device) -> dict[str, int]:
     """Macros of sample.cu: where there are clusters, the blocks of one choose a token together."""
-    return {"THREADS": 1024, "CLUSTER": 8 if here.hopper else 1}
+    return {"THREADS": 1024, "CLUSTER": 8 if here.clusters else 1}
 
 
 PLAIN = Fused()
@@ -156,6 +170,10 @@ class Form:
     blocks: int
     strips: int = 1
     engine: bool = False
+    adders: int = 0
+    even: bool = False
+    copiers: int = 1
+    sharers: int = 0
 
 
 def _forms(device: Device, layout: str, n: int, k: int, m: int, integer: int, overlaps: bool) -> list[Form]:
@@ -232,8 +250,6 @@ def skinny_plans(
     integer = m if m <= most_integer else 0
     chunk = integer or 8 * columns
     at_once = min(chunk, m)
-    # Strips whose sums a block adds at a time, each by a warp (BUFFERS of cuda/skinny.cu).
-    buffers = 2 if columns <= 2 else 1
 
     # K goes over several blocks where there are too few rows for all multiprocessors, or x is too large for one.
     slices = 1
@@ -242,12 +258,17 @@ def skinny_plans(
 
     def plan(form: Form, slices: int) -> Plan | None:
         slice_tiles = divide_up(divide_up(tiles, slices), SLICE_TILES) * SLICE_TILES
-        shared = form.strips * (buffers * form.warps * columns * 512 + form.warps * form.depth * stage)
+        buffers = form.adders or (2 if columns <= 2 else 1)
+        sharers = form.sharers or form.warps
+        shared = form.strips * (buffers * form.warps * columns * 512 + sharers * form.depth * stage)
         shared += at_once * x_row_bytes(layout, integer, slice_tiles)
         if shared > device.shared or form.blocks * (shared + RESERVED) > device.shared_all:
             return None
         slices, turns = divide_up(tiles, slice_tiles), divide_up(strips, form.strips)
         per_matrix = max(1, device.multiprocessors * form.blocks // (slices * batch))
+        width = min(turns, per_matrix)
+        if form.even:
+            width = divide_up(turns, divide_up(turns, width))
         defines = {
             "LAYOUT": layout,
             "BF16": int(bf16),
@@ -258,6 +279,9 @@ def skinny_plans(
             "INTEGER": integer,
             "STRIPS": form.strips,
             "ENGINE": int(form.engine),
+            **({"SHARERS": sharers} if form.sharers else {}),
+            **({"COPIERS": form.copiers} if form.copiers > 1 else {}),
+            **({"ADDERS": form.adders} if form.adders else {}),
             **fused.defines,
         }
         if fused.norm != "none":
@@ -266,13 +290,13 @@ def skinny_plans(
         # Slots of partial sums: one for each chunk of tokens of each matrix.
         slots = (m // chunk + batch if grouped else batch * divide_up(m, chunk) + batch) if slices > 1 else 0
         # Those that multiply, that add, and one that asks for copies.
-        warps = form.warps + buffers + form.engine
+        warps = form.warps + buffers + form.engine * form.copiers
         int32 = np.int32
         return Plan(
             "skinny.cu",
             "skinny",
             defines,
-            (min(turns, per_matrix), slices, batch),
+            (width, slices, batch),
             (32 * warps,),
             shared,
             (int32(m), int32(n), int32(k), int32(tiles), int32(divide_up(k, 256)), int32(slice_tiles)),
@@ -286,6 +310,56 @@ def skinny_plans(
         if found:
             return found
         slices += 1
+
+
+#: Blocks of `rows` by the strips of 16 rows that they have at a time: warps, and those of them that share a strip.
+#: Each warp has two strips.
+ROWS_FORMS = {2: (8, 8), 4: (8, 4), 6: (12, 4), 8: (8, 2), 10: (10, 2), 12: (12, 2), 14: (14, 2)}
+
+
+def rows_plan(device: Device, layout: str, n: int, k: int, m: int, batch: int = 1, bf16: bool = False) -> Plan | None:
+    """The configuration of `rows` for a product, or None where there are too few rows for it.
+
+    The copy engine can read x, and k is a multiple of 64.
+    """
+    strips, tiles, stage = divide_up(n, TILE_ROWS), divide_up(k, TILE_COLS), STAGE_BYTES[layout]
+    columns = 1 if m <= 8 else 2
+    if k % TILE_COLS or strips * batch <= device.multiprocessors:
+        return None
+    per_matrix = max(1, device.multiprocessors // batch)
+    # As many turns as the most rows ask for, and as few rows as as many turns need.
+    turns = divide_up(strips, per_matrix * max(ROWS_FORMS))
+    rows = min(r for r in ROWS_FORMS if r * per_matrix * turns >= strips)
+    warps, sharers = ROWS_FORMS[rows]
+    copiers = 2 if rows > 6 else 4
+    of_x = 8 * columns * (sharers * 2 * TILE_COLS * 2 + 64)
+    of_stage = divide_up(divide_up(rows * sharers * stage, 128) * 128 + of_x, 128) * 128
+    sums = warps * 2 * columns * 512
+    depth = min(4, (device.shared - sums) // of_stage)
+    if depth < 2:
+        return None
+    defines = {
+        "LAYOUT": layout,
+        "BF16": int(bf16),
+        "WARPS": warps,
+        "SHARERS": sharers,
+        "STRIPS": 2,
+        "DEPTH": depth,
+        "COLUMNS": columns,
+        "COPIERS": copiers,
+    }
+    int32 = np.int32
+    return Plan(
+        "rows.cu",
+        "rows",
+        defines,
+        (min(divide_up(strips, rows) * divide_up(m, 8 * columns), per_matrix), 1, batch),
+        (32 * (warps + copiers),),
+        depth * of_stage + sums,
+        (int32(m), int32(n), int32(k), int32(tiles), int32(divide_up(k, 256)), int32(tiles)),
+        0,
+        0,
+    )
 
 
 def _prefill(device: Device, layout: str, n: int, k: int, m: int, batch: int, bf16: bool) -> Plan:
@@ -368,13 +442,16 @@ def choose(
 
     `in_boxes`: the copy engine can read x.
     """
-    if device.hopper and not grouped and in_boxes and m >= WIDE_FROM:
-        return wide_plans(device, layout, n, k, m, batch, bf16)[0]
-    if device.hopper and not grouped:
-        # x of 16 tokens: 32 bytes a column.
-        fits = m <= FEW or (m <= 16 and 32 * k <= 160 << 10 and n * k < LARGE)
-        if not fits:
-            return _prefill(device, layout, n, k, m, batch, bf16)
+    if device.hopper and not grouped and in_boxes and fused == PLAIN and ROWS_FROM <= m < WIDE_FROM:
+        found = rows_plan(device, layout, n, k, m, batch, bf16)
+        if found is not None:
+            return found
+    # x of 16 tokens: 32 bytes a column.
+    few = m <= FEW or (m < WIDE_FROM and 32 * k <= 160 << 10 and n * k < LARGE)
+    if device.hopper and not grouped and not few:
+        if in_boxes and (m >= WIDE_FROM or n * k < LARGE or layout not in SLOW):
+            return wide_plans(device, layout, n, k, m, batch, bf16)[0]
+        return _prefill(device, layout, n, k, m, batch, bf16)
     return skinny_plans(device, layout, n, k, m, batch, bf16, grouped, fused)[0]
 
 

@@ -34,7 +34,7 @@ def device_of(number: int) -> Device:
         attributes["MultiProcessorCount"],
         attributes["MaxSharedMemoryPerBlockOptin"] - RESERVED,
         attributes["MaxSharedMemoryPerMultiprocessor"],
-        cupy.cuda.Device(number).compute_capability == "90",
+        int(cupy.cuda.Device(number).compute_capability),
     )
 
 
@@ -89,7 +89,7 @@ def plan_for(
     w: QuantizedWeight, x: int, stride: int, m: int, bf16: bool, grouped: bool = False, fused: Fused = PLAIN
 ) -> tuple[Plan, Any]:
     """What `launch` takes for x at an address, rows `stride` elements apart: it says what workspace that needs."""
-    in_boxes = m >= plans.WIDE_FROM and tensormap.fits(x, stride)
+    in_boxes = m >= plans.ROWS_FROM and tensormap.fits(x, stride)
     return plan(w.device, w.layout, *w.shape, m, max(w.batch, 1), bf16, grouped, fused, in_boxes)
 
 

@@ -12,30 +12,32 @@ from dataclasses import dataclass
 
 from tenpak.cuda.layouts import TILE_COLS
 
-#: (GROUPS, TOKENS) by the most tokens of a product that would take them: all fit in registers.
+#: (GROUPS, TOKENS, STEP) by the most tokens of a product that would take them: all fit in registers.
 SHAPES = (
-    (16, ((4, 16), (3, 16), (2, 16))),
-    (32, ((4, 32), (3, 32), (2, 32))),
-    (64, ((4, 64), (3, 64), (2, 64))),
-    (128, ((3, 128), (2, 128))),
-    (192, ((2, 192), (3, 128), (2, 128))),
-    (1 << 31, ((2, 256), (3, 128), (2, 128))),
+    (16, ((4, 16, 2), (3, 16, 2), (2, 16, 2), (4, 16, 4), (3, 16, 4))),
+    (32, ((4, 32, 2), (3, 32, 2), (2, 32, 2), (4, 32, 4), (3, 32, 4))),
+    (64, ((4, 64, 2), (3, 64, 2), (2, 64, 2), (3, 64, 4), (2, 64, 4))),
+    (128, ((3, 128, 2), (2, 128, 2))),
+    (192, ((2, 192, 1), (3, 128, 2), (2, 128, 2))),
+    (1 << 31, ((2, 256, 1), (3, 128, 2), (2, 128, 2))),
 )
-#: Parameters that two tiles share, or that go beyond tiles: bytes of one tile where they are not half of two.
+#: Parameters that tiles share: bytes of one tile, and of four, where they are not half of two, and twice as many.
 ONE_TILE = {"int4_g128_fp16": 576, "int4_lut16": 608, "int4_lut32": 608}
+FOUR_TILES = {"int4_lut16": 2336, "int4_lut32": 2336}
 MOST_STAGES = 10
 #: Blocks of a cluster: larger ones are not all there at once.
 CLUSTER = 2
 #: Bytes a cycle and multiprocessor: of weights from memory, of sums through L2, of shared memory.
-MEMORY_SPEED, L2_SPEED, SHARED_SPEED = 18.0, 20.0, 128.0
-#: What tiles that are cut evenly take longer than whole ones.
-CUT = 1.03
+MEMORY_SPEED, L2_SPEED, SHARED_SPEED = 20.3, 48.8, 128.0
+#: What tiles that are cut evenly take longer than whole ones, and, where memory is what takes the time, with helpers.
+CUT, HEAD = 1.03, 1.12
 #: Cycles to begin and end a tile, to wait for other blocks' sums, and for those of a cluster.
-TILE_CYCLES, SHARE_CYCLES, CLUSTER_CYCLES = 1500.0, 3000.0, 1500.0
-#: What products of at least so many tokens reach of the tensor cores' speed: fewer use an unpacked weight less often.
-PRODUCTS = ((256, 0.88), (192, 0.8), (128, 0.74), (0, 0.56))
+TILE_CYCLES, SHARE_CYCLES, CLUSTER_CYCLES = 1210.0, 3070.0, 1500.0
+#: What products of (GROUPS, TOKENS) reach of the tensor cores' speed; fewer tokens use an unpacked weight less often.
+PRODUCTS = {(2, 256): 0.84, (2, 192): 0.85, (3, 128): 0.84, (2, 128): 0.75}
+FEW_PRODUCTS = 0.58
 #: Cycles of each step beside those, and of each strip's step of two tiles: what takes small tiles their time.
-STEP_CYCLES, STRIP_CYCLES = 420.0, 80.0
+STEP_CYCLES, STRIP_CYCLES = 319.0, 75.5
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,9 @@ class Choice:
 
 def strip_bytes(layout: str, stage: int, step: int) -> int:
     """Bytes of 16 rows by `step` times 64 columns (STRIP_BYTES of wide.cu); `stage` those of two tiles."""
-    return stage if step == 2 else ONE_TILE.get(layout, stage // 2)
+    if step == 2:
+        return stage
+    return ONE_TILE.get(layout, stage // 2) if step == 1 else FOUR_TILES.get(layout, 2 * stage)
 
 
 def shared_bytes(groups: int, tokens: int, step: int, strip: int) -> tuple[int, int]:
@@ -119,7 +123,7 @@ def choices(
 
 
 def _of_shape(
-    shape: tuple[int, int],
+    shape: tuple[int, int, int],
     layout: str,
     stage: int,
     multiprocessors: int,
@@ -129,23 +133,24 @@ def _of_shape(
     m: int,
     batch: int,
 ) -> list[Choice]:
-    groups, tokens = shape
-    step = 2 if tokens <= 64 else 1
+    groups, tokens, step = shape
     rows, strips = 64 * groups, 4 * groups
     strip = strip_bytes(layout, stage, step)
     weights = strips * strip
     fixed, stage_bytes = shared_bytes(groups, tokens, step, strip)
     stages = min(MOST_STAGES, (shared - fixed) // stage_bytes)
-    if stages < 2:
+    if stages < (3 if step == 4 else 2):
         return []
     token_tiles, steps = _up(m, tokens), _up(_up(k, TILE_COLS), step)
     tiles = batch * _up(n, rows) * token_tiles
-    products = step * 2 * (rows // 64) * tokens / next(share for least, share in PRODUCTS if tokens >= least)
+    products = step * 2 * groups * tokens / PRODUCTS.get((groups, tokens), FEW_PRODUCTS)
     reads = step * ((rows // 64) * tokens + strips * 8) + stage_bytes / SHARED_SPEED
     # Weights of tiles with other tokens come from L2.
     asked = STEP_CYCLES + strips * STRIP_CYCLES * step / 2
-    step_cycles = max(products, reads, asked, weights / MEMORY_SPEED / min(token_tiles, 2))
-    store_cycles = TILE_CYCLES + rows * tokens * 2 / L2_SPEED
+    memory = weights / MEMORY_SPEED / min(token_tiles, 2)
+    step_cycles = max(products, reads, asked, memory)
+    # The first step's weights have nothing to hide behind.
+    store_cycles = TILE_CYCLES + rows * tokens * 2 / L2_SPEED + weights / MEMORY_SPEED
     sum_cycles = rows * tokens * 4 / L2_SPEED
 
     def choice(grid: int, cycles: float, head: int = 0, cluster: int = 1) -> Choice:
@@ -160,9 +165,12 @@ def _of_shape(
     if tiles % even == 0:
         found.append(choice(even, (steps * step_cycles + store_cycles) * rounds))
     if tiles % every:
-        sums = SHARE_CYCLES + 2 * sum_cycles
-        share = tiles * steps / every * step_cycles
-        found.append(choice(every, CUT * (share + store_cycles * max(1, rounds - 1) + sums)))
+        others = max(1, _up(every, tiles) - 1)
+        sums = SHARE_CYCLES + (1 + others) * sum_cycles
+        share = _up(tiles * steps, every) * step_cycles
+        # Where each tile is that of as many blocks, no block has parts of two.
+        cut = CUT if every % tiles else 1.0
+        found.append(choice(every, cut * (share + store_cycles * max(1, rounds - 1) + sums)))
     helpers = min(multiprocessors - tiles, tiles)
     if helpers > 0:
         # A helper does what is left of `each` tiles while their own blocks do their heads; storing sums takes it time.
@@ -171,7 +179,7 @@ def _of_shape(
         stored = (SHARE_CYCLES / 2 + sum_cycles) / step_cycles
         head = round(each * (steps + stored) / (each + 1))
         if 0 < head < steps:
-            cycles = head * step_cycles + SHARE_CYCLES + sum_cycles + store_cycles
+            cycles = head * max(step_cycles, HEAD * memory) + SHARE_CYCLES + sum_cycles + store_cycles
             found.append(choice(tiles + helpers, cycles, head=head))
     # In shared memory a token's sums are longer by four (EXCHANGE_ROW of wide.cu).
     fits = (rows + 4) * tokens * 4 <= stages * stage_bytes
