@@ -360,6 +360,7 @@ fn _core(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add_function(wrap_pyfunction!(delta::materialize, m)?)?;
     m.add_function(wrap_pyfunction!(output_format, m)?)?;
     m.add_function(wrap_pyfunction!(part_shapes, m)?)?;
+    m.add_function(wrap_pyfunction!(artifact::replace_parts, m)?)?;
     m.add_function(wrap_pyfunction!(simd, m)?)?;
     m.add_function(wrap_pyfunction!(wgpu::wgpu_adapters, m)?)?;
     Ok(())

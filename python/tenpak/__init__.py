@@ -42,6 +42,7 @@ from tenpak.models import (
     decompress,
     load_state_dict,
 )
+from tenpak.tune import TuneReport, tune
 
 __all__ = [
     "ArtifactError",
@@ -67,6 +68,7 @@ __all__ = [
     "TenpakError",
     "TensorInfo",
     "TensorReport",
+    "TuneReport",
     "UnsupportedError",
     "UsageError",
     "__version__",
@@ -81,4 +83,5 @@ __all__ = [
     "load_state_dict",
     "materialize",
     "open",
+    "tune",
 ]

@@ -23,6 +23,7 @@ __all__ = [
     "materialize",
     "output_format",
     "part_shapes",
+    "replace_parts",
     "simd",
     "tables",
     "wgpu_adapters",
@@ -84,6 +85,9 @@ def cuda_source(name: str) -> str: ...
 def tables(layout: str) -> list[list[int]]: ...
 def exponent(codec: str, largest: float) -> int: ...
 def part_shapes(codec: str, shape: list[int], axis: int) -> list[tuple[str, str, int, int]]: ...
+def replace_parts(
+    source: str, target: str, parts: Sequence[tuple[str, str, _Buffer]], force: bool
+) -> tuple[str, int]: ...
 def encode(
     data: _Buffer,
     dtype: str,

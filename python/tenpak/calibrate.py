@@ -136,7 +136,7 @@ def calibrate(
         if text is None:
             tokens = sample(decoder, windows, context, seed, progress)
         else:
-            tokens = _spread(windows_of(tokens_of(decoder, text), context, None), windows)
+            tokens = spread(windows_of(tokens_of(decoder, text), context, None), windows)
         weights = inputs = 0
         if gradients and not diagonal and sequential is None:
             walk = _walk_backward(decoder, tokens, seed, Path(output).parent, progress)
@@ -458,7 +458,7 @@ def _quantise(block: Block, gathered: list[_Gathered], codec: str, encoder: str,
             linear.weight = xp.asarray(arrays.decode(encoded))
 
 
-def _spread(windows: NDArray[np.int64], count: int) -> NDArray[np.int64]:
+def spread(windows: NDArray[np.int64], count: int) -> NDArray[np.int64]:
     """That many windows, evenly from a text that has more."""
     if len(windows) <= count:
         return windows

@@ -1,10 +1,10 @@
 //! An open artifact as Python sees it: its index as JSON, its bytes as a buffer, decoding into arrays.
 
-use super::buffers::BytesMut;
+use super::buffers::{Bytes, BytesMut};
 use super::progress::Callback;
 use super::{dtype_named, on_pool, to_py};
 use crate::ArtifactFile as Core;
-use crate::artifact::{Entry, Limits, PartRef};
+use crate::artifact::{self, Entry, Limits, PartRef};
 use crate::delta;
 use crate::tensor::Rows;
 use pyo3::ffi;
@@ -133,4 +133,22 @@ impl ArtifactFile {
         let filled = unsafe { ffi::PyBuffer_FillInfo(view, slf.as_ptr(), start, len, 1, flags) };
         if filled == 0 { Ok(()) } else { Err(PyErr::fetch(slf.py())) }
     }
+}
+
+/// Writes an artifact again with some parts, by the names of tensor and part, replaced; returns its root in
+/// hexadecimal and its bytes.
+#[pyfunction]
+pub fn replace_parts(
+    py: Python<'_>,
+    source: PathBuf,
+    target: PathBuf,
+    parts: Vec<(String, String, Bytes)>,
+    force: bool,
+) -> PyResult<(String, u64)> {
+    let done = py.detach(|| {
+        let parts = parts.iter().map(|(tensor, part, b)| ((tensor.clone(), part.clone()), b.as_slice()));
+        artifact::replaced(&Core::open(&source)?, &target, force, &parts.collect())
+    });
+    let finished = done.map_err(|e| to_py(py, e))?;
+    Ok((finished.root.iter().map(|b| format!("{b:02x}")).collect(), finished.file_len))
 }

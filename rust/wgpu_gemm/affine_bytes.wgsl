@@ -65,20 +65,20 @@ fn eight_{r}(unit: Unit, rows: Rows) -> Eight {
     let pair = pair_{r}(unit, rows);
     return affine(codes_{r}(unit), pair.x, pair.y);
 }
-fn raw_{r}(unit: Unit, rows: Rows) -> Eight {
+fn bytes_{r}(unit: Unit) -> vec2<u32> {
+    var bytes = nibble_bytes(unit.codes[{r}]);
 #if HIGH_BITS
-    return codes_{r}(unit);
-#else
-    return sixteenths(unit.codes[{r}]);
+    let above = unit.high_{r*HIGH_BITS/4} >> ({r}u * 8u * {HIGH_BITS}u % 32u);
+#for j in 0..4
+    let both_{j} = above >> ({j}u * 2u * {HIGH_BITS}u);
+    bytes |= (vec2(both_{j}, both_{j} >> {HIGH_BITS}u) & vec2((1u << {HIGH_BITS}u) - 1u)) << vec2(8u * {j}u + 4u);
+#end
 #endif
+    return bytes;
 }
 fn sum_{r}(unit: Unit, rows: Rows, dot: f32, total: f32) -> f32 {
     let pair = pair_{r}(unit, rows);
-#if HIGH_BITS
     return fma(pair.x, dot, pair.y * total);
-#else
-    return affine_sum(dot, total, pair.x, pair.y);
-#endif
 }
 #end
 fn row_scales(rows: Rows) -> vec4<f32> {

@@ -23,12 +23,12 @@ fn eight_{r}(unit: Unit, rows: Rows) -> Eight {
     let pair = unpack2x16float(unit.params[{r}]);
     return affine(nibbles(unit.codes[{r}]), pair.x, pair.y);
 }
-fn raw_{r}(unit: Unit, rows: Rows) -> Eight {
-    return sixteenths(unit.codes[{r}]);
+fn bytes_{r}(unit: Unit) -> vec2<u32> {
+    return nibble_bytes(unit.codes[{r}]);
 }
 fn sum_{r}(unit: Unit, rows: Rows, dot: f32, total: f32) -> f32 {
     let pair = unpack2x16float(unit.params[{r}]);
-    return affine_sum(dot, total, pair.x, pair.y);
+    return fma(pair.x, dot, pair.y * total);
 }
 #end
 fn row_scales(rows: Rows) -> vec4<f32> {

@@ -1,6 +1,7 @@
 //! Products that go to the GPU in one submission.
 
 use super::context::Context;
+use super::digits;
 use super::form::{OCTET, QUAD};
 use super::kernels::{Config, is_few};
 use super::weight::Weight;
@@ -36,7 +37,9 @@ struct Sizes {
     supers: u32,
     scale: f32,
     input_scale: f32,
-    padding: [u32; 2],
+    per_group: u32,
+    padding: u32,
+    tables: [[u8; 16]; 4],
 }
 
 /// One kernel on one slab.
@@ -166,12 +169,15 @@ fn buffer(context: &Context, size: u64, usage: wgpu::BufferUsages) -> wgpu::Buff
     })
 }
 
-/// Inputs in GPU memory, each token's padded with zeros to whole octets.
+/// Inputs in GPU memory, each token's padded with zeros to whole octets; digits of them where they are few.
 fn inputs(context: &Context, x: &[f32], weight: &Weight) -> wgpu::Buffer {
     let padded = OCTET * weight.octets();
     let size = (4 * x.len() / weight.cols * padded) as u64;
     let inputs = buffer(context, size, wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_DST);
-    if padded == weight.cols {
+    if is_few(x.len() / weight.cols) {
+        let digits = digits::pack(x, weight.cols, weight.form.largest_code(), weight.form.in_pairs());
+        context.queue.write_buffer(&inputs, 0, bytemuck::cast_slice(&digits));
+    } else if padded == weight.cols {
         context.queue.write_buffer(&inputs, 0, bytemuck::cast_slice(x));
     } else {
         let mut copy = vec![0f32; x.len() / weight.cols * padded];
@@ -197,7 +203,9 @@ fn dispatches(
     half_scale: Option<f32>,
 ) -> Result<Vec<Dispatch>> {
     let octets = weight.octets();
-    let config = Config::choose(context, weight.form, octets, tokens, half_scale.is_some());
+    // Slabs have as many rows as the first, but for the last.
+    let quads = weight.slabs.first().map_or(0, |slab| slab.rows.div_ceil(QUAD));
+    let config = Config::choose(context, weight.form, quads, octets, tokens, half_scale.is_some());
     let pipeline = config.pipeline(context)?;
     let (groups, supers) = weight.form.groups(weight.cols);
     let input_scale = half_scale.unwrap_or(1.0);
@@ -214,7 +222,9 @@ fn dispatches(
             supers: supers as u32,
             scale: weight.scale / input_scale,
             input_scale,
-            padding: [0; 2],
+            per_group: config.per_group(quads) as u32,
+            padding: 0,
+            tables: weight.form.tables(),
         };
         context.guarded(WHAT, || {
             let uniform = buffer(
@@ -276,6 +286,9 @@ fn read<T: bytemuck::Pod>(context: &Context, buffers: &[&wgpu::Buffer]) -> Resul
 /// See [`Context::time`].
 pub(super) fn time(context: &Context, weights: &[&Weight], tokens: usize, rounds: usize) -> Result<Vec<f64>> {
     let mut kept = Vec::new();
+    // Products write to the same outputs, so that each waits for the one before it, as layers do.
+    let most = weights.iter().map(|weight| weight.rows).max().unwrap_or(0);
+    let shared = context.guarded(WHAT, || outputs(context, (4 * tokens * most) as u64))?;
     for weight in weights {
         if tokens > tokens_at_once(context, weight)? || tokens == 0 || weight.slabs.is_empty() {
             return Err(Error::usage(format!("{tokens} tokens cannot be timed at once")));
@@ -283,10 +296,9 @@ pub(super) fn time(context: &Context, weights: &[&Weight], tokens: usize, rounds
         // Anything but zeros, which some GPUs multiply with less power.
         let x: Vec<f32> =
             (0..tokens * weight.cols).map(|i| (i * 2_654_435_761 % 1021) as f32 / 1021.0 - 0.5).collect();
-        let outputs = context.guarded(WHAT, || outputs(context, (4 * tokens * weight.rows) as u64))?;
         let inputs = context.guarded(WHAT, || inputs(context, &x, weight))?;
         let half = half_scale(context, &x, tokens, weight);
-        kept.extend(dispatches(context, &inputs, &outputs, tokens, weight, half)?);
+        kept.extend(dispatches(context, &inputs, &shared, tokens, weight, half)?);
     }
     let device = &context.device;
     let mut seconds = Vec::with_capacity(rounds);

@@ -19,17 +19,12 @@ fn fetch(quad: u32, octet: u32) -> Unit {
     let place = 2u * (quad * sizes.octets + octet);
     return Unit(codes[place], codes[place + 1u]);
 }
-// With their top bits flipped, codes of -128..127 are 0..255.
-fn from_bytes(word: u32) -> vec4<f32> {
-    let bytes = vec4(word, word >> 8u, word >> 16u, word >> 24u) ^ vec4(128u);
-    return floats(bytes & vec4(255u)) - 128.0;
-}
 #for r in 0..4
 fn eight_{r}(unit: Unit, rows: Rows) -> Eight {
     return Eight(from_bytes(unit.low[{r}]), from_bytes(unit.high[{r}]));
 }
-fn raw_{r}(unit: Unit, rows: Rows) -> Eight {
-    return eight_{r}(unit, rows);
+fn bytes_{r}(unit: Unit) -> vec2<u32> {
+    return vec2(unit.low[{r}], unit.high[{r}]);
 }
 fn sum_{r}(unit: Unit, rows: Rows, dot: f32, total: f32) -> f32 {
     return dot;

@@ -3,8 +3,8 @@
 // A weight [n, k] lies in units of four rows by eight columns, [quads][octets], so that sixteen bytes are one load
 // for four-bit codes, a lane's columns are the same for all its rows, and neighbouring lanes read neighbouring units
 // and neighbouring inputs. Preludes say what a unit holds, kernels what is done with it:
-// eight_r is the weights of row r; raw_r what is multiplied with inputs instead, where few are, and sum_r what the sum of
-// those products, and that of the inputs, make of the weights' product.
+// eight_r is the weights of row r. Where tokens are few, bytes_r is its codes instead, as signed bytes, and sum_r is what
+// the sum of their products with inputs, and that of the inputs, make of the weights' product.
 
 struct Sizes {
     tokens: u32,
@@ -17,10 +17,11 @@ struct Sizes {
     supers: u32,     // and those of the second kind
     scale: f32,        // of outputs: 2^exponent / input_scale
     input_scale: f32,  // of inputs in half precision
+    per_group: u32,    // quads of a workgroup
+    tables: array<vec4<u32>, 4>,  // that codes index, sixteen signed bytes each
 }
 
 @group(0) @binding(0) var<uniform> sizes: Sizes;
-@group(0) @binding(1) var<storage, read> inputs: array<vec4<f32>>;    // [tokens][2 * octets]
 @group(0) @binding(2) var<storage, read_write> outputs: array<f32>;   // [tokens][rows]
 
 struct Eight {
@@ -45,15 +46,15 @@ fn nibbles(word: u32) -> Eight {
     return Eight(floats(low), floats(high));
 }
 
-// The same as 1 + q / 16, from their bits alone.
-fn sixteenths(word: u32) -> Eight {
-    let low = vec4(word << 19u, word << 15u, word << 11u, word << 7u) & vec4(0x00780000u) | vec4(0x3f800000u);
-    let high = vec4(word << 3u, word >> 1u, word >> 5u, word >> 9u) & vec4(0x00780000u) | vec4(0x3f800000u);
-    return Eight(bitcast<vec4<f32>>(low), bitcast<vec4<f32>>(high));
+// The same as bytes: those of even columns, then those of odd ones.
+fn nibble_bytes(word: u32) -> vec2<u32> {
+    return vec2(word & 0x0f0f0f0fu, (word >> 4u) & 0x0f0f0f0fu);
 }
-// The sum of x (q s + o), from those of x (1 + q / 16) and of x.
-fn affine_sum(dot: f32, total: f32, scale: f32, offset: f32) -> f32 {
-    return fma(16.0 * scale, dot - total, offset * total);
+
+// Four signed bytes as floats: with their top bits flipped, they are 0..255.
+fn from_bytes(word: u32) -> vec4<f32> {
+    let bytes = vec4(word, word >> 8u, word >> 16u, word >> 24u) ^ vec4(128u);
+    return floats(bytes & vec4(255u)) - 128.0;
 }
 
 fn affine(q: Eight, scale: f32, offset: f32) -> Eight {

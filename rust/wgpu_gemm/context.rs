@@ -19,6 +19,8 @@ pub struct Context {
     pub(super) device: wgpu::Device,
     pub(super) queue: wgpu::Queue,
     pub(super) pipelines: Mutex<HashMap<Config, Arc<wgpu::ComputePipeline>>>,
+    /// The least lanes of a subgroup.
+    pub(super) lanes: u32,
     info: AdapterInfo,
     options: Options,
     /// Why the device is lost.
@@ -102,8 +104,12 @@ impl Context {
                  one (Debian: mesa-vulkan-drivers)",
             )
         })?;
+        let lanes = adapter.get_info().subgroup_min_size.max(4);
         let info = info(&adapter);
-        let wanted = wgpu::Features::SHADER_F16 | wgpu::Features::SUBGROUP | wgpu::Features::TIMESTAMP_QUERY;
+        let wanted = wgpu::Features::SHADER_F16
+            | wgpu::Features::SHADER_I16
+            | wgpu::Features::SUBGROUP
+            | wgpu::Features::TIMESTAMP_QUERY;
         let opened = adapter.request_device(&wgpu::DeviceDescriptor {
             label: Some("tenpak"),
             required_features: adapter.features() & wanted,
@@ -121,7 +127,7 @@ impl Context {
         });
         static OPENED: AtomicU64 = AtomicU64::new(0);
         let id = OPENED.fetch_add(1, Relaxed);
-        Ok(Context { id, device, queue, pipelines: Mutex::default(), info, options, lost })
+        Ok(Context { id, device, queue, pipelines: Mutex::default(), lanes, info, options, lost })
     }
 
     /// What the adapter says of itself.

@@ -104,17 +104,38 @@ impl Form {
             Family::AffineBytes { group, high_bits } => {
                 vec![("GROUP", group.to_string()), ("HIGH_BITS", high_bits.to_string())]
             }
-            Family::Tables { group, run, tables } => {
-                let values: Vec<String> = tables.iter().flatten().map(|v| format!("{v}.0")).collect();
-                vec![("GROUP", group.to_string()), ("SUPER", run.to_string()), ("TABLES", values.join(", "))]
+            Family::Tables { group, run, .. } => {
+                vec![("GROUP", group.to_string()), ("SUPER", run.to_string())]
             }
             Family::Bytes => vec![],
         }
     }
 
-    /// Bytes of workgroup memory that the prelude takes.
+    /// The tables that codes index, sixteen signed bytes each; zeros where there are none.
+    pub fn tables(self) -> [[u8; 16]; 4] {
+        match self.family {
+            Family::Tables { tables, .. } => tables.map(|table| table.map(|value| value as u8)),
+            _ => [[0; 16]; 4],
+        }
+    }
+
+    /// The largest magnitude of a code, or of what it stands for in a table.
+    pub fn largest_code(self) -> i32 {
+        match self.family {
+            Family::AffineHalf { .. } => 15,
+            Family::AffineBytes { high_bits, .. } => (16 << high_bits) - 1,
+            Family::Tables { .. } | Family::Bytes => 128,
+        }
+    }
+
+    /// Whether the prelude's bytes are those of even columns, then those of odd ones.
+    pub fn in_pairs(self) -> bool {
+        matches!(self.family, Family::AffineHalf { .. } | Family::AffineBytes { .. })
+    }
+
+    /// Bytes of workgroup memory that one copy of the prelude's tables takes.
     pub fn workgroup_bytes(self) -> u32 {
-        if matches!(self.family, Family::Tables { .. }) { 4096 } else { 0 }
+        if matches!(self.family, Family::Tables { .. }) { 2048 } else { 0 }
     }
 
     /// Parameters of a row of `cols` weights: groups, and super-groups.

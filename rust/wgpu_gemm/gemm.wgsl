@@ -3,6 +3,8 @@
 // Weights are rebuilt once for all tokens into workgroup memory, [column][row], beside the inputs, [column][token];
 // each thread then keeps a block of 4 rows by 8 tokens in registers, and three loads serve 32 products.
 
+@group(0) @binding(1) var<storage, read> inputs: array<vec4<f32>>;  // [tokens][2 * octets]
+
 const ROW_QUADS = 16u;
 const TOKEN_QUADS = {TOKENS}u / 4u;
 const TOKEN_OCTETS = {TOKENS}u / 8u;

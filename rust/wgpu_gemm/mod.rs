@@ -22,6 +22,8 @@ mod blocking;
 #[cfg(feature = "gpu")]
 mod context;
 #[cfg(feature = "gpu")]
+mod digits;
+#[cfg(feature = "gpu")]
 mod form;
 mod g8;
 #[cfg(feature = "gpu")]

@@ -5,7 +5,8 @@
 
 Every model is compressed to an artifact on disk, opened again and evaluated beside the original, over all windows of
 1,024 tokens of text/dev.txt under TENPAK_REFERENCE (../shared). Statistics come from 160 windows of
-text/calibration.txt, or from as much text as `tenpak calibrate --self` lets the model sample. Other tools' formats go
+text/calibration.txt, or from as much text as `tenpak calibrate --self` lets the model sample; `tuned` rows learn from
+the same text. Other tools' formats go
 through the same evaluation, their weights quantised and rebuilt layer by layer. Linear layers only, embeddings and
 heads as they are, but for the rows `whole model`. Results go to results/quality.json, from which quality_page.py makes
 docs/quality.md. Several runs, each with rows (--only) and results (--results) of its own, may share statistics
@@ -38,6 +39,8 @@ DEV, CALIBRATION = REFERENCE / "text" / "dev.txt", REFERENCE / "text" / "calibra
 CALIBRATED = {"diag": ("diag", "inputs"), "gptq": ("gptq", "text"), "gptq, own text": ("gptq", "self")}
 #: Codecs that are also given statistics of inputs only, and those gathered layer after quantised layer.
 INPUTS_ONLY = ("int4_opt_v1", "int4_lut16_v1")
+#: Codecs that are also tuned as whole models, on the text of their statistics.
+TUNED = ("int4_opt_v1", "int4_lut16_v1", "int4_lut32_v1")
 
 
 class Original(Decoder):
@@ -91,14 +94,21 @@ class Bench:
                 for weight in about["weights"]
             }
 
-    def artifact(self, name: str, codec: str, label: str, whole: bool = False, **options: Any) -> None:
-        """A row for a file that Tenpak writes."""
+    def artifact(
+        self, name: str, codec: str, label: str, whole: bool = False, tune: str | None = None, **options: Any
+    ) -> None:
+        """A row for a file that Tenpak writes; `tune` says on which kind of text it is tuned."""
         if not self.wanted.search(name):
             return
         path = self.folder / f"{self.model.name}.{os.getpid()}.tenpak"
         kept = {} if whole else {"embeddings": "keep"}
         started = time.perf_counter()
         done = tenpak.compress(self.model, path, codec, force=True, **kept, **options)
+        if tune is not None:
+            text, windows = (None, None) if tune == "self" else (CALIBRATION, self.args.calibration_windows)
+            # Not the one that remembers.
+            teacher = Decoder(self.original.source, xp=self.original.xp)
+            tenpak.tune(path, path, teacher, text, windows=windows, device=self.args.device, force=True)
         seconds = time.perf_counter() - started
         bits = done.file_bits_per_weight if whole else done.quantised_bits_per_weight
         decoder = Decoder.open(path, xp=self.original.xp)
@@ -188,6 +198,11 @@ class Bench:
                 name = f"{codec_name}, {label}"
                 if self.wanted.search(name):
                     self.artifact(name, codec_name, label, calibration=self.statistics(kind), encoder="gptq")
+        for codec_name in TUNED:
+            for label, kind in (("gptq, tuned", "text"), ("gptq, own text, tuned", "self")):
+                name = f"{codec_name}, {label}"
+                if self.wanted.search(name):
+                    self.artifact(name, codec_name, label, tune=kind, calibration=self.statistics(kind))
         for codec_name in ("int8_sym_v1", "int4_opt_v1", "int4_lut16_v1", "int4_lut32_v1"):
             self.artifact(f"whole model: {codec_name}", codec_name, "", whole=True)
             name = f"whole model: {codec_name}, gptq"

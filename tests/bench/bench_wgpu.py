@@ -3,7 +3,8 @@
     python tests/bench/bench_wgpu.py [--codecs int4_g32_fp16_v1] [--tokens 1,64] [--shapes 4096x11008] [--adapter NAME]
 
 Needs an extension with the Cargo feature `gpu`. Times are medians on the GPU's own clock over passes that go round
-copies of the weight larger than three times an H200's L2; CUDA's are medians over replays of graphs that do the same.
+copies of the weight larger than three times an H200's L2, each product after the one before it; CUDA's are medians over
+replays of graphs that do the same. Before each there are products for WARM seconds, so that clocks are up.
 GB/s are the weight's bytes alone. Every product is first compared with the decoded weight's in FP64 on some rows. Left
 out: packing, transfers, and what a call costs.
 """
@@ -25,6 +26,8 @@ CODECS = "int4_g8_fp16_v1,int4_g32_fp16_v1,int4_lut16_v1"
 TOKENS = "1,64"
 #: As in bench_gemm.py.
 RING = 180 << 20
+#: Seconds.
+WARM = 0.2
 #: Rows of the weight that are checked.
 CHECKED = 512
 
@@ -81,6 +84,9 @@ def main() -> None:
                 if not error < 2e-3:
                     raise SystemExit(f"{codec} {shape} M={tokens}: relative error {error}")
                 ring = [copies[i % len(copies)] for i in range(max(len(copies), 8))]
+                start = time.perf_counter()
+                while time.perf_counter() - start < WARM:
+                    context.time(ring, tokens, 17)
                 us = statistics.median(context.time(ring, tokens, 17)[2:]) * 1e6
                 cuda = cuda_us(encoded, weight.nbytes, tokens)
                 rows.append(

@@ -39,7 +39,8 @@ def page(results: dict[str, Any]) -> str:
         "± are standard errors over windows. Statistics for *diag* and *gptq* came from 160 other windows, or, for "
         "*own text*, from 64 that the model sampled itself (as `--calibration self` does). Those for *gptq* also "
         "say how much tokens and outputs matter, except *inputs only* and *sequential* (statistics of each layer with "
-        "those before it quantised). Formats of other tools went through the same evaluation; *imatrix* means ggml's "
+        "those before it quantised). *tuned* models then went through `tenpak tune` with "
+        "the same text. Formats of other tools went through the same evaluation; *imatrix* means ggml's "
         "importance matrix, from the same 160 windows.",
         "",
         "Original perplexity: " + ", ".join(f"{m} {value:.3f}" for m, value in original.items()) + ".",

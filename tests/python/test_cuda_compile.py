@@ -114,6 +114,12 @@ def test_a_decoders_step_compiles(arch):
         assert kernels.compile_to_cubin("sample.cu", plans.sample_defines(H200), arch).startswith(b"\x7fELF")
 
 
+def test_tokens_are_sampled_in_clusters_where_there_are_any():
+    newer = plans.Device(188, 99 << 10, 100 << 10, 120)
+    assert [plans.sample_defines(device)["CLUSTER"] for device in (A100, H200, newer)] == [1, 8, 8]
+    assert not newer.hopper
+
+
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_the_encoder_compiles_for_every_group(arch):
     for width in (8, 16, 32, 64, 128):

@@ -136,6 +136,41 @@ mod products {
     }
 
     #[test]
+    fn workgroups_with_tables_compute_many_rows() {
+        let mut random = Random(10);
+        let context = open(full());
+        for codec in layouts().filter(|codec| codec.layout.tables.is_some()) {
+            // Subgroups that share rows, and workgroups that take more than one turn.
+            for (rows, cols) in [(2101, 40), (33_001, 9)] {
+                let case = case(codec, rows, cols, 1.0, &mut random);
+                let weight = case.upload(&context).expect("it fits");
+                for tokens in [1, 3] {
+                    let x = random.vec(tokens * cols);
+                    let y = block_on(context.matmul(&x, tokens, &weight)).expect("it runs");
+                    assert!(case.error(&x, &y) < FULL, "{} {rows}x{cols} M={tokens}", case.layout.name);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn inputs_that_are_not_finite_make_no_numbers_of_their_token() {
+        let mut random = Random(11);
+        let context = open(full());
+        for codec in layouts() {
+            let case = case(codec, 6, 40, 1.0, &mut random);
+            let weight = case.upload(&context).expect("it fits");
+            for wrong in [f32::NAN, f32::INFINITY] {
+                let mut x = random.vec(3 * 40);
+                x[40 + 17] = wrong;
+                let y = block_on(context.matmul(&x, 3, &weight)).expect("it runs");
+                let finite: Vec<bool> = y.chunks_exact(6).map(|y| y.iter().all(|y| y.is_finite())).collect();
+                assert_eq!(finite, [true, false, true], "{}", case.layout.name);
+            }
+        }
+    }
+
+    #[test]
     fn magnitudes_beyond_half_precision_stay_finite_and_exact() {
         let mut random = Random(2);
         let context = open(Options::default());

@@ -26,6 +26,7 @@ from tenpak.cli import (
     generate,
     inspect,
     materialize,
+    tune,
     verify,
 )
 from tenpak.errors import TenpakError
@@ -38,6 +39,7 @@ _COMMANDS = (
     delta,
     materialize,
     calibrate,
+    tune,
     eval,
     generate,
     bench,

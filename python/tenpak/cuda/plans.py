@@ -46,10 +46,8 @@ ROWS_FROM = 2
 #: The same for weights from `LARGE` on, and for those of them that have the most bytes.
 ROWS_FROM_LARGE, ROWS_FROM_LARGEST = 5, 9
 LARGEST = frozenset({"int4_g8_fp16", "int4_g16_fp16", "int4_g32_fp16", "int8_sym"})
-#: Tokens from which `wide` is always faster than what is for fewer.
+#: Tokens from which `wide` is faster than what is for fewer.
 WIDE_FROM = 17
-#: Layouts that take so long to unpack that `prefill` is faster for large weights and fewer tokens.
-SLOW = TABLES | {"int4_g8_u8"}
 #: Weights from which more tiles in flight pay for the shared memory they take.
 LARGE = 100_000_000
 #: Shared memory that a block keeps for itself: barriers, tables, and what the driver reserves.
@@ -469,9 +467,11 @@ def choose(
     # x of 16 tokens: 32 bytes a column.
     few = m <= FEW or (m < WIDE_FROM and 32 * k <= 160 << 10 and n * k < LARGE)
     if device.hopper and not grouped and not few:
-        if in_boxes and (m >= WIDE_FROM or n * k < LARGE or layout not in SLOW):
-            return wide_plans(device, layout, n, k, m, batch, bf16)[0]
-        return _prefill(device, layout, n, k, m, batch, bf16)
+        return (
+            wide_plans(device, layout, n, k, m, batch, bf16)[0]
+            if in_boxes
+            else _prefill(device, layout, n, k, m, batch, bf16)
+        )
     return skinny_plans(device, layout, n, k, m, batch, bf16, grouped, fused)[0]
 
 

@@ -16,6 +16,8 @@ from tenpak.decoder.weights import Weights
 Observe = Callable[[tuple[str, ...], Any], object]
 #: The same, and the gradients at the outputs of each of them, [batch, T, out].
 ObserveBackward = Callable[[tuple[str, ...], Any, list[Any]], object]
+#: Called with a norm, its input, and the gradient at its output, of one shape.
+ObserveNorm = Callable[[RMSNorm | LayerNorm, Any, Any], object]
 
 
 class Block(ABC):
@@ -61,18 +63,25 @@ class Block(ABC):
             Hidden states of the same shape, in a new array.
         """
 
-    def backward(self, h: Any, d: Any, observe: ObserveBackward) -> Any:
+    def backward(self, h: Any, d: Any, observe: ObserveBackward, observe_norm: ObserveNorm | None = None) -> Any:
         """Goes through the layer backwards, computing it again.
 
         Args:
             h: What the layer was given, [batch, T, width], at the first positions.
             d: The gradient of a loss at its output, of the same shape.
             observe: Called once for each distinct input of linear layers, in the order of use turned round.
+            observe_norm: Called once for each norm, in that order too.
 
         Returns:
             The gradient at `h`, in a new array.
         """
         xp, config = self._xp, self._config
+
+        def through(norm: RMSNorm | LayerNorm, x: Any, d: Any) -> Any:
+            if observe_norm is not None:
+                observe_norm(norm, x, d)
+            return norm_backward(norm, x, d, xp=xp)
+
         x = self.attention_norm(h)
         q, k, v = self._split(self._project(self.qkv, x, None))
         rotated_q, rotated_k = (t if self._rotary is None else self._rotary(t, 0) for t in self._normed(q, k))
@@ -90,19 +99,19 @@ class Block(ABC):
         slope *= d_inner
         d_upper = [slope] if len(upper) == 1 else [slope * upper[1], d_inner * activated]
         observe(self.up, y, d_upper)
-        d = d + norm_backward(self.mlp_norm, after, self._back(self.up, d_upper), xp=xp)
+        d = d + through(self.mlp_norm, after, self._back(self.up, d_upper))
         observe(self.out, mixed, [d])
         d_mixed = self._back(self.out, [d])
         d_q, d_k, d_v = attention_backward(rotated_q, rotated_k, v, d_mixed, self._score_scale, self._window, xp=xp)
         if self._rotary is not None:
             d_q, d_k = (self._rotary(t, 0, back=True) for t in (d_q, d_k))
         if self.q_norm is not None and self.k_norm is not None:
-            d_q, d_k = norm_backward(self.q_norm, q, d_q, xp=xp), norm_backward(self.k_norm, k, d_k, xp=xp)
+            d_q, d_k = through(self.q_norm, q, d_q), through(self.k_norm, k, d_k)
         d_qkv = [t.transpose(0, 2, 1, 3).reshape(*h.shape[:2], -1) for t in (d_q, d_k, d_v)]
         if len(self.qkv) == 1:
             d_qkv = [xp.concatenate(d_qkv, axis=-1)]
         observe(self.qkv, x, d_qkv)
-        return d + norm_backward(self.attention_norm, h, self._back(self.qkv, d_qkv), xp=xp)
+        return d + through(self.attention_norm, h, self._back(self.qkv, d_qkv))
 
     def _back(self, names: tuple[str, ...], d: list[Any]) -> Any:
         """The gradient at the input that linear layers share, from those at their outputs."""

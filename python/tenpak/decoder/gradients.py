@@ -1,7 +1,7 @@
 """Backwards through what blocks are made of: norms, activations and attention, on any array module, in FP32.
 
-Gradients of a layer's weights are nobody's business here: calibration asks how much a linear layer's outputs matter,
-not where its weights should go.
+Gradients of a linear layer's weights are nobody's business here: they are products of what its callers observe, its
+inputs and the gradients at its outputs.
 """
 
 from __future__ import annotations
@@ -31,6 +31,14 @@ def norm_backward(norm: RMSNorm | LayerNorm, x: Any, d: Any, *, xp: Any) -> Any:
     d -= x * along
     d *= r
     return d
+
+
+def gain_backward(norm: RMSNorm | LayerNorm, x: Any, d: Any, *, xp: Any) -> Any:
+    """The gradient at a norm's gain [width], from its input x and that at its output, […, width] both."""
+    if isinstance(norm, LayerNorm):
+        x = x - x.mean(axis=-1, keepdims=True)
+    r = 1 / xp.sqrt(xp.einsum("...i,...i->...", x, x)[..., None] / np.float32(x.shape[-1]) + np.float32(norm.eps))
+    return xp.einsum("ti,ti->i", (x * r).reshape(-1, x.shape[-1]), d.reshape(-1, x.shape[-1]))
 
 
 def derivative(name: Activation, *, xp: Any) -> Callable[[Any], Any]:

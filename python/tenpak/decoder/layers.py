@@ -22,6 +22,9 @@ _SCORES = 1 << 26
 class RMSNorm:
     """x / √(mean(x²) + ε) · weight, along the last dimension."""
 
+    #: The weight's name in the model, where it is a model's.
+    name = ""
+
     def __init__(self, weight: Any, eps: float, *, xp: Any) -> None:
         self.weight, self.eps, self._xp = weight, eps, xp
 
@@ -35,6 +38,9 @@ class RMSNorm:
 
 class LayerNorm:
     """(x - mean) / √(variance + ε) · weight + bias, along the last dimension."""
+
+    #: The weight's name in the model, where it is a model's.
+    name = ""
 
     def __init__(self, weight: Any, bias: Any, eps: float, *, xp: Any) -> None:
         self.weight, self.bias, self.eps, self._xp = weight, bias, eps, xp

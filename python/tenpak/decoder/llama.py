@@ -54,4 +54,6 @@ class LlamaBlock(Block):
 
 def norm(weights: Weights, name: str, width: int) -> RMSNorm:
     """The RMS norm of that name."""
-    return RMSNorm(weights.array(f"{name}.weight", width), weights.config.norm_eps, xp=weights.xp)
+    found = RMSNorm(weights.array(f"{name}.weight", width), weights.config.norm_eps, xp=weights.xp)
+    found.name = f"{weights.prefix}{name}.weight"
+    return found

@@ -1,0 +1,172 @@
+"""What of an artifact's tensors can move while its codes stay: scales and offsets of linear layers, gains of norms.
+
+Each kind has `moves`, FP32 numbers that start at 0 and are relative to what they move, the rate at which they may
+learn, and tells what it is rebuilt to, how a loss's gradient reaches the moves, and what is to be stored.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tenpak.artifact import ArtifactFile
+from tenpak.codecs import codecs
+
+#: How much an Adam step moves, at most, as a part of what is moved. Faster ones raised the divergence on other text.
+SCALE_RATE = 3e-4
+GAIN_RATE = 1e-3
+
+#: Groups under one super-scale of the layouts with tables.
+_SUPER = 16
+
+
+class Movable(Protocol):
+    """Some numbers of one tensor."""
+
+    #: On the array module.
+    moves: Any
+    rate: float
+
+    def rebuilt(self, *, rounded: bool = False) -> Any:
+        """The weight [out, in], or the gain [width]; `rounded` as it will be read once it is stored."""
+
+    def gradient(self, d: Any) -> Any:
+        """A loss's gradient at the moves, from that at what is rebuilt."""
+
+    def parts(self) -> dict[str, NDArray[Any]]:
+        """The parts that have changed, as they are stored."""
+
+
+def of_linear(artifact: ArtifactFile, name: str, weight: Any, xp: Any) -> Movable | None:
+    """What can move of a linear layer's tensor, now rebuilt to `weight` [out, in]; None where nothing can."""
+    info = artifact.info(name)
+    kinds = {part.name: part.dtype for part in info.parts}
+    if kinds.get("scales") == kinds.get("offsets") == "F16" and kinds.get("codes") == "U8":
+        return _Affine(artifact, name, weight.shape, xp)
+    return _Supers(artifact, name, weight, xp) if "supers" in kinds else None
+
+
+def _groups(x: Any, size: int, xp: Any) -> Any:
+    """[rows, cols] as [rows, groups, size], a last group filled with zeros."""
+    rows, cols = x.shape
+    if cols % size:
+        filled = xp.zeros((rows, -(-cols // size) * size), x.dtype)
+        filled[:, :cols] = x
+        x = filled
+    return x.reshape(rows, -1, size)
+
+
+class _Affine:
+    """Four-bit codes q with an FP16 scale and offset a group: (q·s + o)·2^exponent; both move in units of s."""
+
+    rate = SCALE_RATE
+
+    def __init__(self, artifact: ArtifactFile, name: str, shape: tuple[int, int], xp: Any) -> None:
+        info, parts = artifact.info(name), artifact.parts(name)
+        self._xp, self._cols = xp, shape[1]
+        self._group = _group_of(info.codec)
+        # Stays mapped from the file.
+        self._packed = parts["codes"]
+        self._scales, self._offsets = (xp.asarray(parts[part].astype(np.float32)) for part in ("scales", "offsets"))
+        self._unit = np.float32(2.0**info.exponent)
+        self.moves = xp.zeros((2, *self._scales.shape), np.float32)
+
+    def _codes(self) -> Any:
+        packed = self._xp.asarray(self._packed)
+        codes = self._xp.empty((len(packed), 2 * packed.shape[1]), np.float32)
+        codes[:, 0::2], codes[:, 1::2] = packed & 15, packed >> 4
+        return _groups(codes[:, : self._cols], self._group, self._xp)
+
+    def _moved(self) -> tuple[Any, Any]:
+        return self._scales * (1 + self.moves[0]), self._offsets + self._scales * self.moves[1]
+
+    def rebuilt(self, *, rounded: bool = False) -> Any:
+        scales, offsets = self._moved()
+        if rounded:
+            scales, offsets = (x.astype(np.float16).astype(np.float32) for x in (scales, offsets))
+        weight = self._codes()
+        weight *= scales[..., None]
+        weight += offsets[..., None]
+        weight *= self._unit
+        return weight.reshape(len(weight), -1)[:, : self._cols]
+
+    def gradient(self, d: Any) -> Any:
+        d = _groups(d, self._group, self._xp)
+        both = self._xp.stack([self._xp.einsum("rgk,rgk->rg", d, self._codes()), d.sum(axis=-1)])
+        both *= self._scales * self._unit
+        return both
+
+    def parts(self) -> dict[str, NDArray[Any]]:
+        scales, offsets = (_on_host(x.astype(np.float16), self._xp) for x in self._moved())
+        return {"scales": scales, "offsets": offsets}
+
+
+class _Supers:
+    """Layouts with tables: the FP16 super-scale of each sixteen groups, which all their weights are multiples of."""
+
+    rate = SCALE_RATE
+
+    def __init__(self, artifact: ArtifactFile, name: str, weight: Any, xp: Any) -> None:
+        self._xp, self._weight = xp, weight.copy()
+        self._supers = xp.asarray(artifact.parts(name)["supers"].astype(np.float32))
+        self._size = _SUPER * _group_of(artifact.info(name).codec)
+        self.moves = xp.zeros(self._supers.shape, np.float32)
+
+    def rebuilt(self, *, rounded: bool = False) -> Any:
+        times = 1 + self.moves
+        if rounded:
+            moved = (self._supers * times).astype(np.float16).astype(np.float32)
+            times = moved / self._xp.where(self._supers == 0, np.float32(1), self._supers)
+        weight = _groups(self._weight, self._size, self._xp) * times[..., None]
+        return weight.reshape(len(weight), -1)[:, : self._weight.shape[1]]
+
+    def gradient(self, d: Any) -> Any:
+        return _groups(d * self._weight, self._size, self._xp).sum(axis=-1)
+
+    def parts(self) -> dict[str, NDArray[Any]]:
+        return {"supers": _on_host((self._supers * (1 + self.moves)).astype(np.float16), self._xp)}
+
+
+class Gain:
+    """A norm's gain, which artifacts keep."""
+
+    rate = GAIN_RATE
+
+    def __init__(self, dtype: str, gain: Any, xp: Any) -> None:
+        self._xp, self._dtype, self._gain = xp, dtype, gain
+        self.moves = xp.zeros(gain.shape, np.float32)
+
+    def rebuilt(self, *, rounded: bool = False) -> Any:
+        gain = self._gain * (1 + self.moves)
+        if rounded:
+            stored = _stored(_on_host(gain, self._xp), self._dtype)
+            wide = (stored.astype(np.uint32) << 16).view(np.float32) if self._dtype == "BF16" else stored
+            gain = self._xp.asarray(wide.astype(np.float32))
+        return gain
+
+    def gradient(self, d: Any) -> Any:
+        return d * self._gain
+
+    def parts(self) -> dict[str, NDArray[Any]]:
+        return {"data": _stored(_on_host(self._gain * (1 + self.moves), self._xp), self._dtype)}
+
+
+def _stored(x: NDArray[np.float32], dtype: str) -> NDArray[Any]:
+    """FP32 numbers as a dtype of weights; bfloat16 as its bits, rounded to even."""
+    if dtype == "BF16":
+        bits = x.view(np.uint32)
+        return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+    return x.astype({"F16": np.float16, "F32": np.float32}[dtype])
+
+
+def _group_of(codec: str) -> int:
+    group = next(c.group for c in codecs() if c.name == codec)
+    assert group is not None, "layouts without groups have no scales a group"
+    return group
+
+
+def _on_host(x: Any, xp: Any) -> NDArray[Any]:
+    host: NDArray[Any] = x if xp is np else xp.asnumpy(x)
+    return host

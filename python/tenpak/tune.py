@@ -1,0 +1,328 @@
+"""Tunes an artifact as a whole: scales, offsets and norms' gains move until it is nearer to its original; codes stay.
+
+Encoders choose a layer's codes by what that layer's outputs lose. What all layers lose together is the divergence
+KL(original ‖ artifact), and its gradient says how the numbers that codes are rebuilt with should move: the original
+teaches the artifact (training of quantisation parameters alone: EfficientQAT, Chen et al. 2024; of norms: Norm
+Tweaking, Li et al. 2023), with Adam (Kingma and Ba 2015). Every eighth window is not learned from but says whether it
+has helped.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tenpak import _core
+from tenpak.calibrate import SAMPLED_WINDOWS, TOKENS_AT_ONCE, WINDOWS, Progress, sample, spread
+from tenpak.decoder import Decoder
+from tenpak.decoder.gradients import gain_backward, norm_backward
+from tenpak.decoder.source import ArtifactSource
+from tenpak.errors import UsageError
+from tenpak.evaluate import POSITIONS, Device, array_module, tokens_of, windows_of
+from tenpak.movable import Gain, Movable, of_linear
+from tenpak.sampling import checked_seed
+
+#: How often every window is learned from.
+EPOCHS = 4
+#: Of so many windows one is kept for the comparison.
+HELD_OUT = 8
+#: Steps in which the rate rises.
+_WARM_UP = 4
+#: Adam's decays of the mean and of the mean square, and what keeps it from dividing by zero.
+_DECAYS = 0.9, 0.999
+_TINY = 1e-8
+
+
+@dataclass(frozen=True)
+class TuneReport:
+    """What tuning did."""
+
+    artifact: str
+    original: str
+    #: `sampled`, `given`, or the text's file.
+    text: str
+    device: str
+    #: Windows learned from, and tokens in each.
+    windows: int
+    context: int
+    epochs: int
+    #: Numbers that were free to move.
+    moved: int
+    #: KL(original ‖ artifact) in nats per position, over the windows that were not learned from.
+    divergence_before: float
+    divergence: float
+    #: False where it would not have become less: then the output is what the artifact was.
+    better: bool
+    #: The output's identity.
+    root: str
+    file_bytes: int
+    seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain dictionaries and lists, for JSON."""
+        return asdict(self)
+
+
+def tune(
+    artifact: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    original: str | os.PathLike[str] | Decoder,
+    text: str | Path | NDArray[Any] | list[int] | None = None,
+    *,
+    windows: int | None = None,
+    context: int | None = None,
+    epochs: int = EPOCHS,
+    seed: int = 0,
+    device: Device = "cpu",
+    force: bool = False,
+    progress: Progress | None = None,
+) -> TuneReport:
+    """Writes an artifact again, its scales, offsets and norms' gains moved so that the model loses less.
+
+    Sizes, codes and layouts stay. Scales and offsets are those of the layouts `int4_gN_fp16` and super-scales those of
+    `int4_lutN`; of other layouts norms alone move. FP32 weights of the artifact are in memory, and those of one layer
+    of the original.
+
+    Args:
+        artifact: The `.tenpak`, of a model of the GPT-2 or Llama family.
+        output: The `.tenpak` to write; may be `artifact`, with `force`.
+        original: What it was made from: a Hugging Face folder, a weight file with `config.json` beside it, or an open
+            decoder on the same device.
+        text: The text itself as a `str`, a UTF-8 file as a `Path`, or tokens; None lets the original sample text.
+        windows: How many windows of the text to use, spread over all of it, or to sample, of which every eighth is
+            kept for the comparison; None for 128 of a text, or 64 samples.
+        context: Tokens in a window; None for 1024, or as many as the model was made for.
+        epochs: How often each window is learned from.
+        seed: For sampling, and for the order of windows.
+        device: Where to compute; `cuda` needs CuPy.
+        force: Replace an existing output.
+        progress: Called with steps done and in all, and what they are.
+
+    Raises:
+        UsageError: A wrong option, too little text, an original of another shape, or a package that is missing.
+        InputError, ArtifactError, UnsupportedError, StorageError: As for `Decoder.open`.
+    """
+    for name, value, least in (("windows", windows, 2), ("context", context, 2), ("epochs", epochs, 1)):
+        if value is not None and value < least:
+            raise UsageError(f"{name} {value} is too small; give at least {least}")
+    if os.path.lexists(output) and not force:
+        raise UsageError(f"output {os.fspath(output)} exists; choose another, or replace it with --force")
+    start = time.perf_counter()
+    xp = array_module(device)
+    student = Decoder.open(artifact, xp=xp)
+    if not isinstance(student.source, ArtifactSource):
+        raise UsageError(f"{os.fspath(artifact)} is no .tenpak; compress the model first")
+    teacher = original if isinstance(original, Decoder) else Decoder.open(original, xp=xp)
+    if teacher.xp is not xp:
+        raise UsageError("artifact and original must be on the same device")
+    if teacher.config != student.config:
+        raise UsageError(f"{student.source.path} was not made from {teacher.source.path}: their configs differ")
+    limit = student.config.max_positions
+    if context is not None and context > limit:
+        raise UsageError(f"context {context} is more than the {limit} positions that the model was made for")
+    context = min(1024, limit) if context is None else context
+    if text is None:
+        tokens = sample(teacher, windows or SAMPLED_WINDOWS, context, seed, progress)
+    else:
+        tokens = spread(windows_of(tokens_of(teacher, text), context, None), windows or WINDOWS)
+    if len(tokens) < 2:
+        raise UsageError("the text has less than two windows; give more of it, or a smaller context")
+    tuner = _Tuner(student, student.source, teacher, tokens, epochs, progress)
+    before, after = tuner.run(np.random.default_rng(checked_seed(seed)))
+    better = after < before
+    parts = tuner.parts() if better else []
+    root, file_bytes = _core.replace_parts(os.fspath(artifact), os.fspath(output), parts, force)
+    return TuneReport(
+        artifact=os.fspath(artifact),
+        original=teacher.source.path,
+        text="sampled" if text is None else str(text) if isinstance(text, Path) else "given",
+        device=device,
+        windows=len(tuner.learned),
+        context=tokens.shape[1],
+        epochs=epochs,
+        moved=sum(m.moves.size for m in tuner.movables.values()),
+        divergence_before=before,
+        divergence=after if better else before,
+        better=better,
+        root=root,
+        file_bytes=file_bytes,
+        seconds=time.perf_counter() - start,
+    )
+
+
+class _Tuner:
+    """One artifact on its way."""
+
+    def __init__(
+        self,
+        student: Decoder,
+        source: ArtifactSource,
+        teacher: Decoder,
+        tokens: NDArray[np.int64],
+        epochs: int,
+        progress: Progress | None,
+    ) -> None:
+        self.student, self.tokens, self._epochs, self._progress = student, tokens, epochs, progress
+        self._xp, self._head = student.xp, teacher.head
+        #: Windows to compare with, and those that are learned from.
+        self.compared = list(range(0, len(tokens), HELD_OUT))
+        self.learned = [i for i in range(len(tokens)) if i % HELD_OUT]
+        self._at_once = max(1, TOKENS_AT_ONCE // tokens.shape[1])
+        self._done = 0
+        passes = len(tokens) + 2 * len(self.compared) + epochs * len(self.learned)
+        self._total = passes * student.config.layers
+        #: By the tensor's name.
+        self.movables: dict[str, Movable] = {}
+        self._norms: dict[str, Any] = {}
+        # What two layers share stays: it would have to move for both.
+        shared = {*source.artifact.aliases, *source.artifact.aliases.values()}
+        for block in student.blocks:
+            for name, linear in block.linears.items():
+                if name in shared:
+                    continue
+                if (movable := of_linear(source.artifact, name, linear.weight, self._xp)) is not None:
+                    self.movables[name] = movable
+            self._add_norms(source, block.attention_norm, block.mlp_norm, block.q_norm, block.k_norm)
+        self._add_norms(source, student.head.norm)
+        self._wanted = self._hidden(teacher)
+
+    def _add_norms(self, source: ArtifactSource, *norms: Any) -> None:
+        for norm in norms:
+            if norm is None:
+                continue
+            info = source.artifact.info(norm.name)
+            # A rule may ask for a codec.
+            if info.codec == "keep":
+                self._norms[norm.name] = norm
+                self.movables[norm.name] = Gain(info.dtype, norm.weight, self._xp)
+
+    def run(self, random: np.random.Generator) -> tuple[float, float]:
+        """Learns; the divergence before and after, of what will be stored."""
+        before = self._divergence()
+        order: list[int] = []
+        for _ in range(self._epochs):
+            order += [self.learned[i] for i in random.permutation(len(self.learned))]
+        steps = math.ceil(len(order) / self._at_once)
+        moments = {
+            name: (self._xp.zeros_like(m.moves), self._xp.zeros_like(m.moves)) for name, m in self.movables.items()
+        }
+        for step in range(steps):
+            # It rises, then falls along a cosine.
+            rate = min(1.0, (step + 1) / _WARM_UP) * (1 + math.cos(math.pi * step / steps)) / 2
+            gradients = self._gradients(order[step * self._at_once : (step + 1) * self._at_once])
+            for name, gradient in gradients.items():
+                self._move(self.movables[name], gradient, moments[name], step + 1, rate)
+            self._place(rounded=step == steps - 1)
+        return before, self._divergence()
+
+    def parts(self) -> list[tuple[str, str, NDArray[Any]]]:
+        """What is to be stored, by tensor and part."""
+        return [
+            (name, part, np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+            for name, movable in self.movables.items()
+            for part, array in movable.parts().items()
+        ]
+
+    def _move(self, movable: Movable, gradient: Any, moments: tuple[Any, Any], step: int, rate: float) -> None:
+        mean, square = moments
+        first, second = _DECAYS
+        mean *= np.float32(first)
+        mean += np.float32(1 - first) * gradient
+        square *= np.float32(second)
+        square += np.float32(1 - second) * gradient * gradient
+        down = self._xp.sqrt(square / np.float32(1 - second**step)) + np.float32(_TINY)
+        movable.moves -= np.float32(rate * movable.rate / (1 - first**step)) * mean / down
+
+    def _place(self, *, rounded: bool) -> None:
+        """Puts what has moved into the decoder."""
+        for block in self.student.blocks:
+            for name, linear in block.linears.items():
+                if name in self.movables:
+                    linear.weight = self.movables[name].rebuilt(rounded=rounded)
+        for name, norm in self._norms.items():
+            norm.weight = self.movables[name].rebuilt(rounded=rounded)
+
+    def _gradients(self, windows: list[int]) -> dict[str, Any]:
+        """Of the mean divergence over some windows, at the moves."""
+        blocks, sums = self.student.blocks, dict[str, Any]()
+
+        def add(name: str, gradient: Any) -> None:
+            if name in self.movables:
+                sums[name] = self.movables[name].gradient(gradient)
+
+        def add_linears(names: tuple[str, ...], x: Any, gradients: list[Any]) -> None:
+            x = x.reshape(-1, x.shape[-1])
+            for name, g in zip(names, gradients, strict=True):
+                if name in self.movables:
+                    add(name, g.reshape(-1, g.shape[-1]).T @ x)
+
+        def add_norm(norm: Any, x: Any, d: Any) -> None:
+            add(norm.name, gain_backward(norm, x, d, xp=self._xp))
+
+        hidden = [self.student.embed(self.tokens[windows])]
+        for block in blocks:
+            hidden.append(block(hidden[-1]))
+        _, d, gain = self._loss(hidden.pop(), windows, backward=True)
+        add(self.student.head.norm.name, gain)
+        for block in reversed(blocks):
+            d = block.backward(hidden.pop(), d, add_linears, add_norm)
+            self._step(len(windows))
+        return sums
+
+    def _divergence(self) -> float:
+        """Over the windows that are not learned from, in nats per position."""
+        total = 0.0
+        for first in range(0, len(self.compared), self._at_once):
+            windows = self.compared[first : first + self._at_once]
+            h = self.student.embed(self.tokens[windows])
+            for block in self.student.blocks:
+                h = block(h)
+                self._step(len(windows))
+            total += self._loss(h, windows, backward=False)[0] * len(windows)
+        return total / len(self.compared)
+
+    def _loss(self, h: Any, windows: list[int], *, backward: bool) -> tuple[float, Any, Any]:
+        """The mean divergence of hidden states [batch, T, width]; its gradients there and at the last norm's gain."""
+        xp, head = self._xp, self.student.head
+        flat = h.reshape(-1, h.shape[-1])
+        wanted = xp.asarray(np.concatenate([self._wanted[i] for i in windows]))
+        loss, gain, d = 0.0, 0.0, xp.empty_like(flat) if backward else None
+        for first in range(0, len(flat), POSITIONS):
+            here = flat[first : first + POSITIONS]
+            log_p, log_q = (_log_softmax(x, xp) for x in (self._head(wanted[first : first + POSITIONS]), head(here)))
+            p = xp.exp(log_p)
+            loss += float((p * (log_p - log_q)).sum(dtype=np.float64)) / len(flat)
+            if d is not None:
+                d_normed = (xp.exp(log_q) - p) @ head.linear.weight / np.float32(len(flat))
+                gain = gain + gain_backward(head.norm, here, d_normed, xp=xp)
+                d[first : first + POSITIONS] = norm_backward(head.norm, here, d_normed, xp=xp)
+        return loss, None if d is None else d.reshape(h.shape), gain
+
+    def _hidden(self, teacher: Decoder) -> list[NDArray[np.float32]]:
+        """What the original's head is given, for each window [T, width]; of its weights one layer is in memory."""
+        at = [slice(i, i + self._at_once) for i in range(0, len(self.tokens), self._at_once)]
+        hidden = [teacher.embed(self.tokens[batch]) for batch in at]
+        for index in range(teacher.config.layers):
+            block = teacher.block(index)
+            for i, h in enumerate(hidden):
+                hidden[i] = block(h)
+                self._step(len(h))
+        return [window if self._xp is np else self._xp.asnumpy(window) for h in hidden for window in h]
+
+    def _step(self, windows: int) -> None:
+        self._done += windows
+        if self._progress is not None:
+            self._progress(self._done, self._total, "tuning")
+
+
+def _log_softmax(x: Any, xp: Any) -> Any:
+    x -= x.max(axis=-1, keepdims=True)
+    x -= xp.log(xp.exp(x).sum(axis=-1, keepdims=True))
+    return x
