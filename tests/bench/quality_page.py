@@ -27,6 +27,8 @@ def page(results: dict[str, Any]) -> str:
     windows = max(row["windows"] for row in rows)
     gpu = f", {about['gpu']}" if "gpu" in about else ""
     versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
+    tuned = "*tuned* models then went through `tenpak tune` with the same text. "
+    tuned = tuned if any("tuned" in row["encoder"] for row in rows) else ""
     lines = [
         "# Quality: what each codec loses",
         "",
@@ -39,8 +41,9 @@ def page(results: dict[str, Any]) -> str:
         "± are standard errors over windows. Statistics for *diag* and *gptq* came from 160 other windows, or, for "
         "*own text*, from 64 that the model sampled itself (as `--calibration self` does). Those for *gptq* also "
         "say how much tokens and outputs matter, except *inputs only* and *sequential* (statistics of each layer with "
-        "those before it quantised). *tuned* models then went through `tenpak tune` with "
-        "the same text. Formats of other tools went through the same evaluation; *imatrix* means ggml's "
+        "those before it quantised). "
+        + tuned
+        + "Formats of other tools went through the same evaluation; *imatrix* means ggml's "
         "importance matrix, from the same 160 windows.",
         "",
         "Original perplexity: " + ", ".join(f"{m} {value:.3f}" for m, value in original.items()) + ".",
