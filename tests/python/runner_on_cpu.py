@@ -14,6 +14,7 @@ from typing import Any
 import cuda_on_cpu
 import numpy as np
 import warps_on_cpu
+from tenpak.cuda import plans
 from tenpak.decoder.layers import activation
 
 _MODULES = ("codec", "weight", "products", "cache", "attention", "glue", "projections", "runner")
@@ -162,7 +163,7 @@ def runner_on_cpu() -> Iterator[SimpleNamespace]:
         for module in loaded.values():
             if hasattr(module, "function"):
                 module.function = function
-        device = SimpleNamespace(multiprocessors=3, shared=225 << 10, shared_all=228 << 10, hopper=False)
+        device = plans.Device(3, 225 << 10, 228 << 10, 80)
         for name in ("attention", "glue"):
             loaded[name].device_of = lambda number: device
         loaded["projections"].launch = _launch
