@@ -66,7 +66,10 @@ impl Form {
                 ref high @ ..,
             ] if group == same => match *high {
                 [] => Family::AffineBytes { group, high_bits: 0 },
-                [(Dtype::U8, Per::Weight(bits))] => Family::AffineBytes { group, high_bits: bits as usize },
+                // Codes of seven bits are the largest that signed bytes hold.
+                [(Dtype::U8, Per::Weight(bits @ 1..=3))] => {
+                    Family::AffineBytes { group, high_bits: bits as usize }
+                }
                 _ => return Err(unknown(layout)),
             },
             [(Dtype::U8, Per::Weight(4)), (Dtype::U8, Per::Run(group)), (Dtype::F16, Per::Run(run))] => {
