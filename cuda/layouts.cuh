@@ -434,7 +434,7 @@ struct Lut16 : FourBit {
     static __device__ __forceinline__ Rows rows(const Weight&, int, int) { return {}; }
 
     // Half tables in shared memory, (x, y) and (z, w), filled once by each block.
-    enum Form { SUM, BIASED_XOR };  // of entries, which must not be -1; of entries + 128
+    enum Form { SUM, BIASED_XOR };  // of entries, which must not be -1, the second half backwards; of entries + 128
     static __device__ __forceinline__ const u8* tables() { return reinterpret_cast<const u8*>(half_tables()); }
     // Word `thread` of all half tables: of the first half's entries 0..3 or 8..11, or of the second's 4..7 or 12..15.
     static __device__ __forceinline__ u32 half_table(int thread, Form form) {

@@ -1,7 +1,7 @@
 // Weights on their way to shared memory, DEPTH steps of a block ahead of its products, also across the end of a strip.
 //
 // A step is two tiles of each warp, of STRIPS strips. With -DENGINE=1 (compute capability 9.0) the copy engine brings what all
-// warps take, a few long runs of memory, asked for by one thread; else each warp copies its own tiles, sixteen bytes a
+// warps take, a few long runs of memory, asked for by COPIERS warps; else each warp copies its own tiles, sixteen bytes a
 // lane. Either Ring has place(stages, warp), where a warp's tiles are in the first stage, and wait(), how far on those are that
 // come next, once they are there; release() says that they are in registers.
 #pragma once

@@ -145,13 +145,19 @@ def test_the_norm_before_a_product(cupy, layout, kind):
                 assert error(added, wanted, at_least=expected_norm(x, w)) < TOLERANCE["float16"], (n, k, m, overlaps)
 
 
-def check_every_plan(cupy: Any, layout: str, dtype: str, tokens: tuple[int, ...], plans_of: Any) -> None:
-    """Each of plans_of(n, k, m, batch, bf16) beside FP64, for shapes of all kinds; twice the same."""
+#: n, k and batch of every kind: below a tile, odd, K cut into slices, many strips, several matrices.
+KINDS = ((21, 152, 0), (130, 1000, 0), (48, 8200, 0), (2500, 264, 0), (70, 200, 3))
+
+
+def check_every_plan(
+    cupy: Any, layout: str, dtype: str, tokens: tuple[int, ...], plans_of: Any, shapes: Any = KINDS
+) -> None:
+    """Each of plans_of(n, k, m, batch, bf16) beside FP64, for all shapes; twice the same."""
     from tenpak.cuda import products
     from tenpak.cuda.compile import function
 
     bf16, stream = dtype == "bfloat16", cupy.cuda.get_current_stream()
-    for n, k, batch in [(21, 152, 0), (130, 1000, 0), (48, 8200, 0), (2500, 264, 0), (70, 200, 3)]:
+    for n, k, batch in shapes:
         w = random_weight(layout, n, k, batch)
         lead = (batch,) if batch else ()
         bias = activations(cupy, *lead, n, dtype=dtype, seed=2)
@@ -178,6 +184,20 @@ def test_products_of_few_tokens(cupy, layout, dtype):
 
     device = products.device_of(0)
     check_every_plan(cupy, layout, dtype, (1, 2, 3, 4, 7, 16, 19), partial(plans.skinny_plans, device, layout))
+
+
+@every_layout
+@every_dtype
+def test_products_of_many_rows(cupy, layout, dtype):
+    """rows.cu with two strips a block and with fourteen, in one turn and in two, and for several matrices."""
+    from tenpak.cuda import plans, products
+
+    device = products.device_of(0)
+    if not device.hopper:
+        pytest.skip("rows.cu is taken on Hopper")
+    shapes = ((2500, 320, 0), (29000, 192, 0), (60000, 64, 0), (1300, 192, 3))
+    one = partial(plans.rows_plan, device, layout)
+    check_every_plan(cupy, layout, dtype, (2, 5, 8, 9, 16, 19), lambda *about: [one(*about)], shapes)
 
 
 @every_layout
