@@ -17,29 +17,17 @@ they name. --diagonal keeps mean squares of inputs alone: small, and enough for 
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 import tenpak
-from tenpak.calibrate import SAMPLED_WINDOWS, WINDOWS
-from tenpak.cli import progress
+from tenpak.cli import learning, progress
 from tenpak.cli.table import count, duration, pairs, print_json, size
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     codecs = [codec.name for codec in tenpak.codecs()]
     parser.add_argument("model", metavar="MODEL", help="the original, not quantised")
-    text = parser.add_mutually_exclusive_group(required=True)
-    text.add_argument("--text", "-t", metavar="FILE", help="a UTF-8 text")
-    text.add_argument("--self", action="store_true", dest="sampled", help="text that the model samples itself")
     parser.add_argument("--output", "-o", required=True, metavar="FILE", help="the .safetensors file to write")
-    parser.add_argument(
-        "--windows",
-        type=int,
-        metavar="N",
-        help=f"windows to use, spread over the text, or to sample ({WINDOWS}, or {SAMPLED_WINDOWS} with --self)",
-    )
-    parser.add_argument("--context", type=int, metavar="N", help="tokens in a window (1024, or the model's most)")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="for sampling (%(default)s)")
+    learning.add_arguments(parser, sampler="model", seed="sampling")
     parser.add_argument("--diagonal", action="store_true", help="mean squares alone, for --encoder diag")
     parser.add_argument("--inputs-only", action="store_true", help="no gradients at outputs")
     parser.add_argument(
@@ -49,7 +37,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="gather each layer's statistics with the layers before it quantised under this codec",
     )
     parser.add_argument("--encoder", choices=("gptq", "diag"), default="gptq", help="for --sequential (%(default)s)")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to compute (%(default)s)")
     parser.add_argument("--force", "-f", action="store_true", help="replace an existing output")
     progress.add_arguments(parser)
 
@@ -59,7 +46,7 @@ def run(arguments: argparse.Namespace) -> None:
         report = tenpak.calibrate(
             arguments.model,
             arguments.output,
-            None if arguments.sampled else Path(arguments.text),
+            learning.text_of(arguments),
             windows=arguments.windows,
             context=arguments.context,
             seed=arguments.seed,

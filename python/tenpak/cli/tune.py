@@ -17,11 +17,9 @@ in memory in FP32.
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 import tenpak
-from tenpak.calibrate import SAMPLED_WINDOWS, WINDOWS
-from tenpak.cli import progress
+from tenpak.cli import learning, progress
 from tenpak.cli.table import count, duration, pairs, print_json, size
 from tenpak.tune import EPOCHS
 
@@ -29,22 +27,11 @@ from tenpak.tune import EPOCHS
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("artifact", metavar="FILE", help="the .tenpak to tune")
     parser.add_argument("--against", "-a", required=True, metavar="MODEL", help="the original that it was made from")
-    text = parser.add_mutually_exclusive_group(required=True)
-    text.add_argument("--text", "-t", metavar="FILE", help="a UTF-8 text")
-    text.add_argument("--self", action="store_true", dest="sampled", help="text that the original samples itself")
     parser.add_argument("--output", "-o", required=True, metavar="FILE", help="the .tenpak file to write")
-    parser.add_argument(
-        "--windows",
-        type=int,
-        metavar="N",
-        help=f"windows to use, spread over the text, or to sample ({WINDOWS}, or {SAMPLED_WINDOWS} with --self)",
-    )
-    parser.add_argument("--context", type=int, metavar="N", help="tokens in a window (1024, or the model's most)")
+    learning.add_arguments(parser, sampler="original", seed="sampling and the order")
     parser.add_argument(
         "--epochs", type=int, default=EPOCHS, metavar="N", help="how often each window is learned from (%(default)s)"
     )
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="for sampling and the order (%(default)s)")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to compute (%(default)s)")
     parser.add_argument("--force", "-f", action="store_true", help="replace an existing output")
     progress.add_arguments(parser)
 
@@ -55,7 +42,7 @@ def run(arguments: argparse.Namespace) -> None:
             arguments.artifact,
             arguments.output,
             arguments.against,
-            None if arguments.sampled else Path(arguments.text),
+            learning.text_of(arguments),
             windows=arguments.windows,
             context=arguments.context,
             epochs=arguments.epochs,
