@@ -10,8 +10,8 @@ those with tables, the gains of norms under every layout), and so sizes, speed a
 text is not learned from and says whether it has helped; if not, the output is what the artifact was.
 
 It comes after `compress`, best of all after `compress --calibration`, and wants the same text. An epoch takes as long
-as some five passes of the text through the model: seconds on a GPU, many minutes on a CPU. The artifact's weights are
-in memory in FP32.
+as some five passes of the text through the model, on a CPU minutes for small ones. The artifact's weights are in memory
+in FP32.
 """
 
 from __future__ import annotations
