@@ -124,19 +124,10 @@ def calibrate(
             raise UsageError(f"{name} {value} is too small; give at least {least}")
     if diagonal and sequential is not None and encoder == "gptq":
         raise UsageError("encoder gptq needs second moments; leave out --diagonal, or choose encoder diag")
-    if windows is None:
-        windows = SAMPLED_WINDOWS if text is None else WINDOWS
     start = time.perf_counter()
     with StatisticsWriter(output, force=force) as writer:
         decoder = model if isinstance(model, Decoder) else Decoder.open(model, xp=array_module(device))
-        limit = decoder.config.max_positions
-        if context is not None and context > limit:
-            raise UsageError(f"context {context} is more than the {limit} positions that the model was made for")
-        context = min(1024, limit) if context is None else context
-        if text is None:
-            tokens = sample(decoder, windows, context, seed, progress)
-        else:
-            tokens = spread(windows_of(tokens_of(decoder, text), context, None), windows)
+        tokens = windows_to_learn(decoder, text, windows, context, seed, progress)
         weights = inputs = 0
         if gradients and not diagonal and sequential is None:
             walk = _walk_backward(decoder, tokens, seed, Path(output).parent, progress)
@@ -458,7 +449,30 @@ def _quantise(block: Block, gathered: list[_Gathered], codec: str, encoder: str,
             linear.weight = xp.asarray(arrays.decode(encoded))
 
 
-def spread(windows: NDArray[np.int64], count: int) -> NDArray[np.int64]:
+def windows_to_learn(
+    decoder: Decoder,
+    text: str | Path | Sequence[int] | NDArray[Any] | None,
+    windows: int | None,
+    context: int | None,
+    seed: int,
+    progress: Progress | None,
+) -> NDArray[np.int64]:
+    """Windows [count, context] of a text, or, for None, of text that the model samples; arguments as `calibrate`'s.
+
+    Raises:
+        UsageError: More context than the model has positions, too little text, or a package that is missing.
+        InputError: The text cannot be read.
+    """
+    limit = decoder.config.max_positions
+    if context is not None and context > limit:
+        raise UsageError(f"context {context} is more than the {limit} positions that the model was made for")
+    context = min(1024, limit) if context is None else context
+    if text is None:
+        return sample(decoder, windows or SAMPLED_WINDOWS, context, seed, progress)
+    return _spread(windows_of(tokens_of(decoder, text), context, None), windows or WINDOWS)
+
+
+def _spread(windows: NDArray[np.int64], count: int) -> NDArray[np.int64]:
     """That many windows, evenly from a text that has more."""
     if len(windows) <= count:
         return windows

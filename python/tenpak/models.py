@@ -223,6 +223,12 @@ def source_of(src: PathLike | Mapping[str, ArrayLike]) -> Any:
     return source
 
 
+def refuse_existing(output: PathLike, force: bool) -> None:
+    """Raises a UsageError where an output exists and may not be replaced: before what takes minutes."""
+    if os.path.lexists(output) and not force:
+        raise UsageError(f"output {os.fspath(output)} exists; choose another, or replace it with --force")
+
+
 def _compress_with_own_text(
     src: PathLike | Mapping[str, ArrayLike],
     dst: PathLike,
@@ -237,9 +243,8 @@ def _compress_with_own_text(
     checked_threads(options.get("threads"))
     if isinstance(src, Mapping):
         raise UsageError("calibration 'self' needs a model with config.json; give statistics, or a model's folder")
-    if os.path.lexists(dst) and not force and not dry_run:
-        # Before the minutes that sampling takes.
-        raise UsageError(f"output {os.fspath(dst)} exists; choose another, or replace it with --force")
+    # Before the minutes that sampling takes.
+    refuse_existing(dst, force or dry_run)
     if dry_run:
         return compress(src, dst, codec, dry_run=True, force=force, progress=progress, **options)
     from tenpak.calibrate import calibrate

@@ -20,12 +20,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tenpak import _core
-from tenpak.calibrate import SAMPLED_WINDOWS, TOKENS_AT_ONCE, WINDOWS, Progress, sample, spread
+from tenpak.calibrate import TOKENS_AT_ONCE, Progress, windows_to_learn
 from tenpak.decoder import Decoder
 from tenpak.decoder.gradients import gain_backward, norm_backward
 from tenpak.decoder.source import ArtifactSource
 from tenpak.errors import UsageError
-from tenpak.evaluate import POSITIONS, Device, array_module, tokens_of, windows_of
+from tenpak.evaluate import POSITIONS, Device, array_module
+from tenpak.models import refuse_existing
 from tenpak.movable import Gain, Movable, of_linear
 from tenpak.sampling import checked_seed
 
@@ -112,8 +113,7 @@ def tune(
     for name, value, least in (("windows", windows, 2), ("context", context, 2), ("epochs", epochs, 1)):
         if value is not None and value < least:
             raise UsageError(f"{name} {value} is too small; give at least {least}")
-    if os.path.lexists(output) and not force:
-        raise UsageError(f"output {os.fspath(output)} exists; choose another, or replace it with --force")
+    refuse_existing(output, force)
     start = time.perf_counter()
     xp = array_module(device)
     student = Decoder.open(artifact, xp=xp)
@@ -124,14 +124,7 @@ def tune(
         raise UsageError("artifact and original must be on the same device")
     if teacher.config != student.config:
         raise UsageError(f"{student.source.path} was not made from {teacher.source.path}: their configs differ")
-    limit = student.config.max_positions
-    if context is not None and context > limit:
-        raise UsageError(f"context {context} is more than the {limit} positions that the model was made for")
-    context = min(1024, limit) if context is None else context
-    if text is None:
-        tokens = sample(teacher, windows or SAMPLED_WINDOWS, context, seed, progress)
-    else:
-        tokens = spread(windows_of(tokens_of(teacher, text), context, None), windows or WINDOWS)
+    tokens = windows_to_learn(teacher, text, windows, context, seed, progress)
     if len(tokens) < 2:
         raise UsageError("the text has less than two windows; give more of it, or a smaller context")
     tuner = _Tuner(student, student.source, teacher, tokens, epochs, progress)

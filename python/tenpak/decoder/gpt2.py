@@ -41,6 +41,4 @@ def norm(weights: Weights, name: str) -> LayerNorm:
     """The layer norm of that name."""
     config = weights.config
     weight, bias = (weights.array(f"{name}.{part}", config.width) for part in ("weight", "bias"))
-    found = LayerNorm(weight, bias, config.norm_eps, xp=weights.xp)
-    found.name = f"{weights.prefix}{name}.weight"
-    return found
+    return LayerNorm(weight, bias, config.norm_eps, xp=weights.xp, name=f"{weights.prefix}{name}.weight")

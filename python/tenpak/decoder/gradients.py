@@ -18,15 +18,10 @@ from tenpak.decoder.layers import LayerNorm, RMSNorm, erf, hide, queries_at_once
 
 def norm_backward(norm: RMSNorm | LayerNorm, x: Any, d: Any, *, xp: Any) -> Any:
     """The gradient at a norm's input x, from that at its output."""
-    width = np.float32(x.shape[-1])
-    centred = isinstance(norm, LayerNorm)
-    if centred:
-        x = x - x.mean(axis=-1, keepdims=True)
-    r = 1 / xp.sqrt(xp.einsum("...i,...i->...", x, x)[..., None] / width + np.float32(norm.eps))
-    x = x * r
+    x, r = _normalised(norm, x, xp=xp)
     d = d * norm.weight
-    along = xp.einsum("...i,...i->...", x, d)[..., None] / width
-    if centred:
+    along = xp.einsum("...i,...i->...", x, d)[..., None] / np.float32(x.shape[-1])
+    if isinstance(norm, LayerNorm):
         d -= d.mean(axis=-1, keepdims=True)
     d -= x * along
     d *= r
@@ -35,10 +30,16 @@ def norm_backward(norm: RMSNorm | LayerNorm, x: Any, d: Any, *, xp: Any) -> Any:
 
 def gain_backward(norm: RMSNorm | LayerNorm, x: Any, d: Any, *, xp: Any) -> Any:
     """The gradient at a norm's gain [width], from its input x and that at its output, […, width] both."""
+    x, _ = _normalised(norm, x, xp=xp)
+    return xp.einsum("ti,ti->i", x.reshape(-1, x.shape[-1]), d.reshape(-1, x.shape[-1]))
+
+
+def _normalised(norm: RMSNorm | LayerNorm, x: Any, *, xp: Any) -> tuple[Any, Any]:
+    """What a norm's gain multiplies, of x's shape, and by what it became that, [..., 1]."""
     if isinstance(norm, LayerNorm):
         x = x - x.mean(axis=-1, keepdims=True)
     r = 1 / xp.sqrt(xp.einsum("...i,...i->...", x, x)[..., None] / np.float32(x.shape[-1]) + np.float32(norm.eps))
-    return xp.einsum("ti,ti->i", (x * r).reshape(-1, x.shape[-1]), d.reshape(-1, x.shape[-1]))
+    return x * r, r
 
 
 def derivative(name: Activation, *, xp: Any) -> Callable[[Any], Any]:

@@ -22,11 +22,9 @@ _SCORES = 1 << 26
 class RMSNorm:
     """x / √(mean(x²) + ε) · weight, along the last dimension."""
 
-    #: The weight's name in the model, where it is a model's.
-    name = ""
-
-    def __init__(self, weight: Any, eps: float, *, xp: Any) -> None:
-        self.weight, self.eps, self._xp = weight, eps, xp
+    def __init__(self, weight: Any, eps: float, *, xp: Any, name: str = "") -> None:
+        """`name` is the weight's in the model, where it is a model's."""
+        self.weight, self.eps, self._xp, self.name = weight, eps, xp, name
 
     def __call__(self, x: Any) -> Any:
         xp = self._xp
@@ -39,11 +37,9 @@ class RMSNorm:
 class LayerNorm:
     """(x - mean) / √(variance + ε) · weight + bias, along the last dimension."""
 
-    #: The weight's name in the model, where it is a model's.
-    name = ""
-
-    def __init__(self, weight: Any, bias: Any, eps: float, *, xp: Any) -> None:
-        self.weight, self.bias, self.eps, self._xp = weight, bias, eps, xp
+    def __init__(self, weight: Any, bias: Any, eps: float, *, xp: Any, name: str = "") -> None:
+        """`name` is the weight's in the model, where it is a model's."""
+        self.weight, self.bias, self.eps, self._xp, self.name = weight, bias, eps, xp, name
 
     def __call__(self, x: Any) -> Any:
         xp = self._xp

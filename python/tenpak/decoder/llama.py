@@ -54,6 +54,5 @@ class LlamaBlock(Block):
 
 def norm(weights: Weights, name: str, width: int) -> RMSNorm:
     """The RMS norm of that name."""
-    found = RMSNorm(weights.array(f"{name}.weight", width), weights.config.norm_eps, xp=weights.xp)
-    found.name = f"{weights.prefix}{name}.weight"
-    return found
+    weight = weights.array(f"{name}.weight", width)
+    return RMSNorm(weight, weights.config.norm_eps, xp=weights.xp, name=f"{weights.prefix}{name}.weight")
