@@ -16,9 +16,10 @@ largest(const unsigned char* first, const unsigned char* second, const unsigned 
     const u64 thread = (u64)blockIdx.x * blockDim.x + threadIdx.x;
     if (thread >= rows * shape.runs()) return;
     const Magnitudes here = largest_of<Layout>(Parts{first, second, third, fourth}, Place(thread, shape), shape);
-    // Most see that another has found as much.
-    if (to_bits(here.scale) > found[0]) atomicMax(found, to_bits(here.scale));
-    if (to_bits(here.offset) > found[1]) atomicMax(found + 1, to_bits(here.offset));
+    // Most see that another has found as much, for what is volatile does not stay in L1.
+    const volatile unsigned int* seen = found;
+    if (to_bits(here.scale) > seen[0]) atomicMax(found, to_bits(here.scale));
+    if (to_bits(here.offset) > seen[1]) atomicMax(found + 1, to_bits(here.offset));
 }
 
 // Grid: threads for batch * n rows of ceil(k / 8) runs. `params` and `row_params` are null where the layout has none.
