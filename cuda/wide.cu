@@ -196,7 +196,7 @@ __device__ __forceinline__ Columns::Tile load_tile(int j, u32 codes, u32 params,
 
 // Half of a tile's columns, which are then under way with at most the half before them.
 template <int HALF>
-__device__ __forceinline__ void multiply(float (&sums)[SUMS], const Columns::Tile& tile, const Layout::Rows& rows, u32 x, int lane) {
+__device__ __forceinline__ void multiply(float (&sums)[SUMS], const Columns::Tile& tile, const Columns::Rows& rows, u32 x, int lane) {
     u32 a[2][4];
     Columns::template operand<2 * HALF>(tile, rows, lane, a[0]);
     Columns::template operand<2 * HALF + 1>(tile, rows, lane, a[1]);
@@ -366,7 +366,7 @@ wide(const __grid_constant__ tenpak::TensorMap x, const unsigned char* codes, co
             const Place at(segment.tile, row_tiles, token_tiles);
             const Weight w = weight(at.matrix);
             const int first_strip = at.strip + group * GROUP_STRIPS;
-            const Layout::Rows rows = Layout::rows(w, min(first_strip + warp % 4, strips - 1), lane);
+            const Columns::Rows rows = Columns::rows(w, min(first_strip + warp % 4, strips - 1), lane);
             float sums[SUMS];
 #pragma unroll
             for (int i = 0; i < SUMS; ++i) sums[i] = 0.0f;
@@ -400,7 +400,7 @@ wide(const __grid_constant__ tenpak::TensorMap x, const unsigned char* codes, co
             if constexpr (CLUSTER > 1) {
                 // Everybody's products have read their stages.
                 consumers_barrier(128 * GROUPS);
-                leave_sums(sums, stages, group * 64, scale * Layout::row_scale(rows, false), scale * Layout::row_scale(rows, true));
+                leave_sums(sums, stages, group * 64, scale * Columns::row_scale(rows, false), scale * Columns::row_scale(rows, true));
                 cluster_sync();
                 store_exchanged(stages_address, cluster_rank(), to(), plus(), at.strip * TILE_ROWS, m - at.token, n);
                 cluster_meet();
@@ -447,8 +447,8 @@ wide(const __grid_constant__ tenpak::TensorMap x, const unsigned char* codes, co
                         }
                 }
             }
-            store(sums, staged, to(), plus(), first_strip, m - at.token, n, scale * Layout::row_scale(rows, false),
-                  scale * Layout::row_scale(rows, true), group);
+            store(sums, staged, to(), plus(), first_strip, m - at.token, n, scale * Columns::row_scale(rows, false),
+                  scale * Columns::row_scale(rows, true), group);
         }
     }
 }
