@@ -13,12 +13,16 @@
 //   of those that went on with it in order, which they have stored as their first deed;
 // - somewhat fewer tiles than blocks (`head` > 0): the blocks that are left over help. Each does the last columns of some tiles,
 //   one after another, and a tile's own block, which does the first `head` units, adds one other's sums;
-// - half as many (-DCLUSTER): the blocks of a cluster share a tile's columns and add what they read of each other's shared memory.
+// - half as many, or fewer (-DCLUSTER): the blocks of a cluster share a tile's columns and add what they read of each other's
+//   shared memory.
 //
 // A block waits only for blocks that were started before it, or with it.
 //
-// sm_90a. -DGROUPS, -DTOKENS, -DSTEP (1, 2 or 4), -DSTAGES, -DCLUSTER (1 or 2).
+// sm_90a. -DGROUPS, -DTOKENS, -DSTEP (1, 2 or 4), -DSTAGES, -DCLUSTER (1 to 4).
 #include "columns.cuh"
+#ifndef RACECHECK
+#define RACECHECK 0
+#endif
 
 namespace tenpak {
 
@@ -125,15 +129,23 @@ struct Schedule {
     }
 };
 
-// Where a tile is: tiles of the same rows follow each other, so that their weights are still in L2.
+// Where a tile is: tiles of the same rows follow each other, so that their weights are still in L2, but no more of them than
+// `band`, whose tokens stay there, too.
 struct Place {
     int matrix, strip, token;
 
-    __device__ __forceinline__ Place(u32 tile, int row_tiles, int token_tiles) {
-        const u32 row_and_matrix = tile / token_tiles;
-        token = (tile - row_and_matrix * token_tiles) * TOKENS;
-        matrix = row_and_matrix / row_tiles;
-        strip = (row_and_matrix - matrix * row_tiles) * STRIPS;
+    __device__ __forceinline__ Place(u32 tile, int row_tiles, int token_tiles, int band) {
+        u32 first = 0, width = token_tiles;
+        matrix = tile / (row_tiles * token_tiles);
+        tile -= matrix * row_tiles * token_tiles;
+        if (band < token_tiles) {
+            first = tile / (row_tiles * band) * band;
+            tile -= first * row_tiles;
+            width = min(band, token_tiles - (int)first);
+        }
+        const u32 row = tile / width;
+        token = (first + tile - row * width) * TOKENS;
+        strip = row * STRIPS;
     }
 };
 
@@ -183,7 +195,7 @@ __device__ __forceinline__ void copy_step(const TensorMap& x, const Weight& w, c
 // That all lanes have read a stage, if there is one.
 __device__ __forceinline__ void release(u32 barrier, int lane) {
     __syncwarp();
-    if (barrier && lane == 0) barrier_arrive(barrier);
+    if (barrier && (RACECHECK || lane == 0)) barrier_arrive(barrier);
 }
 
 // Tile j of a stage; j is known when this is compiled.
@@ -229,14 +241,15 @@ __device__ __forceinline__ void store(const float (&sums)[SUMS], u8* staged, u16
             u32 pairs[4];
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
-                const float* two = sums + (first + token + i / 2 * 8) / 2 + i % 2 * 2;
+                // What is beyond the tile's tokens is not read.
+                const int of_tile = first + token + i / 2 * 8, at = (of_tile < TOKENS ? of_tile : 0) / 2 + i % 2 * 2;
                 const float scale = i % 2 ? high : low, plus = i % 2 ? high_bias : low_bias;
-                pairs[i] = narrow(two[0] * scale + plus) | (u32)narrow(two[1] * scale + plus) << 16;
+                pairs[i] = narrow(sums[at] * scale + plus) | (u32)narrow(sums[at + 1] * scale + plus) << 16;
             }
             store_transposed(to + chunk + token * LINE_BYTES, pairs[0], pairs[1], pairs[2], pairs[3]);
         }
         group_barrier(group);
-        const int here = min(CHUNK, tokens - first), r = first_row + thread % 8 * 8;
+        const int here = min(CHUNK, min(tokens, TOKENS) - first), r = first_row + thread % 8 * 8;
         if (r >= n) continue;
 #pragma unroll
         for (int token = thread / 8; token < CHUNK; token += 16) {
@@ -265,7 +278,7 @@ __device__ __forceinline__ void leave_sums(const float (&sums)[SUMS], u8* exchan
     for (int i = 0; i < SUMS; ++i) to[(i / 4 * 8 + i % 2) * EXCHANGE_ROW + i / 2 % 2 * 8] = sums[i] * (i / 2 % 2 ? high : low);
 }
 __device__ __forceinline__ void store_exchanged(u32 exchange, int rank, u16* y, const u16* bias, int first_row, int tokens, int n) {
-    constexpr int EACH = TOKENS / CLUSTER, FOURS = ROWS / 4;
+    constexpr int EACH = (TOKENS + CLUSTER - 1) / CLUSTER, FOURS = ROWS / 4;
     const bool vectors = n % 4 == 0 && (u64)y % 8 == 0;
 #pragma unroll 2
     for (int i = threadIdx.x; i < EACH * FOURS; i += 128 * GROUPS) {
@@ -306,7 +319,7 @@ extern "C" __global__ void IN_CLUSTERS __launch_bounds__(128 * GROUPS + 128, 1)
 wide(const __grid_constant__ tenpak::TensorMap x, const unsigned char* codes, const unsigned char* params,
      const unsigned char* row_params, unsigned short* y, const unsigned short* bias, float4* partial, unsigned int* arrived,
      long long codes_step, long long params_step, long long row_params_step, int batch, int m, int n, int tiles, int supers,
-     int head, float scale) {
+     int head, int band, float scale) {
     using namespace tenpak;
     extern __shared__ __align__(1024) u8 dynamic[];
     __shared__ u64 barriers[2 * STAGES];
@@ -327,7 +340,7 @@ wide(const __grid_constant__ tenpak::TensorMap x, const unsigned char* codes, co
         for (int i = 0; i < STAGES; ++i) {
             // Each thread's copies of weights, and the one that asks for x.
             barrier_init(full + 8 * i, PRODUCER_WARPS * LANES + 1);
-            barrier_init(empty + 8 * i, CONSUMER_WARPS);
+            barrier_init(empty + 8 * i, CONSUMER_WARPS * (RACECHECK ? LANES : 1));
         }
         barriers_ready();
     }
@@ -343,7 +356,7 @@ wide(const __grid_constant__ tenpak::TensorMap x, const unsigned char* codes, co
         Segment segment;
         Turn turn(1);  // all stages are empty
         while (schedule.next(segment)) {
-            const Place at(segment.tile, row_tiles, token_tiles);
+            const Place at(segment.tile, row_tiles, token_tiles, band);
             const Weight w = weight(at.matrix);
 #pragma unroll 1
             for (int step = segment.first; step < segment.first + segment.count; ++step) {
@@ -363,7 +376,7 @@ wide(const __grid_constant__ tenpak::TensorMap x, const unsigned char* codes, co
         const u32 own = WEIGHTS_AT + (group * GROUP_STRIPS + warp % 4) * STRIP_BYTES;
         Turn turn(0);
         while (schedule.next(segment)) {
-            const Place at(segment.tile, row_tiles, token_tiles);
+            const Place at(segment.tile, row_tiles, token_tiles, band);
             const Weight w = weight(at.matrix);
             const int first_strip = at.strip + group * GROUP_STRIPS;
             const Columns::Rows rows = Columns::rows(w, min(first_strip + warp % 4, strips - 1), lane);

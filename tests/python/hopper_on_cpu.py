@@ -368,6 +368,7 @@ def wide(
     scale: float,
     bias: NDArray[np.uint16] | None,
     head: int = 0,
+    band: int = 1 << 16,
 ) -> NDArray[np.uint16]:
     """y [batch, m, n] of x [batch, m, at least k], as bits; poisoned before. `packed`: codes, params, row_params."""
     batch, m, stride = x.shape
@@ -396,7 +397,7 @@ def wide(
         return np.array([0 if array is None else array.ctypes.data], np.uint64)
 
     steps = [np.array([0 if part is None else part.nbytes // batch], np.int64) for part in arrays]
-    scalars = [np.array([value], np.int32) for value in (batch, m, n, tiles, -(-k // 256), head)]
+    scalars = [np.array([value], np.int32) for value in (batch, m, n, tiles, -(-k // 256), head, band)]
     given = [
         mapped,
         *map(address, [*arrays, y, bias, partial, arrived]),

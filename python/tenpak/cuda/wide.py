@@ -19,14 +19,17 @@ SHAPES = (
     (64, ((4, 64, 2), (3, 64, 2), (2, 64, 2), (3, 64, 4), (2, 64, 4))),
     (128, ((3, 128, 2), (2, 128, 2))),
     (192, ((2, 192, 1), (3, 128, 2), (2, 128, 2))),
+    (264, ((4, 88, 2), (2, 256, 1), (3, 128, 2), (2, 128, 2))),
     (1 << 31, ((2, 256, 1), (3, 128, 2), (2, 128, 2))),
 )
 #: Parameters that tiles share: bytes of one tile, and of four, where they are not half of two, and twice as many.
 ONE_TILE = {"int4_g128_fp16": 576, "int4_lut16": 608, "int4_lut32": 608}
 FOUR_TILES = {"int4_lut16": 2336, "int4_lut32": 2336}
 MOST_STAGES = 10
-#: Blocks of a cluster: larger ones are not all there at once.
-CLUSTER = 2
+#: Clusters that run at a time, as a part of an H200's multiprocessors, by their blocks: a processing cluster has 16 to 18.
+CLUSTERS = {2: 1.0, 3: 0.9, 4: 0.8}
+#: Bytes of tokens of a band of tiles: less than half of what L2 holds.
+BAND_BYTES = 24 << 20
 #: Bytes a cycle and multiprocessor: of weights from memory, of sums through L2, of shared memory.
 MEMORY_SPEED, L2_SPEED, SHARED_SPEED = 20.3, 48.8, 128.0
 #: What tiles that are cut evenly take longer than whole ones, and, where memory is what takes the time, with helpers.
@@ -55,6 +58,8 @@ class Choice:
     #: Units of a tile that its own block does, if others help, or 0.
     head: int = 0
     cluster: int = 1
+    #: Tiles of tokens that go round together.
+    band: int = 1
 
     @property
     def defines(self) -> dict[str, object]:
@@ -142,6 +147,9 @@ def _of_shape(
     if stages < (3 if step == 4 else 2):
         return []
     token_tiles, steps = _up(m, tokens), _up(_up(k, TILE_COLS), step)
+    # As many as fit, in bands as large as each other.
+    bands = _up(token_tiles, max(1, BAND_BYTES // (2 * k * tokens)))
+    band = _up(token_tiles, bands)
     tiles = batch * _up(n, rows) * token_tiles
     products = step * 2 * groups * tokens / PRODUCTS.get((groups, tokens), FEW_PRODUCTS)
     reads = step * ((rows // 64) * tokens + strips * 8) + stage_bytes / SHARED_SPEED
@@ -155,7 +163,7 @@ def _of_shape(
 
     def choice(grid: int, cycles: float, head: int = 0, cluster: int = 1) -> Choice:
         shared_now = fixed + stages * stage_bytes
-        return Choice(groups, tokens, step, stages, shared_now, grid, tiles, cycles, head, cluster)
+        return Choice(groups, tokens, step, stages, shared_now, grid, tiles, cycles, head, cluster, band)
 
     # Whole tiles go round in as many rounds as they need of all multiprocessors, or of fewer where those divide them;
     # cut ones take all multiprocessors, if there is a unit for each.
@@ -183,9 +191,10 @@ def _of_shape(
             found.append(choice(tiles + helpers, cycles, head=head))
     # In shared memory a token's sums are longer by four (EXCHANGE_ROW of wide.cu).
     fits = (rows + 4) * tokens * 4 <= stages * stage_bytes
-    if CLUSTER * tiles <= multiprocessors and steps >= CLUSTER and fits:
-        cycles = _up(steps, CLUSTER) * step_cycles + CLUSTER_CYCLES + store_cycles
-        found.append(choice(CLUSTER * tiles, cycles, cluster=CLUSTER))
+    for cluster, part in CLUSTERS.items():
+        if cluster * tiles <= part * multiprocessors and steps >= cluster and fits:
+            cycles = _up(steps, cluster) * step_cycles + CLUSTER_CYCLES + store_cycles
+            found.append(choice(cluster * tiles, cycles, cluster=cluster))
     return found
 
 
