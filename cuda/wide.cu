@@ -58,13 +58,14 @@ struct Segment {
     int first, count;
 };
 
-// A block's segments, in order.
+// A block's segments, in order. To divide takes as long as a step of a small product, so it is done but once or twice.
 struct Schedule {
     int steps;         // of a tile
     int head;          // those that a tile's own block does, or 0
     u32 tiles;
     u32 shared_tiles;  // the first so many are cut into units
     u32 share;
+    u32 each, more;    // units of a share, and how many of them have one more
     u32 unit, end;     // what is left of this block's share of those; where there are helpers, of this one's tiles
     u32 whole;         // the next tile that is this block's alone
 
@@ -77,24 +78,24 @@ struct Schedule {
             const u32 helpers = gridDim.x - tiles;
             whole = share - helpers;
             if (share < helpers) {
-                unit = share * tiles / helpers;
-                end = (share + 1) * tiles / helpers;
+                divide(tiles, helpers);
                 whole = tiles;
             }
         } else {
-            const u32 rest = tiles % gridDim.x;
-            shared_tiles = rest == 0 ? 0 : tiles < gridDim.x ? rest : rest + gridDim.x;
+            const u32 rest = tiles < gridDim.x ? tiles : tiles % gridDim.x;
+            shared_tiles = rest == tiles || rest == 0 ? rest : rest + gridDim.x;
             share = gridDim.x - 1 - blockIdx.x;
-            unit = begin(share);
-            end = begin(share + 1);
             whole = shared_tiles + blockIdx.x;
+            if (shared_tiles) divide(shared_tiles * steps, gridDim.x);
         }
     }
-    // share * units / gridDim.x, in 32 bits.
-    __device__ __forceinline__ u32 begin(u32 share) const {
-        const u32 units = shared_tiles * steps, each = units / gridDim.x;
-        return share * each + share * (units - each * gridDim.x) / gridDim.x;
+    __device__ __forceinline__ void divide(u32 units, u32 shares) {
+        each = units / shares;
+        more = units - each * shares;
+        unit = begin(share);
+        end = begin(share + 1);
     }
+    __device__ __forceinline__ u32 begin(u32 share) const { return share * each + min(share, more); }
     // Where a block that did not begin a tile leaves its sums, and those who did so for a tile that this one begins: from one
     // place to another.
     __device__ __forceinline__ u32 left_at(u32 tile) const { return head ? tile : share; }
@@ -135,15 +136,16 @@ struct Place {
     int matrix, strip, token;
 
     __device__ __forceinline__ Place(u32 tile, int row_tiles, int token_tiles, int band) {
+        const u32 of_matrix = row_tiles * token_tiles;
         u32 first = 0, width = token_tiles;
-        matrix = tile / (row_tiles * token_tiles);
-        tile -= matrix * row_tiles * token_tiles;
+        matrix = tile < of_matrix ? 0 : tile / of_matrix;
+        tile -= matrix * of_matrix;
         if (band < token_tiles) {
             first = tile / (row_tiles * band) * band;
             tile -= first * row_tiles;
             width = min(band, token_tiles - (int)first);
         }
-        const u32 row = tile / width;
+        const u32 row = width == 1 ? tile : tile / width;
         token = (first + tile - row * width) * TOKENS;
         strip = row * STRIPS;
     }
@@ -335,22 +337,20 @@ wide(const __grid_constant__ tenpak::TensorMap x, const unsigned char* codes, co
         return Weight{codes + matrix * codes_step, params + matrix * params_step, row_params + matrix * row_params_step, tiles, supers};
     };
 
-    if (threadIdx.x == 0) {
-        prefetch_map(x);
-        for (int i = 0; i < STAGES; ++i) {
-            // Each thread's copies of weights, and the one that asks for x.
-            barrier_init(full + 8 * i, PRODUCER_WARPS * LANES + 1);
-            barrier_init(empty + 8 * i, CONSUMER_WARPS * (RACECHECK ? LANES : 1));
-        }
-        barriers_ready();
-    }
-#ifdef LUT16_TABLES
-    Lut16::prepare(threadIdx.x, Lut16::BIASED_XOR);
-#endif
-    __syncthreads();
-
     const int warp = __shfl_sync(~0u, threadIdx.x / LANES, 0), lane = lane_of_warp();
     if (warp >= CONSUMER_WARPS) {
+        // Who asks for copies makes the barriers, so that they need nobody else for the first.
+        if (threadIdx.x == CONSUMER_WARPS * LANES) {
+            prefetch_map(x);
+            for (int i = 0; i < STAGES; ++i) {
+                // Each thread's copies of weights, and the one that asks for x.
+                barrier_init(full + 8 * i, PRODUCER_WARPS * LANES + 1);
+                barrier_init(empty + 8 * i, CONSUMER_WARPS * (RACECHECK ? LANES : 1));
+            }
+            barriers_ready();
+        }
+        group_barrier(GROUPS);
+        arrive_at_block(128 * GROUPS + 128);
         leave_registers<FEW>();
         Schedule schedule = own_schedule();
         Segment segment;
@@ -367,6 +367,10 @@ wide(const __grid_constant__ tenpak::TensorMap x, const unsigned char* codes, co
             }
         }
     } else {
+#ifdef LUT16_TABLES
+        Lut16::prepare(threadIdx.x, Lut16::BIASED_XOR);
+#endif
+        wait_for_block(128 * GROUPS + 128);
         take_registers<MANY>();
         Schedule schedule = own_schedule();
         Segment segment;

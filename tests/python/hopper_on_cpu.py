@@ -124,9 +124,10 @@ inline u8* memory() {
     }();
     return begin;
 }
-// For each block anew.
+// For each block anew, whose threads ask for it once each.
 inline u8* dynamic_memory() {
-    if (threadIdx.x == 0) {
+    static u64 asked = 0;
+    if (asked++ % blockDim.x == 0) {
         first_shared = (u32)(u64)memory();
         shared_size = dynamic.size() - 16;
         memset(memory(), 0xff, 230 << 10);
@@ -215,6 +216,12 @@ inline u32 load_acquire(const u32* at) { return *at; }
 inline void add_release(u32* at, u32 value) { *at += value; }
 static Barrier of_groups[8];
 inline void group_barrier(int group) { arrive(of_groups[group], 128); }
+inline void wait_for_block(int threads) { arrive(block, threads); }
+inline void arrive_at_block(int threads) {
+    if (++block.arrived < threads) return;
+    block.arrived = 0;
+    ++block.generation;
+}
 inline uint2 make_uint2(u32 x, u32 y) { return {x, y}; }
 static Barrier of_consumers, of_cluster;
 inline void consumers_barrier(int threads) { arrive(of_consumers, threads); }

@@ -99,7 +99,7 @@ def test_every_layout(layout, bf16):
 @pytest.mark.parametrize("bf16", [0, 1])
 @pytest.mark.parametrize("layout", [f"int4_g{group}_fp16" for group in (8, 16, 32, 64, 128)])
 def test_scales_of_every_size(layout, bf16):
-    """From subnormal halves to the largest; nothing but zeros; offsets alone; one group 1000 times as large as others."""
+    """From subnormal halves to the largest; zeros; offsets alone; one group that is 1000 times as large as others."""
     n, k, m, random = 72, 328, 5, np.random.default_rng(2)
     x = bits(random.standard_normal((1, m, k)).astype(np.float32), bool(bf16))
     shape = (n, -(-k // layouts.find(layout).group))

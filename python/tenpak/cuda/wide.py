@@ -26,7 +26,8 @@ SHAPES = (
 ONE_TILE = {"int4_g128_fp16": 576, "int4_lut16": 608, "int4_lut32": 608}
 FOUR_TILES = {"int4_lut16": 2336, "int4_lut32": 2336}
 MOST_STAGES = 10
-#: Clusters that run at a time, as a part of an H200's multiprocessors, by their blocks: a processing cluster has 16 to 18.
+#: The part of the multiprocessors that clusters of so many blocks have at a time: some of each sixteen to eighteen
+#: are left over.
 CLUSTERS = {2: 1.0, 3: 0.9, 4: 0.8}
 #: Bytes of tokens of a band of tiles: less than half of what L2 holds.
 BAND_BYTES = 24 << 20
