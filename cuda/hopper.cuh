@@ -139,8 +139,7 @@ __device__ __forceinline__ u32 descriptor(u32 address) { return (address & 0x3ff
 #else
 #define WGMMA_TYPE ".f32.f16.f16"
 #endif
-#define D4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
-#define D8(i) D4(i), D4(i + 4)
+#define D8(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
 #define OPERANDS "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b)
 // d += a b, under way until a wait: a is 64 x 16, sixteen rows a warp, as of mma.m16n8k16; b is 16 x TOKENS.
 __device__ __forceinline__ void wgmma(float (&d)[SUMS], const u32 (&a)[4], u32 b) {
@@ -162,13 +161,6 @@ __device__ __forceinline__ void wgmma(float (&d)[SUMS], const u32 (&a)[4], u32 b
                  "%28,%29,%30,%31}"
                  ", {%32,%33,%34,%35}, b, 1, 1, 1, 0;\n}"
                  : D8(0), D8(8), D8(16), D8(24)
-                 : OPERANDS);
-#elif TOKENS == 88
-    asm volatile("{\n.reg .b64 b;\nmov.b64 b, {%48, " UPPER_DESCRIPTOR "};\nwgmma.mma_async.sync.aligned.m64n88k16" WGMMA_TYPE
-                 " {%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,"
-                 "%28,%29,%30,%31,%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43}"
-                 ", {%44,%45,%46,%47}, b, 1, 1, 1, 0;\n}"
-                 : D8(0), D8(8), D8(16), D8(24), D8(32), D4(40)
                  : OPERANDS);
 #elif TOKENS == 128
     asm volatile("{\n.reg .b64 b;\nmov.b64 b, {%68, " UPPER_DESCRIPTOR "};\nwgmma.mma_async.sync.aligned.m64n128k16" WGMMA_TYPE
@@ -199,7 +191,7 @@ __device__ __forceinline__ void wgmma(float (&d)[SUMS], const u32 (&a)[4], u32 b
                  : D8(0), D8(8), D8(16), D8(24), D8(32), D8(40), D8(48), D8(56), D8(64), D8(72), D8(80), D8(88), D8(96), D8(104), D8(112), D8(120)
                  : OPERANDS);
 #else
-#error "TOKENS is 16, 32, 64, 88, 128, 192 or 256"
+#error "TOKENS is 16, 32, 64, 128, 192 or 256"
 #endif
 }
 

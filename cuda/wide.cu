@@ -243,15 +243,14 @@ __device__ __forceinline__ void store(const float (&sums)[SUMS], u8* staged, u16
             u32 pairs[4];
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
-                // What is beyond the tile's tokens is not read.
-                const int of_tile = first + token + i / 2 * 8, at = (of_tile < TOKENS ? of_tile : 0) / 2 + i % 2 * 2;
+                const float* two = sums + (first + token + i / 2 * 8) / 2 + i % 2 * 2;
                 const float scale = i % 2 ? high : low, plus = i % 2 ? high_bias : low_bias;
-                pairs[i] = narrow(sums[at] * scale + plus) | (u32)narrow(sums[at + 1] * scale + plus) << 16;
+                pairs[i] = narrow(two[0] * scale + plus) | (u32)narrow(two[1] * scale + plus) << 16;
             }
             store_transposed(to + chunk + token * LINE_BYTES, pairs[0], pairs[1], pairs[2], pairs[3]);
         }
         group_barrier(group);
-        const int here = min(CHUNK, min(tokens, TOKENS) - first), r = first_row + thread % 8 * 8;
+        const int here = min(CHUNK, tokens - first), r = first_row + thread % 8 * 8;
         if (r >= n) continue;
 #pragma unroll
         for (int token = thread / 8; token < CHUNK; token += 16) {

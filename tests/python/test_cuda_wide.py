@@ -155,7 +155,6 @@ def test_clusters(layout):
         {"GROUPS": 3, "TOKENS": 128, "STEP": 2, "STAGES": 3},
         {"GROUPS": 2, "TOKENS": 192, "STEP": 1, "STAGES": 3},
         {"GROUPS": 4, "TOKENS": 64, "STEP": 2, "STAGES": 5},
-        {"GROUPS": 4, "TOKENS": 88, "STEP": 2, "STAGES": 3},
         {"GROUPS": 4, "TOKENS": 32, "STEP": 4, "STAGES": 3},
     ],
 )

@@ -19,7 +19,6 @@ SHAPES = (
     (64, ((4, 64, 2), (3, 64, 2), (2, 64, 2), (3, 64, 4), (2, 64, 4))),
     (128, ((3, 128, 2), (2, 128, 2))),
     (192, ((2, 192, 1), (3, 128, 2), (2, 128, 2))),
-    (264, ((4, 88, 2), (2, 256, 1), (3, 128, 2), (2, 128, 2))),
     (1 << 31, ((2, 256, 1), (3, 128, 2), (2, 128, 2))),
 )
 #: Parameters that tiles share: bytes of one tile, and of four, where they are not half of two, and twice as many.
@@ -28,20 +27,20 @@ FOUR_TILES = {"int4_lut16": 2336, "int4_lut32": 2336}
 MOST_STAGES = 10
 #: The part of the multiprocessors that clusters of so many blocks have at a time: some of each sixteen to eighteen
 #: are left over.
-CLUSTERS = {2: 1.0, 3: 0.9, 4: 0.8}
-#: Bytes of tokens of a band of tiles: less than half of what L2 holds.
-BAND_BYTES = 24 << 20
+CLUSTERS = {2: 1.0, 3: 0.88, 4: 0.9}
+#: Bytes of tokens of a band of tiles: a third of what L2 holds.
+BAND_BYTES = 17 << 20
 #: Bytes a cycle and multiprocessor: of weights from memory, of sums through L2, of shared memory.
-MEMORY_SPEED, L2_SPEED, SHARED_SPEED = 20.3, 48.8, 128.0
+MEMORY_SPEED, L2_SPEED, SHARED_SPEED = 17.7, 79.0, 128.0
 #: What tiles that are cut evenly take longer than whole ones, and, where memory is what takes the time, with helpers.
-CUT, HEAD = 1.03, 1.12
+CUT, HEAD = 1.03, 1.05
 #: Cycles to begin and end a tile, to wait for other blocks' sums, and for those of a cluster.
-TILE_CYCLES, SHARE_CYCLES, CLUSTER_CYCLES = 1210.0, 3070.0, 1500.0
+TILE_CYCLES, SHARE_CYCLES, CLUSTER_CYCLES = 1720.0, 3620.0, 1240.0
 #: What products of (GROUPS, TOKENS) reach of the tensor cores' speed; fewer tokens use an unpacked weight less often.
-PRODUCTS = {(2, 256): 0.84, (2, 192): 0.85, (3, 128): 0.84, (2, 128): 0.75}
-FEW_PRODUCTS = 0.58
+PRODUCTS = {(2, 256): 0.8, (2, 192): 0.8, (3, 128): 0.81, (2, 128): 0.79}
+FEW_PRODUCTS = 0.596
 #: Cycles of each step beside those, and of each strip's step of two tiles: what takes small tiles their time.
-STEP_CYCLES, STRIP_CYCLES = 319.0, 75.5
+STEP_CYCLES, STRIP_CYCLES = 254.0, 54.2
 
 
 @dataclass(frozen=True)
