@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 from tenpak.cuda.layouts import TILE_COLS, TILE_ROWS
 
-#: (GROUPS, TOKENS, STEP) by the most tokens of a product that would take them: all fit in registers. Tiles have 64
-#: rows a group, or some sixteens fewer where multiprocessors then have more alike.
+#: (GROUPS, TOKENS, STEP) by the most tokens of a product that would take them: all fit in registers. Tiles have 64 rows a
+#: group, or some sixteens fewer where multiprocessors then have more alike.
 SHAPES = (
     (16, ((4, 16, 2), (3, 16, 2), (2, 16, 2), (4, 16, 4), (3, 16, 4))),
     (32, ((4, 32, 2), (3, 32, 2), (2, 32, 2), (4, 32, 4), (3, 32, 4))),
@@ -184,8 +184,22 @@ def _of_shape(
             return TILE_CYCLES + 64 * groups * tokens * 2 / L2_SPEED + self.strips * strip / MEMORY_SPEED
 
     def choice(tiles: Tiles, grid: int, cycles: float, head: int = 0, cluster: int = 1) -> Choice:
-        memory, sizes = fixed + stages * stage_bytes, (tiles.strips, tiles.row_tiles)
-        return Choice(groups, tokens, step, stages, memory, grid, tiles.count, cycles, *sizes, head, cluster, band)
+        shared_now = fixed + stages * stage_bytes
+        sizes = tiles.strips, tiles.row_tiles
+        return Choice(
+            groups,
+            tokens,
+            step,
+            stages,
+            shared_now,
+            grid,
+            tiles.count,
+            cycles,
+            *sizes,
+            head=head,
+            cluster=cluster,
+            band=band,
+        )
 
     full = Tiles(most)
 
