@@ -1,6 +1,6 @@
 // y = x Wᵀ for many tokens on Hopper: the copy engine brings tokens, warps of their own weights.
 //
-// A block owns tiles of up to ROWS = 64 * GROUPS rows (`strips` times sixteen) by TOKENS tokens. Four warps ask for copies, STAGES stages of STEP
+// A block owns tiles of ROWS = 64 * GROUPS rows by TOKENS tokens. Four warps ask for copies, STAGES stages of STEP
 // times 64 columns ahead: the copy engine's boxes of x, swizzled as wgmma reads them, and packed weights. GROUPS
 // warpgroups turn weights into A operands (columns.cuh) and multiply; operands of 32 columns are made while the last
 // 32 are multiplied. Those groups own nearly all registers, so that a block may have 256 tokens and each operand that is
@@ -135,7 +135,7 @@ struct Schedule {
 struct Place {
     int matrix, strip, token;
 
-    __device__ __forceinline__ Place(u32 tile, int strips, int row_tiles, int token_tiles, int band) {
+    __device__ __forceinline__ Place(u32 tile, int row_tiles, int token_tiles, int band) {
         const u32 of_matrix = row_tiles * token_tiles;
         u32 first = 0, width = token_tiles;
         matrix = tile < of_matrix ? 0 : tile / of_matrix;
@@ -147,7 +147,7 @@ struct Place {
         }
         const u32 row = width == 1 ? tile : tile / width;
         token = (first + tile - row * width) * TOKENS;
-        strip = row * strips;
+        strip = row * STRIPS;
     }
 };
 
@@ -167,11 +167,11 @@ struct Turn {
 
 // ---- Producer -----------------------------------------------------------------------------------------------------------
 
-// One step's copies: boxes of x by one thread, and each producer warp's strips by its lanes, sixteen bytes each; of a tile's
-// strips those beyond the weight's are copies of its last. The copy engine is not asked for weights: with
+// One step's copies: boxes of x by one thread, and each producer warp's strips by its lanes, sixteen bytes each; strips
+// beyond the weight's are copies of its last. The copy engine is not asked for weights: with
 // its bulk copies of each strip's runs most shapes were slower.
-__device__ __forceinline__ void copy_step(const TensorMap& x, const Weight& w, const Place& at, int of_tile, int strips, int step,
-                                          u32 stage, u32 barrier, int producer, int lane) {
+__device__ __forceinline__ void copy_step(const TensorMap& x, const Weight& w, const Place& at, int strips, int step, u32 stage,
+                                          u32 barrier, int producer, int lane) {
     const int k = STEP * step, count = STEP == 1 ? 1 : min(STEP, w.tiles - k);
     if (producer == 0 && lane == 0) {
         barrier_expect(barrier, count * X_BYTES);
@@ -183,7 +183,6 @@ __device__ __forceinline__ void copy_step(const TensorMap& x, const Weight& w, c
 #pragma unroll
     for (int i = 0; i < PRODUCER_STRIPS; ++i) {
         const int strip_of_stage = producer + i * PRODUCER_WARPS, strip = min(at.strip + strip_of_stage, strips - 1);
-        if (strip_of_stage >= of_tile) break;
         const u32 to = stage + WEIGHTS_AT + strip_of_stage * STRIP_BYTES;
         copy_run<STEP * Layout::CODE_BYTES>(to, w.codes + (size_t)(u32)(strip * w.tiles + k) * Layout::CODE_BYTES,
                                             count * Layout::CODE_BYTES, lane, place_of(lane));
@@ -223,10 +222,9 @@ __device__ __forceinline__ void multiply(float (&sums)[SUMS], const Columns::Til
     wgmma_wait<1>();
 }
 
-// A group's sums of 64 rows, of which those before `end` are the tile's, to y [tokens, n], by its 128 threads; `staged` is the
-// group's own.
-__device__ __forceinline__ void store(const float (&sums)[SUMS], u8* staged, u16* y, const u16* bias, int strip, int end,
-                                      int tokens, int n, float low, float high, int group) {
+// A group's sums of 64 rows to y [tokens, n], by its 128 threads; `staged` is the group's own.
+__device__ __forceinline__ void store(const float (&sums)[SUMS], u8* staged, u16* y, const u16* bias, int strip, int tokens, int n,
+                                      float low, float high, int group) {
     const int thread = threadIdx.x % 128, warp = thread / LANES, lane = thread % LANES;
     const int first_row = strip * TILE_ROWS, row = first_row + warp * TILE_ROWS + lane / 4;
     const float low_bias = bias && row < n ? widen(bias[row]) : 0.0f;
@@ -253,7 +251,7 @@ __device__ __forceinline__ void store(const float (&sums)[SUMS], u8* staged, u16
         }
         group_barrier(group);
         const int here = min(CHUNK, tokens - first), r = first_row + thread % 8 * 8;
-        if (r >= end) continue;
+        if (r >= n) continue;
 #pragma unroll
         for (int token = thread / 8; token < CHUNK; token += 16) {
             if (token >= here) break;
@@ -264,7 +262,7 @@ __device__ __forceinline__ void store(const float (&sums)[SUMS], u8* staged, u16
             } else {
                 // Rows that are not aligned: rare, so short rather than fast.
 #pragma unroll 1
-                for (int i = 0; i < min(8, end - r); ++i) line[i] = read<u16>(from + 2 * i);
+                for (int i = 0; i < min(8, n - r); ++i) line[i] = read<u16>(from + 2 * i);
             }
         }
     }
@@ -280,14 +278,13 @@ __device__ __forceinline__ void leave_sums(const float (&sums)[SUMS], u8* exchan
 #pragma unroll
     for (int i = 0; i < SUMS; ++i) to[(i / 4 * 8 + i % 2) * EXCHANGE_ROW + i / 2 % 2 * 8] = sums[i] * (i / 2 % 2 ? high : low);
 }
-__device__ __forceinline__ void store_exchanged(u32 exchange, int rank, u16* y, const u16* bias, int first_row, int end, int tokens,
-                                                int n) {
+__device__ __forceinline__ void store_exchanged(u32 exchange, int rank, u16* y, const u16* bias, int first_row, int tokens, int n) {
     constexpr int EACH = (TOKENS + CLUSTER - 1) / CLUSTER, FOURS = ROWS / 4;
     const bool vectors = n % 4 == 0 && (u64)y % 8 == 0;
 #pragma unroll 2
     for (int i = threadIdx.x; i < EACH * FOURS; i += 128 * GROUPS) {
         const int token = rank * EACH + i / FOURS, row = i % FOURS * 4, r = first_row + row;
-        if (token >= min(tokens, TOKENS) || r >= end) continue;
+        if (token >= min(tokens, TOKENS) || r >= n) continue;
         const u32 from = exchange + (token * EXCHANGE_ROW + row) * 4;
         float4 parts[CLUSTER];
 #pragma unroll
@@ -302,14 +299,14 @@ __device__ __forceinline__ void store_exchanged(u32 exchange, int rank, u16* y, 
         }
         u16 narrowed[4];
 #pragma unroll
-        for (int j = 0; j < 4; ++j) narrowed[j] = narrow(all[j] + (bias && r + j < end ? widen(bias[r + j]) : 0.0f));
+        for (int j = 0; j < 4; ++j) narrowed[j] = narrow(all[j] + (bias && r + j < n ? widen(bias[r + j]) : 0.0f));
         u16* to = y + (size_t)token * n + r;
         if (vectors) {
             *reinterpret_cast<uint2*>(to) = make_uint2(narrowed[0] | (u32)narrowed[1] << 16, narrowed[2] | (u32)narrowed[3] << 16);
         } else {
 #pragma unroll
             for (int j = 0; j < 4; ++j)
-                if (r + j < end) to[j] = narrowed[j];
+                if (r + j < n) to[j] = narrowed[j];
         }
     }
 }
@@ -318,13 +315,12 @@ __device__ __forceinline__ void store_exchanged(u32 exchange, int rank, u16* y, 
 
 // x: a map of [batch, m, k] with boxes of 64 columns and TOKENS rows, swizzled by 128 bytes; y [batch, m, n]; bias [batch, n] or
 // null. partial: [gridDim.x, or tiles where `head` > 0][GROUPS][SUMS / 4][128] float4; arrived: a counter for each tile and
-// group, zero before and after. tile_strips: of a tile, no more than STRIPS; row_tiles: how many of those a matrix has. At most one
-// block a multiprocessor, and no more than there are units.
+// group, zero before and after. At most one block a multiprocessor, and no more than there are units.
 extern "C" __global__ void IN_CLUSTERS __launch_bounds__(128 * GROUPS + 128, 1)
 wide(const __grid_constant__ tenpak::TensorMap x, const unsigned char* codes, const unsigned char* params,
      const unsigned char* row_params, unsigned short* y, const unsigned short* bias, float4* partial, unsigned int* arrived,
      long long codes_step, long long params_step, long long row_params_step, int batch, int m, int n, int tiles, int supers,
-     int head, int band, int tile_strips, int row_tiles, float scale) {
+     int head, int band, float scale) {
     using namespace tenpak;
     extern __shared__ __align__(1024) u8 dynamic[];
     __shared__ u64 barriers[2 * STAGES];
@@ -332,7 +328,8 @@ wide(const __grid_constant__ tenpak::TensorMap x, const unsigned char* codes, co
     const u32 stages_address = keep_address(shared_address(stages));
     const u32 full = keep_address(shared_address(barriers)), empty = full + 8 * STAGES;
 
-    const int token_tiles = (m + TOKENS - 1) / TOKENS, strips = (n + TILE_ROWS - 1) / TILE_ROWS;
+    const int row_tiles = (n + ROWS - 1) / ROWS, token_tiles = (m + TOKENS - 1) / TOKENS;
+    const int strips = (n + TILE_ROWS - 1) / TILE_ROWS;
     // Each role makes its own: what both keep must fit in the registers of the smaller one.
     auto own_schedule = [&] { return Schedule((u32)batch * row_tiles * token_tiles, (tiles + STEP - 1) / STEP, head); };
     auto weight = [&](int matrix) {
@@ -358,12 +355,12 @@ wide(const __grid_constant__ tenpak::TensorMap x, const unsigned char* codes, co
         Segment segment;
         Turn turn(1);  // all stages are empty
         while (schedule.next(segment)) {
-            const Place at(segment.tile, tile_strips, row_tiles, token_tiles, band);
+            const Place at(segment.tile, row_tiles, token_tiles, band);
             const Weight w = weight(at.matrix);
 #pragma unroll 1
             for (int step = segment.first; step < segment.first + segment.count; ++step) {
                 barrier_wait(empty + 8 * turn.stage, turn.phase);
-                copy_step(x, w, at, tile_strips, strips, step, stages_address + turn.stage * BYTES_OF_STAGE, full + 8 * turn.stage,
+                copy_step(x, w, at, strips, step, stages_address + turn.stage * BYTES_OF_STAGE, full + 8 * turn.stage,
                           warp - CONSUMER_WARPS, lane);
                 turn.next();
             }
@@ -382,9 +379,9 @@ wide(const __grid_constant__ tenpak::TensorMap x, const unsigned char* codes, co
         const u32 own = WEIGHTS_AT + (group * GROUP_STRIPS + warp % 4) * STRIP_BYTES;
         Turn turn(0);
         while (schedule.next(segment)) {
-            const Place at(segment.tile, tile_strips, row_tiles, token_tiles, band);
+            const Place at(segment.tile, row_tiles, token_tiles, band);
             const Weight w = weight(at.matrix);
-            const int first_strip = at.strip + group * GROUP_STRIPS, end = min(n, (at.strip + tile_strips) * TILE_ROWS);
+            const int first_strip = at.strip + group * GROUP_STRIPS;
             const Columns::Rows rows = Columns::rows(w, min(first_strip + warp % 4, strips - 1), lane);
             float sums[SUMS];
 #pragma unroll
@@ -421,7 +418,7 @@ wide(const __grid_constant__ tenpak::TensorMap x, const unsigned char* codes, co
                 consumers_barrier(128 * GROUPS);
                 leave_sums(sums, stages, group * 64, scale * Columns::row_scale(rows, false), scale * Columns::row_scale(rows, true));
                 cluster_sync();
-                store_exchanged(stages_address, cluster_rank(), to(), plus(), at.strip * TILE_ROWS, end, m - at.token, n);
+                store_exchanged(stages_address, cluster_rank(), to(), plus(), at.strip * TILE_ROWS, m - at.token, n);
                 cluster_meet();
                 continue;
             }
@@ -466,7 +463,7 @@ wide(const __grid_constant__ tenpak::TensorMap x, const unsigned char* codes, co
                         }
                 }
             }
-            store(sums, staged, to(), plus(), first_strip, end, m - at.token, n, scale * Columns::row_scale(rows, false),
+            store(sums, staged, to(), plus(), first_strip, m - at.token, n, scale * Columns::row_scale(rows, false),
                   scale * Columns::row_scale(rows, true), group);
         }
     }

@@ -376,12 +376,8 @@ def wide(
     bias: NDArray[np.uint16] | None,
     head: int = 0,
     band: int = 1 << 16,
-    strips: int = 0,
 ) -> NDArray[np.uint16]:
-    """y [batch, m, n] of x [batch, m, at least k], as bits; poisoned before.
-
-    `packed`: codes, params, row_params; `strips`: of a tile, or 0 for as many as it can have.
-    """
+    """y [batch, m, n] of x [batch, m, at least k], as bits; poisoned before. `packed`: codes, params, row_params."""
     batch, m, stride = x.shape
     x = aligned(x)
     arrays = [aligned(part) for part in packed]
@@ -392,9 +388,8 @@ def wide(
     strip = plans.strip_bytes(layout, STAGE_BYTES[layout], step)
     fixed, stage = plans.shared_bytes(groups, tokens, step, strip)
     tiles = -(-k // 64)
-    rows, strips = 64 * groups, strips or 4 * groups
-    row_tiles = -(-n // (16 * strips))
-    output_tiles = batch * row_tiles * -(-m // tokens)
+    rows = 64 * groups
+    output_tiles = batch * -(-n // rows) * -(-m // tokens)
     partial = aligned(np.full((output_tiles if head else grid) * rows * tokens, np.nan, np.float32))
     arrived = aligned(np.zeros(output_tiles * groups, np.uint32))
     assert x is not None
@@ -409,9 +404,7 @@ def wide(
         return np.array([0 if array is None else array.ctypes.data], np.uint64)
 
     steps = [np.array([0 if part is None else part.nbytes // batch], np.int64) for part in arrays]
-    scalars = [
-        np.array([value], np.int32) for value in (batch, m, n, tiles, -(-k // 256), head, band, strips, row_tiles)
-    ]
+    scalars = [np.array([value], np.int32) for value in (batch, m, n, tiles, -(-k // 256), head, band)]
     given = [
         mapped,
         *map(address, [*arrays, y, bias, partial, arrived]),

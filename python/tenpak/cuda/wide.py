@@ -10,10 +10,9 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 
-from tenpak.cuda.layouts import TILE_COLS, TILE_ROWS
+from tenpak.cuda.layouts import TILE_COLS
 
-#: (GROUPS, TOKENS, STEP) by the most tokens of a product that would take them: all fit in registers. Tiles have 64 rows a
-#: group, or some sixteens fewer where multiprocessors then have more alike.
+#: (GROUPS, TOKENS, STEP) by the most tokens of a product that would take them: all fit in registers.
 SHAPES = (
     (16, ((4, 16, 2), (3, 16, 2), (2, 16, 2), (4, 16, 4), (3, 16, 4))),
     (32, ((4, 32, 2), (3, 32, 2), (2, 32, 2), (4, 32, 4), (3, 32, 4))),
@@ -56,9 +55,6 @@ class Choice:
     grid: int
     tiles: int
     cycles: float
-    #: Sixteens of rows of a tile, and tiles of them.
-    strips: int
-    row_tiles: int
     #: Units of a tile that its own block does, if others help, or 0.
     head: int = 0
     cluster: int = 1
@@ -77,10 +73,14 @@ class Choice:
         return {**values, "CLUSTER": self.cluster} if self.cluster > 1 else values
 
     @property
+    def rows(self) -> int:
+        return 64 * self.groups
+
+    @property
     def partial_bytes(self) -> int:
         """What blocks write of tiles that others finish."""
         cut = 0 if self.cluster > 1 else self.tiles if self.head else self.grid if self.tiles % self.grid else 0
-        return cut * 64 * self.groups * self.tokens * 4
+        return cut * self.rows * self.tokens * 4
 
     @property
     def counters(self) -> int:
@@ -139,92 +139,46 @@ def _of_shape(
     batch: int,
 ) -> list[Choice]:
     groups, tokens, step = shape
-    most = 4 * groups
+    rows, strips = 64 * groups, 4 * groups
     strip = strip_bytes(layout, stage, step)
+    weights = strips * strip
     fixed, stage_bytes = shared_bytes(groups, tokens, step, strip)
     stages = min(MOST_STAGES, (shared - fixed) // stage_bytes)
     if stages < (3 if step == 4 else 2):
         return []
-    all_strips, token_tiles, steps = _up(n, TILE_ROWS), _up(m, tokens), _up(_up(k, TILE_COLS), step)
+    token_tiles, steps = _up(m, tokens), _up(_up(k, TILE_COLS), step)
     # As many as fit, in bands as large as each other.
     bands = _up(token_tiles, max(1, BAND_BYTES // (2 * k * tokens)))
     band = _up(token_tiles, bands)
+    tiles = batch * _up(n, rows) * token_tiles
     products = step * 2 * groups * tokens / PRODUCTS.get((groups, tokens), FEW_PRODUCTS)
-    sum_cycles = 64 * groups * tokens * 4 / L2_SPEED
+    reads = step * ((rows // 64) * tokens + strips * 8) + stage_bytes / SHARED_SPEED
+    # Weights of tiles with other tokens come from L2.
+    asked = STEP_CYCLES + strips * STRIP_CYCLES * step / 2
+    memory = weights / MEMORY_SPEED / min(token_tiles, 2)
+    step_cycles = max(products, reads, asked, memory)
+    # The first step's weights have nothing to hide behind.
+    store_cycles = TILE_CYCLES + rows * tokens * 2 / L2_SPEED + weights / MEMORY_SPEED
+    sum_cycles = rows * tokens * 4 / L2_SPEED
 
-    @dataclass(frozen=True)
-    class Tiles:
-        """Those of so many strips, and what a step of one takes."""
-
-        strips: int
-
-        @property
-        def row_tiles(self) -> int:
-            return _up(all_strips, self.strips)
-
-        @property
-        def count(self) -> int:
-            return batch * self.row_tiles * token_tiles
-
-        @property
-        def memory(self) -> float:
-            # Weights of tiles with other tokens come from L2.
-            return self.strips * strip / MEMORY_SPEED / min(token_tiles, 2)
-
-        @property
-        def step_cycles(self) -> float:
-            reads = step * (groups * tokens + self.strips * 8) + stage_bytes / SHARED_SPEED
-            # Warps without a strip do as the others do.
-            asked = STEP_CYCLES + most * STRIP_CYCLES * step / 2
-            return max(products, reads, asked, self.memory)
-
-        @property
-        def store_cycles(self) -> float:
-            # The first step's weights have nothing to hide behind.
-            return TILE_CYCLES + 64 * groups * tokens * 2 / L2_SPEED + self.strips * strip / MEMORY_SPEED
-
-    def choice(tiles: Tiles, grid: int, cycles: float, head: int = 0, cluster: int = 1) -> Choice:
+    def choice(grid: int, cycles: float, head: int = 0, cluster: int = 1) -> Choice:
         shared_now = fixed + stages * stage_bytes
-        sizes = tiles.strips, tiles.row_tiles
-        return Choice(
-            groups,
-            tokens,
-            step,
-            stages,
-            shared_now,
-            grid,
-            tiles.count,
-            cycles,
-            *sizes,
-            head=head,
-            cluster=cluster,
-            band=band,
-        )
-
-    full = Tiles(most)
-
-    def fewest(blocks: int) -> Tiles:
-        """Of as few strips as so many blocks ask for, where weights and not products take the time."""
-        row_tiles = max(1, blocks // (batch * token_tiles))
-        return Tiles(min(most, max(most - 3, _up(all_strips, row_tiles)))) if tokens <= 64 else full
+        return Choice(groups, tokens, step, stages, shared_now, grid, tiles, cycles, head, cluster, band)
 
     # Whole tiles go round in as many rounds as they need of all multiprocessors, or of fewer where those divide them;
     # cut ones take all multiprocessors, if there is a unit for each.
-    tiles, step_cycles = full.count, full.step_cycles
     rounds = _up(tiles, multiprocessors)
+    even, every = _up(tiles, rounds), min(multiprocessors, tiles * steps)
     found = []
-    for whole in {full, fewest(rounds * multiprocessors)}:
-        even = _up(whole.count, rounds)
-        if whole.count % even == 0:
-            found.append(choice(whole, even, (steps * whole.step_cycles + whole.store_cycles) * rounds))
-    every = min(multiprocessors, tiles * steps)
+    if tiles % even == 0:
+        found.append(choice(even, (steps * step_cycles + store_cycles) * rounds))
     if tiles % every:
         others = max(1, _up(every, tiles) - 1)
         sums = SHARE_CYCLES + (1 + others) * sum_cycles
         share = _up(tiles * steps, every) * step_cycles
         # Where each tile is that of as many blocks, no block has parts of two.
         cut = CUT if every % tiles else 1.0
-        found.append(choice(full, every, cut * (share + full.store_cycles * max(1, rounds - 1) + sums)))
+        found.append(choice(every, cut * (share + store_cycles * max(1, rounds - 1) + sums)))
     helpers = min(multiprocessors - tiles, tiles)
     if helpers > 0:
         # A helper does what is left of `each` tiles while their own blocks do their heads; storing sums takes it time.
@@ -233,16 +187,14 @@ def _of_shape(
         stored = (SHARE_CYCLES / 2 + sum_cycles) / step_cycles
         head = round(each * (steps + stored) / (each + 1))
         if 0 < head < steps:
-            cycles = head * max(step_cycles, HEAD * full.memory) + SHARE_CYCLES + sum_cycles + full.store_cycles
-            found.append(choice(full, tiles + helpers, cycles, head=head))
+            cycles = head * max(step_cycles, HEAD * memory) + SHARE_CYCLES + sum_cycles + store_cycles
+            found.append(choice(tiles + helpers, cycles, head=head))
     # In shared memory a token's sums are longer by four (EXCHANGE_ROW of wide.cu).
-    fits = (64 * groups + 4) * tokens * 4 <= stages * stage_bytes
+    fits = (rows + 4) * tokens * 4 <= stages * stage_bytes
     for cluster, part in CLUSTERS.items():
-        most_tiles = int(part * multiprocessors) // cluster
-        for shared_tiles in {full, fewest(most_tiles)} if fits and steps >= cluster else ():
-            if shared_tiles.count <= most_tiles:
-                cycles = _up(steps, cluster) * shared_tiles.step_cycles + CLUSTER_CYCLES + shared_tiles.store_cycles
-                found.append(choice(shared_tiles, cluster * shared_tiles.count, cycles, cluster=cluster))
+        if cluster * tiles <= part * multiprocessors and steps >= cluster and fits:
+            cycles = _up(steps, cluster) * step_cycles + CLUSTER_CYCLES + store_cycles
+            found.append(choice(cluster * tiles, cycles, cluster=cluster))
     return found
 
 
