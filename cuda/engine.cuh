@@ -26,7 +26,11 @@ __device__ __forceinline__ void barrier_expect(u32 barrier, u32 bytes) {
 __device__ __forceinline__ void barrier_wait(u32 barrier, u32 parity) {
     asm volatile(
         "{\n.reg .pred done;\n"
+#if __CUDA_ARCH__ >= 900
         "again: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+#else
+        "again: mbarrier.test_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+#endif
         "@!done bra again;\n}" :: "r"(barrier), "r"(parity) : "memory");
 }
 

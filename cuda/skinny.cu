@@ -52,13 +52,44 @@ constexpr int FIRST_COPIER = WARPS + BUFFERS, ALL_WARPS = FIRST_COPIER + ENGINE 
 // Tiles of sums, of a strip's 16 rows by eight tokens each.
 constexpr int PARTS = STRIPS * COLUMNS;
 static_assert(DEPTH >= GROUPS, "every group of warps has a step");
-// Barriers: a buffer has been written, or read.
-constexpr int FULL = 1, EMPTY = FULL + BUFFERS, READY = EMPTY + BUFFERS;
+// The barrier where copiers meet (of a block's; the others are in shared memory).
+constexpr int READY = 1;
+#ifndef EVERY_LANE
+#define EVERY_LANE 0
+#endif
 // Steps of x that the copy engine may bring one by one.
 constexpr int X_STEPS = ENGINE && !INTEGER && !NORM ? 32 : 0;
 
-__device__ __forceinline__ void wait_at(int barrier) { wait_at_barrier<THREADS + LANES>(barrier); }
-__device__ __forceinline__ void arrive_at(int barrier) { arrive_at_barrier<THREADS + LANES>(barrier); }
+// Of sums in shared memory: whether a buffer has been written by all warps, and whether it has been read. A lane arrives for its
+// warp; with -DEVERY_LANE=1 each does, which compute-sanitizer's racecheck follows.
+struct SumsBarriers {
+    static constexpr int ARRIVING = EVERY_LANE ? LANES : 1;
+    u32 at;
+    u32 phases = 0;  // a bit for each buffer: of its next use
+
+    __device__ __forceinline__ explicit SumsBarriers(u32 at) : at(at) {}
+    // By one thread.
+    __device__ __forceinline__ void init() const {
+        for (int i = 0; i < BUFFERS; ++i) {
+            barrier_init(at + 8 * i, WARPS * ARRIVING);
+            barrier_init(at + 8 * (BUFFERS + i), ARRIVING);
+        }
+    }
+    static __device__ __forceinline__ void arrive(u32 barrier, int lane) {
+        __syncwarp();
+        if (EVERY_LANE || lane == 0) barrier_arrive(barrier);
+    }
+    __device__ __forceinline__ void wait_until_read(int buffer) const { barrier_wait(at + 8 * (BUFFERS + buffer), ~(phases >> buffer) & 1); }
+    __device__ __forceinline__ void written(int buffer, int lane) {
+        arrive(at + 8 * buffer, lane);
+        phases ^= 1 << buffer;
+    }
+    __device__ __forceinline__ void wait_until_written(int buffer) const { barrier_wait(at + 8 * buffer, phases >> buffer & 1); }
+    __device__ __forceinline__ void read(int buffer, int lane) {
+        arrive(at + 8 * (BUFFERS + buffer), lane);
+        phases ^= 1 << buffer;
+    }
+};
 // What a thread that does not stage x waits for while others do.
 __device__ __forceinline__ void wait_for_staging(int tokens) {
 #if NORM
@@ -115,6 +146,9 @@ skinny(const unsigned char* codes, const unsigned char* params, const unsigned c
     float4* sums_of_warps = reinterpret_cast<float4*>(dynamic);
     u8* stages = reinterpret_cast<u8*>(sums_of_warps + BUFFERS * WARPS * PARTS * LANES);
     u8* staged_x = stages + DEPTH * STRIPS * BLOCK_STAGE_BYTES;
+    __shared__ u64 barriers_of_sums[2 * BUFFERS];
+    SumsBarriers buffers(keep_address(shared_address(barriers_of_sums)));
+    if (threadIdx.x == WARPS * LANES) buffers.init();
     Products::prepare(threadIdx.x);
     const int chunks = (total + TOKENS - 1) / TOKENS;
     auto slice_of_x = [&](int chunk) {
@@ -184,8 +218,7 @@ skinny(const unsigned char* codes, const unsigned char* params, const unsigned c
                 Layout::Rows rows[STRIPS];
 #pragma unroll
                 for (int i = 0; i < STRIPS; ++i) rows[i] = Layout::rows(weight, walk.strip(turn, i), lane);
-                if (turn >= BUFFERS) wait_at(EMPTY + buffer);
-                wait_at(FULL + buffer);
+                buffers.wait_until_written(buffer);
                 float4 sums[PARTS];
 #pragma unroll
                 for (int part = 0; part < PARTS; ++part) {
@@ -193,8 +226,10 @@ skinny(const unsigned char* codes, const unsigned char* params, const unsigned c
                     sums[part] = from[0];
 #pragma unroll
                     for (int other = 1; other < WARPS; ++other) add(sums[part], from[other * PARTS * LANES]);
-                    sums[part] = Products::finished(sums[part], lane);
                 }
+                buffers.read(buffer, lane);
+#pragma unroll
+                for (int part = 0; part < PARTS; ++part) sums[part] = Products::finished(sums[part], lane);
                 if (slices > 1) {
                     const size_t step = (size_t)strips * PARTS * LANES;
                     float4* all = partial + (slot * slices * strips + strip) * PARTS * LANES + lane;
@@ -298,11 +333,11 @@ skinny(const unsigned char* codes, const unsigned char* params, const unsigned c
 #endif
 
             const int buffer = turn % BUFFERS;
-            if (turn >= BUFFERS) wait_at(EMPTY + buffer);
+            buffers.wait_until_read(buffer);
 #pragma unroll
             for (int part = 0; part < PARTS; ++part)
                 write(my_sums + (buffer * WARPS * PARTS + part) * (LANES * 16), products.sum(part, lane));
-            arrive_at(FULL + buffer);
+            buffers.written(buffer, lane);
 #pragma unroll
             for (int i = 0; i < STRIPS; ++i) rows[i] = rows_after[i];
         }
