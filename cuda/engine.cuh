@@ -34,6 +34,17 @@ __device__ __forceinline__ void barrier_wait(u32 barrier, u32 parity) {
         "@!done bra again;\n}" :: "r"(barrier), "r"(parity) : "memory");
 }
 
+// What other blocks have stored, and all that they had stored before it.
+__device__ __forceinline__ u32 load_acquire(const u32* at) {
+    u32 seen;
+    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(seen) : "l"(at) : "memory");
+    return seen;
+}
+// After all that this thread, and those that met it at a barrier, have stored.
+__device__ __forceinline__ void add_release(u32* at, u32 value) {
+    asm volatile("red.release.gpu.global.add.u32 [%0], %1;" :: "l"(at), "r"(value) : "memory");
+}
+
 // From global to shared memory, in the background; addresses and `bytes` are multiples of 16, and a copy to a place that is none
 // of 32 takes longer.
 __device__ __forceinline__ void copy_bulk(u32 to, const void* from, u32 bytes, u32 barrier) {

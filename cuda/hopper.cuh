@@ -26,18 +26,8 @@ __device__ __forceinline__ uint4 load_matrices(u32 row) {
     return v;
 }
 
-// ---- Order among threads and blocks ---------------------------------------------------------------------------------
+// ---- Order among threads -----------------------------------------------------------------------------------------------
 
-// What other blocks have stored, and all that they had stored before it.
-__device__ __forceinline__ u32 load_acquire(const u32* at) {
-    u32 seen;
-    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(seen) : "l"(at) : "memory");
-    return seen;
-}
-// After all that this thread, and those that met it at a barrier, have stored.
-__device__ __forceinline__ void add_release(u32* at, u32 value) {
-    asm volatile("red.release.gpu.global.add.u32 [%0], %1;" :: "l"(at), "r"(value) : "memory");
-}
 // Among the 128 threads of one warpgroup.
 __device__ __forceinline__ void group_barrier(int group) { asm volatile("bar.sync %0, 128;" :: "r"(group + 1) : "memory"); }
 

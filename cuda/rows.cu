@@ -23,7 +23,27 @@
 #include "halves.cuh"
 #include "output.cuh"
 
+#ifndef BOXED
+#define BOXED 0
+#endif
+
 namespace tenpak {
+
+#if BOXED
+struct alignas(64) TensorMap {
+    u64 words[16];
+};
+__device__ __forceinline__ void prefetch_map(const TensorMap& map) {
+    asm volatile("prefetch.tensormap [%0];" :: "l"(&map) : "memory");
+}
+__device__ __forceinline__ void copy_box(u32 to, const TensorMap& map, int token, int tile, int matrix, u32 barrier) {
+    constexpr u64 KEEP_LONG = 0x14f0000000000000;
+    asm volatile(
+        "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint"
+        " [%0], [%1, {%2, %3, %4, %5}], [%6], %7;"
+        :: "r"(to), "l"(&map), "r"(0), "r"(token), "r"(tile), "r"(matrix), "r"(barrier), "l"(KEEP_LONG) : "memory");
+}
+#endif
 
 constexpr int ROWS = GROUPS * STRIPS;
 constexpr int ALL_WARPS = WARPS + COPIERS;
@@ -31,7 +51,13 @@ constexpr int PARTS = STRIPS * COLUMNS;
 // A stage: all strips' tiles, then x, whose rows begin 64 bytes further on in a line each.
 constexpr int X_ROW_BYTES = STEP_TILES * TILE_COLS * 2 + 64;
 constexpr int WEIGHTS_OF_STAGE = (ROWS * BLOCK_STAGE_BYTES + 127) / 128 * 128;
+#if BOXED
+constexpr int X_TILE_BYTES = TOKENS * TILE_COLS * 2, X_BYTES = STEP_TILES * X_TILE_BYTES;
+constexpr int X_AT = 0, WEIGHTS_AT = X_BYTES, BYTES_OF_STAGE = (X_BYTES + WEIGHTS_OF_STAGE + 1023) / 1024 * 1024;
+#else
+constexpr int X_AT = WEIGHTS_OF_STAGE, WEIGHTS_AT = 0;
 constexpr int BYTES_OF_STAGE = (WEIGHTS_OF_STAGE + TOKENS * X_ROW_BYTES + 127) / 128 * 128;
+#endif
 static_assert(WARPS % SHARERS == 0, "warps share strips evenly");
 
 // One of the warps that ask for copies: of each step every COPIERS-th of the strips and of the tokens. (One warp asks for a copy in
@@ -48,8 +74,9 @@ struct Copier {
     __device__ __forceinline__ Copier(u32 stages, u32 full, int index)
         : stages(stages), full(full), empty(full + 8 * DEPTH), index(index) {}
 
-    // All steps of a turn: strips from `strip` on, with x of its tokens.
-    __device__ __forceinline__ void copy(const Weight& weight, const XSlice& from, int strip, int strips) {
+    // Steps of a turn: strips from `strip` on, with x of its tokens.
+    template <class Box>
+    __device__ __forceinline__ void copy(const Weight& weight, const XSlice& from, int strip, int strips, int first, int count, Box box) {
 #pragma unroll
         for (int j = 0; j < MINE; ++j) {
             const int row = min(strip + index + j * COPIERS, strips - 1);
@@ -59,23 +86,30 @@ struct Copier {
         const u32 param_bytes = Layout::param_run(weight, 0, 0, STEP_TILES).bytes;
         const int mine = (ROWS - index + COPIERS - 1) / COPIERS, tokens = max(from.tokens - index + COPIERS - 1, 0) / COPIERS;
 #pragma unroll 1
-        for (int tile = 0, step = 0; tile < weight.tiles; tile += STEP_TILES, ++step) {
+        for (int step = first, tile = first * STEP_TILES; step < first + count; tile += STEP_TILES, ++step) {
             barrier_wait(empty + 8 * slot, phase ^ 1);
             const int here = min(STEP_TILES, weight.tiles - tile);
             const u32 barrier = full + 8 * slot, to = stages + slot * BYTES_OF_STAGE;
             const u32 of_codes = here * Layout::CODE_BYTES, of_params = Layout::param_run(weight, 0, tile, here).bytes;
             const u32 of_supers = Layout::super_run(weight, 0, tile, here).bytes;
+#if !BOXED
             const u32 of_x = here * TILE_COLS * 2;
+#endif
             if (elected()) {
                 // What is expected is said first: what has come may not be more.
+#if BOXED
+                barrier_expect(barrier, mine * (of_codes + of_params + of_supers) + (index == 0 ? X_BYTES : 0));
+                if (index == 0) box(to, tile, barrier);
+#else
                 barrier_expect(barrier, mine * (of_codes + of_params + of_supers) + tokens * of_x);
 #pragma unroll 1
                 for (int token = index; token < from.tokens; token += COPIERS)
-                    copy_bulk(to + WEIGHTS_OF_STAGE + token * X_ROW_BYTES, from.x + token * from.stride + tile * TILE_COLS, of_x, barrier);
+                    copy_bulk(to + X_AT + token * X_ROW_BYTES, from.x + token * from.stride + tile * TILE_COLS, of_x, barrier);
+#endif
 #pragma unroll
                 for (int j = 0; j < MINE; ++j) {
                     const int i = index + j * COPIERS;
-                    const u32 at = to + i * BLOCK_STAGE_BYTES;
+                    const u32 at = to + WEIGHTS_AT + i * BLOCK_STAGE_BYTES;
                     if (i < ROWS) {
                         copy_bulk_once(at, codes[j] + tile * Layout::CODE_BYTES, of_codes, barrier);
                         if (Layout::PAIR_BYTES) copy_bulk_once(at + Ring::PARAMS_AT, params[j] + step * param_bytes, of_params, barrier);
@@ -98,22 +132,39 @@ struct Copier {
 // As skinny's: arguments that are not used are those of experts and of slices of K. k is a multiple of 64, and rows of x begin
 // at multiples of 16 bytes.
 extern "C" __global__ void __launch_bounds__(tenpak::ALL_WARPS * 32, 1)
-rows(const unsigned char* codes, const unsigned char* params, const unsigned char* row_params, const unsigned short* x,
-     tenpak::Out* y, const unsigned short* bias, const int*, float4*, unsigned int*, long long codes_step,
-     long long params_step, long long row_params_step, long long x_stride, int m, int n, int k, int tiles, int supers, int,
-     float scale) {
+rows(
+#if BOXED
+     const __grid_constant__ tenpak::TensorMap map,
+#endif
+     const unsigned char* codes, const unsigned char* params, const unsigned char* row_params,
+#if !BOXED
+     const unsigned short* x,
+#endif
+     tenpak::Out* y, const unsigned short* bias,
+#if !BOXED
+     const int*,
+#endif
+     float4* partial, unsigned int* arrived, long long codes_step, long long params_step, long long row_params_step,
+#if !BOXED
+     long long x_stride,
+#endif
+     int m, int n, int k, int tiles, int supers, int share_steps, float scale) {
     using namespace tenpak;
     extern __shared__ __align__(128) uint4 dynamic[];
     __shared__ u64 barriers[2 * DEPTH];
     const int warp = __shfl_sync(~0u, threadIdx.x / LANES, 0), lane = threadIdx.x % LANES;
     const int matrix = blockIdx.z;
     const int strips = (n + TILE_ROWS - 1) / TILE_ROWS, turns = (strips + ROWS - 1) / ROWS;
+    const int steps = (tiles + STEP_TILES - 1) / STEP_TILES;
     const Weight weight{codes + matrix * codes_step, params + matrix * params_step, row_params + matrix * row_params_step,
                         tiles, supers};
     const u32 stages = keep_address(shared_address(dynamic)), full = keep_address(shared_address(barriers)), empty = full + 8 * DEPTH;
     const u32 sums_at = keep_address(stages + DEPTH * BYTES_OF_STAGE);
     Products::prepare(threadIdx.x);
     if (threadIdx.x == 0) {
+#if BOXED
+        prefetch_map(map);
+#endif
         for (int i = 0; i < DEPTH; ++i) {
             barrier_init(full + 8 * i, COPIERS);
             barrier_init(empty + 8 * i, WARPS);
@@ -125,22 +176,39 @@ rows(const unsigned char* codes, const unsigned char* params, const unsigned cha
     const int group = warp / SHARERS * STRIPS, sharer = warp % SHARERS;
     int slot = 0;
     u32 phase = 0;
-    // Each turn for each of the chunks of tokens.
-    const int items = turns * ((m + TOKENS - 1) / TOKENS);
-    for (int item = blockIdx.x; item < items; item += gridDim.x) {
+    // Each turn for each of the chunks of tokens, so many steps in all, of which a block does an equal share. The last share is the
+    // first block's, so that who waits for sums waits for blocks that have begun before it.
+    const int share = gridDim.x - 1 - blockIdx.x, all = turns * ((m + TOKENS - 1) / TOKENS) * steps, end = min(all, (share + 1) * share_steps);
+    constexpr int PART = ROWS * COLUMNS * LANES;
+    partial += (size_t)matrix * gridDim.x * PART;
+    arrived += matrix * gridDim.x;
+    for (int unit = share * share_steps; unit < end;) {
+        const int item = unit / steps, first = unit - item * steps, count = min(steps - first, end - unit);
+        unit += count;
         const int strip = item % turns * ROWS, token = item / turns * TOKENS, tokens = min(TOKENS, m - token);
         if (warp >= WARPS) {
+#if BOXED
+            const XSlice here{nullptr, 0, tokens, k, 0, tiles * TILE_COLS};
+            copier.copy(weight, here, strip, strips, first, count, [&](u32 to, int tile, u32 barrier) { copy_box(to, map, token, tile, matrix, barrier); });
+#else
             const XSlice here{x + ((long long)matrix * m + token) * x_stride, x_stride, tokens, k, 0, tiles * TILE_COLS};
-            copier.copy(weight, here, strip, strips);
+            copier.copy(weight, here, strip, strips, first, count, 0);
+#endif
         } else {
             Layout::Rows of_rows[STRIPS];
 #pragma unroll
             for (int i = 0; i < STRIPS; ++i) of_rows[i] = Layout::rows(weight, min(strip + group + i, strips - 1), lane);
-            Products products(Ring::place(stages + group * BLOCK_STAGE_BYTES, sharer),
-                              stages + WEIGHTS_OF_STAGE + sharer * (STAGE_TILES * TILE_COLS * 2), X_ROW_BYTES, tokens, 0, lane);
+#if BOXED
+            Products products(Ring::place(stages + WEIGHTS_AT + group * BLOCK_STAGE_BYTES, sharer),
+                              stages + X_AT + sharer * (STAGE_TILES * X_TILE_BYTES), lane);
+#else
+            Products products(Ring::place(stages + WEIGHTS_AT + group * BLOCK_STAGE_BYTES, sharer),
+                              stages + X_AT + sharer * (STAGE_TILES * TILE_COLS * 2), X_ROW_BYTES, tokens, 0, lane);
+#endif
             products.clear();
+            int tile = first * STEP_TILES + sharer * STAGE_TILES;
 #pragma unroll 1
-            for (int tile = sharer * STAGE_TILES; tile - sharer * STAGE_TILES < tiles; tile += STEP_TILES) {
+            for (int step = 0; step < count; ++step, tile += STEP_TILES) {
                 barrier_wait(full + 8 * slot, phase);
                 const u32 on = slot * BYTES_OF_STAGE;
                 if (tile < tiles) {
@@ -160,20 +228,35 @@ rows(const unsigned char* codes, const unsigned char* params, const unsigned cha
                 write(sums_at + ((warp * PARTS + part) * LANES + lane) * 16, products.sum(part, lane));
         }
         __syncthreads();
+        // Blocks that go on with these strips' columns, of the next shares.
+        const int others = first ? 0 : ((item + 1) * steps - 1) / share_steps - share;
         if (warp < WARPS) {
+            if (others) {
+                if (lane < others)
+                    while (load_acquire(arrived + share + 1 + lane) == 0) {}
+                __syncwarp();
+            }
             const Output out{y + ((size_t)matrix * m + token) * (GATED ? n / 2 : n), bias ? bias + (size_t)matrix * n : nullptr, n, scale};
             for (int i = warp; i < ROWS * COLUMNS; i += WARPS) {
                 const int row = i / COLUMNS, column = i % COLUMNS * 8;
                 if (strip + row >= strips || column >= tokens) continue;
+                float4* const left = partial + ((size_t)share * ROWS * COLUMNS + i) * LANES + lane;
                 // Of the warps that share this strip, in order.
                 const u32 from = sums_at + ((row / STRIPS * SHARERS * PARTS + row % STRIPS * COLUMNS + i % COLUMNS) * LANES + lane) * 16;
                 float4 sum = read<float4>(from);
 #pragma unroll
                 for (int other = 1; other < SHARERS; ++other) add(sum, read<float4>(from + other * (PARTS * LANES * 16)));
+                if (first) {
+                    __stcg(left, sum);
+                    continue;
+                }
+                for (int other = 1; other <= others; ++other) add(sum, __ldcg(left + other * PART));
                 const Layout::Rows of_row = Layout::rows(weight, strip + row, lane);
                 out.store(sum, strip + row, column, tokens, Layout::row_scale(of_row, false), Layout::row_scale(of_row, true), lane);
             }
         }
         __syncthreads();
+        if (first && threadIdx.x == 0) add_release(arrived + share, 1);
+        if ((int)threadIdx.x < others) arrived[share + 1 + threadIdx.x] = 0;
     }
 }

@@ -98,6 +98,8 @@ ENGINE = """
 #include <map>
 
 namespace tenpak {
+inline u32 load_acquire(const u32* at) { return *at; }
+inline void add_release(u32* at, u32 value) { *at += value; }
 inline void check(bool holds, const char* what) {
     if (holds) return;
     fprintf(stderr, "%s\\n", what);
@@ -211,8 +213,6 @@ inline uint4 load_matrices(u32 row) {
     return {v[0], v[1], v[2], v[3]};
 }
 
-inline u32 load_acquire(const u32* at) { return *at; }
-inline void add_release(u32* at, u32 value) { *at += value; }
 static Barrier of_groups[8];
 inline void group_barrier(int group) { arrive(of_groups[group], 128); }
 inline uint2 make_uint2(u32 x, u32 y) { return {x, y}; }

@@ -365,17 +365,21 @@ def rows_plan(device: Device, layout: str, n: int, k: int, m: int, batch: int = 
         "COLUMNS": columns,
         "COPIERS": copiers,
     }
+    # Steps of all turns, of which each block does an equal share.
+    steps = divide_up(strips, rows) * divide_up(m, 8 * columns) * divide_up(tiles, 2 * sharers)
+    share = divide_up(steps, per_matrix)
+    grid = divide_up(steps, share)
     int32 = np.int32
     return Plan(
         "rows.cu",
         "rows",
         defines,
-        (min(divide_up(strips, rows) * divide_up(m, 8 * columns), per_matrix), 1, batch),
+        (grid, 1, batch),
         (32 * (warps + copiers),),
         depth * of_stage + sums,
-        (int32(m), int32(n), int32(k), int32(tiles), int32(divide_up(k, 256)), int32(tiles)),
-        0,
-        0,
+        (int32(m), int32(n), int32(k), int32(tiles), int32(divide_up(k, 256)), int32(share)),
+        batch * grid * rows * columns * 512,
+        batch * grid,
     )
 
 
