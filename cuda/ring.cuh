@@ -15,11 +15,28 @@ struct Walk {
     int strips, first, every, turns;
     int first_tile, count;  // of this block's slice
     int steps;              // of a turn
+    int begin, end;         // of the first turn's steps, and of the last one's
 
     __device__ __forceinline__ Walk(const Weight& weight, int strips, int first_tile, int count)
         : weight(weight), strips(strips), first(blockIdx.x), every(gridDim.x),
           turns(((strips + STRIPS - 1) / STRIPS - first + every - 1) / every), first_tile(first_tile), count(count),
-          steps(((count + STEP_TILES - 1) / STEP_TILES + UNROLL - 1) / UNROLL * UNROLL) {}
+          steps(((count + STEP_TILES - 1) / STEP_TILES + UNROLL - 1) / UNROLL * UNROLL), begin(0), end(steps) {}
+    // An equal share of all turns' steps. The last is the first block's, so that who waits for sums waits for blocks that have begun
+    // before it.
+    __device__ __forceinline__ Walk(const Weight& weight, int strips, int share_steps)
+        : Walk(weight, strips, 0, weight.tiles) {
+        const int from = share() * share_steps, to = min(from + share_steps, (strips + STRIPS - 1) / STRIPS * steps);
+        first = from / steps;
+        every = 1;
+        begin = from - first * steps;
+        turns = (to - 1) / steps + 1 - first;
+        end = to - (first + turns - 1) * steps;
+    }
+    static __device__ __forceinline__ int share() { return gridDim.x - 1 - blockIdx.x; }
+    __device__ __forceinline__ int steps_begin(int turn) const { return turn == 0 ? begin : 0; }
+    __device__ __forceinline__ int steps_end(int turn) const { return turn == turns - 1 ? end : steps; }
+    // Of all turns.
+    __device__ __forceinline__ int all_steps() const { return (turns - 1) * steps + end - begin; }
     __device__ __forceinline__ int strip(int turn) const { return (first + turn * every) * STRIPS; }
     // One of a turn's; beyond the last the last again.
     __device__ __forceinline__ int strip(int turn, int i) const { return min(strip(turn) + i, strips - 1); }

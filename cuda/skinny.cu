@@ -32,6 +32,9 @@
 #ifndef NORM
 #define NORM 0
 #endif
+#ifndef SHARES
+#define SHARES 0
+#endif
 #include "output.cuh"
 #include "ring.cuh"
 #if INTEGER
@@ -133,16 +136,20 @@ skinny(const unsigned char* codes, const unsigned char* params, const unsigned c
     const int warp = __shfl_sync(~0u, threadIdx.x / LANES, 0), lane = threadIdx.x % LANES;
     const int matrix = blockIdx.z, slices = gridDim.y;
     const int strips = (n + TILE_ROWS - 1) / TILE_ROWS;
-    const int first_tile = blockIdx.y * slice, count = min(slice, tiles - first_tile);
+    const int first_tile = SHARES ? 0 : blockIdx.y * slice, count = SHARES ? tiles : min(slice, tiles - first_tile);
     const Weight weight{codes + matrix * codes_step, params + matrix * params_step, row_params + matrix * row_params_step,
                         tiles, supers};
+#if SHARES
+    const Walk walk(weight, strips, slice);
+#else
     const Walk walk(weight, strips, first_tile, count);
+#endif
     const long long begin = offsets ? offsets[matrix] : (long long)matrix * m;
     const int total = offsets ? offsets[matrix + 1] - (int)begin : m;
     if (OVERLAP) let_next_begin();
     if (total <= 0) return;
 
-    const int row_bytes = Products::row_bytes(slice);
+    const int row_bytes = Products::row_bytes(SHARES ? tiles : slice);
     float4* sums_of_warps = reinterpret_cast<float4*>(dynamic);
     u8* stages = reinterpret_cast<u8*>(sums_of_warps + BUFFERS * WARPS * PARTS * LANES);
     u8* staged_x = stages + DEPTH * STRIPS * BLOCK_STAGE_BYTES;
@@ -175,8 +182,8 @@ skinny(const unsigned char* codes, const unsigned char* params, const unsigned c
         if (COPIERS > 1) wait_at_barrier<COPIERS * LANES>(READY);
         else __syncwarp();
         // What is asked for before others have come so far: of each step x, where it is there, and then the weights.
-        const int all = walk.turns * walk.steps, early = min(DEPTH, all);
-        int weights = 0, turn = 0, step = 0, x_steps = 0;
+        const int all = walk.all_steps(), early = min(DEPTH, all);
+        int weights = 0, turn = 0, step = walk.begin, x_steps = 0;
         auto ask = [&] {
             ring.copy(walk, turn, step, copier);
             ++weights;
@@ -191,7 +198,8 @@ skinny(const unsigned char* codes, const unsigned char* params, const unsigned c
             const XSlice here = slice_of_x(chunk);
             if (chunk) {
                 __syncthreads();
-                weights = turn = step = x_steps = 0;
+                weights = turn = x_steps = 0;
+                step = walk.begin;
             }
             wait_for_staging(here.tokens);
             if (x_by_engine && OVERLAP && chunk == 0) wait_for_previous();
@@ -230,6 +238,31 @@ skinny(const unsigned char* codes, const unsigned char* params, const unsigned c
                 buffers.read(buffer, lane);
 #pragma unroll
                 for (int part = 0; part < PARTS; ++part) sums[part] = Products::finished(sums[part], lane);
+#if SHARES
+                {
+                    constexpr int PART = PARTS * LANES;
+                    const int share = Walk::share(), others = ((walk.first + turn + 1) * walk.steps - 1) / slice - share;
+                    float4* left = partial + ((size_t)matrix * gridDim.x + share) * PART + lane;
+                    unsigned int* const counter = arrived + matrix * gridDim.x + share;
+                    if (walk.steps_begin(turn)) {
+#pragma unroll
+                        for (int part = 0; part < PARTS; ++part) __stcg(left + part * LANES, sums[part]);
+                        __syncwarp();
+                        if (lane == 0) add_release(counter, 1);
+                        continue;
+                    }
+                    // What blocks have left that go on with these strips.
+                    for (int other = 1; other <= others; ++other) {
+                        if (lane == 0) {
+                            while (load_acquire(counter + other) == 0) {}
+                            counter[other] = 0;
+                        }
+                        __syncwarp();
+#pragma unroll
+                        for (int part = 0; part < PARTS; ++part) add(sums[part], __ldcg(left + other * PART + part * LANES));
+                    }
+                }
+#else
                 if (slices > 1) {
                     const size_t step = (size_t)strips * PARTS * LANES;
                     float4* all = partial + (slot * slices * strips + strip) * PARTS * LANES + lane;
@@ -249,6 +282,7 @@ skinny(const unsigned char* codes, const unsigned char* params, const unsigned c
                         for (int part = 0; part < PARTS; ++part) add(sums[part], __ldcg(all + other * step + part * LANES));
                     if (lane == 0) *counter = 0;
                 }
+#endif
 #pragma unroll
                 for (int part = 0; part < PARTS; ++part) {
                     const int i = part / COLUMNS, column = part % COLUMNS * 8;
@@ -263,8 +297,8 @@ skinny(const unsigned char* codes, const unsigned char* params, const unsigned c
 
 #if ENGINE
     // Steps before the next of this warp's group.
-    int ahead = warp / SHARERS;
-    Ring ring(keep_address(shared_address(stages)), ring_barriers, ahead);
+    int ahead = walk.begin + warp / SHARERS;
+    Ring ring(keep_address(shared_address(stages)), ring_barriers, warp / SHARERS);
 #endif
     const u32 staged_address = keep_address(shared_address(staged_x));
     const u32 my_sums = keep_address(shared_address(sums_of_warps + warp * PARTS * LANES + lane));
@@ -306,9 +340,10 @@ skinny(const unsigned char* codes, const unsigned char* params, const unsigned c
             for (int i = 0; i < STRIPS; ++i) rows_after[i] = Layout::rows(weight, walk.strip(turn + 1, i), lane);
             products.clear();
 #if ENGINE
+            const int steps_end = walk.steps_end(turn);
             int step = ahead, tile = STAGE_TILES * (warp % SHARERS) + step * STEP_TILES;
 #pragma unroll 1
-            for (; step < walk.steps; step += GROUPS, tile += GROUPS * STEP_TILES) {
+            for (; step < steps_end; step += GROUPS, tile += GROUPS * STEP_TILES) {
                 Products::Pair pair;
                 if (x_by_engine && turn < GROUPS) barrier_wait(x_full + 8 * step, chunk % 2);
                 products.load(pair, ring.wait(), lane);
@@ -316,7 +351,7 @@ skinny(const unsigned char* codes, const unsigned char* params, const unsigned c
                 products.multiply(pair, rows, tile, count);
             }
             // The groups take turns across the ends of strips, too.
-            ahead = step - walk.steps;
+            ahead = step - steps_end;
 #else
             int tile = STAGE_TILES * warp;
 #pragma unroll 1

@@ -165,6 +165,7 @@ class Form:
 
     `strips` at a time. `engine`: the copy engine brings weights, asked for by `copiers`. `sharers`: warps that take a
     step together, of whom there are several groups in turn (0: all). `even`: no more blocks than as many turns need.
+    `shares`: blocks do equal shares of all steps (of integers, with the copy engine).
     """
 
     warps: int
@@ -175,6 +176,7 @@ class Form:
     copiers: int = 1
     sharers: int = 0
     even: bool = False
+    shares: bool = False
 
 
 #: Layouts of which one token was measured with two groups of eight warps, where blocks have two strips or fewer.
@@ -287,6 +289,13 @@ def skinny_plans(
         width = min(turns, per_matrix)
         if form.even:
             width = divide_up(turns, divide_up(turns, width))
+        last, places = slice_tiles, 0
+        if form.shares:
+            if slices > 1 or not integer:
+                return None
+            steps = turns * divide_up(tiles, 2 * sharers)
+            last = divide_up(steps, per_matrix)
+            width = places = divide_up(steps, last)
         defines = {
             "LAYOUT": layout,
             "BF16": int(bf16),
@@ -299,6 +308,7 @@ def skinny_plans(
             "ENGINE": int(form.engine),
             "COPIERS": form.copiers,
             "SHARERS": sharers,
+            **({"SHARES": 1} if form.shares else {}),
             **fused.defines,
         }
         if fused.norm != "none":
@@ -316,9 +326,9 @@ def skinny_plans(
             (width, slices, batch),
             (32 * warps,),
             shared,
-            (int32(m), int32(n), int32(k), int32(tiles), int32(divide_up(k, 256)), int32(slice_tiles)),
-            slots * slices * strips * form.strips * columns * 512,
-            slots * strips,
+            (int32(m), int32(n), int32(k), int32(tiles), int32(divide_up(k, 256)), int32(last)),
+            (slots * slices * strips + batch * places) * form.strips * columns * 512,
+            slots * strips + batch * places,
         )
 
     forms = _forms(device, layout, n, k, average, integer, fused.overlaps)
