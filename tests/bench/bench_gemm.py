@@ -37,6 +37,8 @@ BYTES = {"int4_g8_u8": 8, "int4_g16_u8": 16}
 LAYOUTS = [*PAIRS, *BYTES, "int4_lut16", "int8_sym"]
 #: Bytes of the copies of a weight that a graph goes round: three times the L2 of an H200.
 RING = 180 << 20
+#: Scales and offsets are packed times this (`tenpak.cuda.layouts.power_of`).
+POWER = 512.0
 #: Bytes per second of a plain read of 8, 16, 64 and 2048 MiB on an H200, as (bytes, speed).
 READ_SPEEDS = [(8 << 20, 2.14e12), (16 << 20, 2.83e12), (64 << 20, 3.76e12), (2048 << 20, 4.25e12)]
 MULTIPLY_SPEED = 790e12
@@ -68,12 +70,12 @@ def random_weight(layout: str, n: int, k: int) -> Any:
     if layout in PAIRS:
         group = PAIRS[layout]
         shape = (strips, tiles, 8, 32 // group, 4) if group <= 32 else (strips, -(-tiles * 64 // group), 8, 2)
-        scale = 0.002 * (1 + uniform(*shape))
+        scale = POWER * 0.002 * (1 + uniform(*shape))
         params = cupy.stack([scale, -7.5 * scale], -1).astype(cupy.float16)
     elif layout in BYTES:
         params = some_bytes(strips, tiles, 8, 32 // BYTES[layout], 4, 2)
-        row_params = cupy.array([0.001, 1e-5, -0.02, 6e-5], cupy.float32) * (1 + uniform(strips * 16, 4))
-        row_params = row_params.astype(cupy.float16)
+        line = POWER * cupy.array([0.001, 1e-5, -0.02, 6e-5], cupy.float32)
+        row_params = (line * (1 + uniform(strips * 16, 4))).astype(cupy.float16)
     elif layout == "int4_lut16":
         params = some_bytes(strips, tiles, 8, 2, 4)
         row_params = (2e-4 * (1 + uniform(strips, supers, 16))).astype(cupy.float16)
@@ -88,7 +90,7 @@ def random_weight(layout: str, n: int, k: int) -> Any:
         codes=codes,
         params=params,
         row_params=row_params,
-        scale=1.0,
+        scale=1.0 / POWER if layout in PAIRS or layout in BYTES else 1.0,
         device=device,
     )
 

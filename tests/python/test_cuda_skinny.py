@@ -37,7 +37,8 @@ def check(
     random, lead, count = np.random.default_rng(m + n + k), (batch,) if batch else (), max(batch, 1)
     parts, reference, scale = random_weight(layout, (*lead, n, k))
     reference = reference.reshape(count, n, k) * scale
-    packed = layouts.pack(layouts.find(layout), parts, n, k, batch)
+    *packed, power = layouts.pack(layouts.find(layout), parts, n, k, batch)
+    scale /= 2.0**power
     if form is None:
         plan = plans.rows_plan(device, layout, n, k, m, count, bf16)
         assert plan is not None

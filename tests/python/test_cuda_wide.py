@@ -58,11 +58,11 @@ def check(
     random = np.random.default_rng(m + n + k)
     lead = (batch,) if batch else ()
     parts, reference, scale = random_weight(layout, (*lead, n, k))
-    packed = layouts.pack(layouts.find(layout), parts, n, k, batch)
+    *packed, power = layouts.pack(layouts.find(layout), parts, n, k, batch)
     x = random.standard_normal((max(batch, 1), m, -(-k // 8) * 8)).astype(np.float32)
     x = bits(x, bool(bf16))
     bias = bits(random.standard_normal((max(batch, 1), n)), bool(bf16))
-    y = wide({"LAYOUT": layout, "BF16": bf16, **defines}, grid, x, k, packed, n, scale, bias, head)
+    y = wide({"LAYOUT": layout, "BF16": bf16, **defines}, grid, x, k, packed, n, scale / 2.0**power, bias, head)
     exact = values(x, bool(bf16)).astype(np.float64)[..., :k] @ (scale * reference.reshape(-1, n, k)).swapaxes(1, 2)
     exact += values(bias, bool(bf16)).astype(np.float64)[:, None]
     error = np.linalg.norm(values(y, bool(bf16)).astype(np.float64) - exact) / np.linalg.norm(exact)
