@@ -2,6 +2,12 @@
 #pragma once
 #include "activation.cuh"
 #include "layouts.cuh"
+#ifndef OUTPUT
+#define OUTPUT 0
+#endif
+#ifndef GATED
+#define GATED 0
+#endif
 
 namespace tenpak {
 

@@ -12,12 +12,6 @@
 #include "activation.cuh"
 #include "layouts.cuh"
 #include "overlap.cuh"
-#ifndef OUTPUT
-#define OUTPUT 0
-#endif
-#ifndef GATED
-#define GATED 0
-#endif
 #define OVERLAP 0
 #include "ring.cuh"
 #include "halves.cuh"

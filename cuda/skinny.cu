@@ -20,12 +20,6 @@
 #include "activation.cuh"
 #include "layouts.cuh"
 #include "overlap.cuh"
-#ifndef OUTPUT
-#define OUTPUT 0
-#endif
-#ifndef GATED
-#define GATED 0
-#endif
 #ifndef OVERLAP
 #define OVERLAP 0
 #endif
