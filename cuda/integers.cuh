@@ -63,7 +63,7 @@ struct Digits {
     static __device__ __forceinline__ uint2 load(const XSlice& from, const u16* row, int column, bool vectors) {
         const int at = from.first_column + column, left = min(from.k - at, from.columns - column);
         uint2 v = make_uint2(0, 0);
-        if (vectors) {
+        if (__builtin_expect(vectors, 1)) {
             if (left >= 4) v = __ldg(reinterpret_cast<const uint2*>(row + at));
         } else {
             // Rows that are not aligned: rare, so short rather than fast.

@@ -9,34 +9,36 @@
 
 namespace tenpak {
 
-// What a block multiplies, in order: STRIPS strips from strip(turn) on for each turn, and of each the tiles from first_tile on.
+// What a block multiplies, in order: STRIPS strips from strip(turn) on for each turn there is, and of each the tiles from first_tile
+// on, in steps. With -DSHARES=1 blocks have equal shares of all turns' steps, so that one's first turn and its last may be parts.
 struct Walk {
     Weight weight;
-    int strips, first, every, turns;
+    int strips, first, every;
     int first_tile, count;  // of this block's slice
     int steps;              // of a turn
-    int begin, end;         // of the first turn's steps, and of the last one's
+    int turns, begin, end;  // with SHARES: those of this block, the first step of its first turn, and that after its last
 
-    __device__ __forceinline__ Walk(const Weight& weight, int strips, int first_tile, int count)
-        : weight(weight), strips(strips), first(blockIdx.x), every(gridDim.x),
-          turns(((strips + STRIPS - 1) / STRIPS - first + every - 1) / every), first_tile(first_tile), count(count),
-          steps(((count + STEP_TILES - 1) / STEP_TILES + UNROLL - 1) / UNROLL * UNROLL), begin(0), end(steps) {}
-    // An equal share of all turns' steps. The last is the first block's, so that who waits for sums waits for blocks that have begun
-    // before it.
-    __device__ __forceinline__ Walk(const Weight& weight, int strips, int share_steps)
-        : Walk(weight, strips, 0, weight.tiles) {
-        const int from = share() * share_steps, to = min(from + share_steps, (strips + STRIPS - 1) / STRIPS * steps);
-        first = from / steps;
-        every = 1;
-        begin = from - first * steps;
-        turns = (to - 1) / steps + 1 - first;
-        end = to - (first + turns - 1) * steps;
+    static __device__ __forceinline__ int steps_of(int count) {
+        return ((count + STEP_TILES - 1) / STEP_TILES + UNROLL - 1) / UNROLL * UNROLL;
+    }
+    // Tiles of a slice; or steps of a share. The last share is the first block's, so that who waits for sums waits for blocks that
+    // have begun before it.
+    __device__ __forceinline__ Walk(const Weight& weight, int strips, int slice)
+        : weight(weight), strips(strips), first(blockIdx.x), every(gridDim.x), first_tile(SHARES ? 0 : blockIdx.y * slice),
+          count(SHARES ? weight.tiles : min(slice, weight.tiles - first_tile)), steps(steps_of(count)), turns(0), begin(0), end(0) {
+        if (SHARES) {
+            const int from = share() * slice, to = min(from + slice, (strips + STRIPS - 1) / STRIPS * steps);
+            first = from / steps;
+            every = 1;
+            begin = from - first * steps;
+            turns = (to - 1) / steps + 1 - first;
+            end = to - (first + turns - 1) * steps;
+        }
     }
     static __device__ __forceinline__ int share() { return gridDim.x - 1 - blockIdx.x; }
-    __device__ __forceinline__ int steps_begin(int turn) const { return turn == 0 ? begin : 0; }
-    __device__ __forceinline__ int steps_end(int turn) const { return turn == turns - 1 ? end : steps; }
-    // Of all turns.
-    __device__ __forceinline__ int all_steps() const { return (turns - 1) * steps + end - begin; }
+    __device__ __forceinline__ bool has(int turn) const { return SHARES ? turn < turns : strip(turn) < strips; }
+    __device__ __forceinline__ int steps_begin(int turn) const { return SHARES && turn == 0 ? begin : 0; }
+    __device__ __forceinline__ int steps_end(int turn) const { return SHARES && turn == turns - 1 ? end : steps; }
     __device__ __forceinline__ int strip(int turn) const { return (first + turn * every) * STRIPS; }
     // One of a turn's; beyond the last the last again.
     __device__ __forceinline__ int strip(int turn, int i) const { return min(strip(turn) + i, strips - 1); }
@@ -151,7 +153,7 @@ struct Ring {
         ++turn_ahead;
         steps_left = walk.steps;
         source = Source(walk.weight, walk.strip(turn_ahead), walk.first_tile + STAGE_TILES * warp, lane);
-        left = turn_ahead < walk.turns ? walk.count - STAGE_TILES * warp : 0;
+        left = walk.has(turn_ahead) ? walk.count - STAGE_TILES * warp : 0;
     }
     // Of the next UNROLL steps, the one `i` after the next.
     __device__ __forceinline__ u32 wait(int i) const {

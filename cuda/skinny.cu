@@ -26,9 +26,6 @@
 #ifndef NORM
 #define NORM 0
 #endif
-#ifndef SHARES
-#define SHARES 0
-#endif
 #include "output.cuh"
 #include "ring.cuh"
 #if INTEGER
@@ -130,14 +127,9 @@ skinny(const unsigned char* codes, const unsigned char* params, const unsigned c
     const int warp = __shfl_sync(~0u, threadIdx.x / LANES, 0), lane = threadIdx.x % LANES;
     const int matrix = blockIdx.z, slices = gridDim.y;
     const int strips = (n + TILE_ROWS - 1) / TILE_ROWS;
-    const int first_tile = SHARES ? 0 : blockIdx.y * slice, count = SHARES ? tiles : min(slice, tiles - first_tile);
     const Weight weight{codes + matrix * codes_step, params + matrix * params_step, row_params + matrix * row_params_step,
                         tiles, supers};
-#if SHARES
     const Walk walk(weight, strips, slice);
-#else
-    const Walk walk(weight, strips, first_tile, count);
-#endif
     const long long begin = offsets ? offsets[matrix] : (long long)matrix * m;
     const int total = offsets ? offsets[matrix + 1] - (int)begin : m;
     if (OVERLAP) let_next_begin();
@@ -149,13 +141,11 @@ skinny(const unsigned char* codes, const unsigned char* params, const unsigned c
     u8* staged_x = stages + DEPTH * STRIPS * BLOCK_STAGE_BYTES;
     __shared__ u64 barriers_of_sums[2 * BUFFERS];
     SumsBarriers buffers(keep_address(shared_address(barriers_of_sums)));
-    if (threadIdx.x == WARPS * LANES) buffers.init();
-    Products::prepare(threadIdx.x);
     const int chunks = (total + TOKENS - 1) / TOKENS;
     auto slice_of_x = [&](int chunk) {
         const int token = chunk * TOKENS;
         return XSlice{x + (begin + token) * x_stride, x_stride, min(TOKENS, total - token),
-                      k, first_tile * TILE_COLS, count * TILE_COLS};
+                      k, walk.first_tile * TILE_COLS, walk.count * TILE_COLS};
     };
     // Whether the copy engine brings x, too: where a row of it is what its tiles hold.
     const bool x_by_engine = X_STEPS && walk.steps <= X_STEPS && k % TILE_COLS == 0 && slice_of_x(0).aligned(16);
@@ -176,15 +166,14 @@ skinny(const unsigned char* codes, const unsigned char* params, const unsigned c
         if (COPIERS > 1) wait_at_barrier<COPIERS * LANES>(READY);
         else __syncwarp();
         // What is asked for before others have come so far: of each step x, where it is there, and then the weights.
-        const int all = walk.all_steps(), early = min(DEPTH, all);
-        int weights = 0, turn = 0, step = walk.begin, x_steps = 0;
+        int weights = 0, turn = 0, step = walk.steps_begin(0), x_steps = 0;
         auto ask = [&] {
             ring.copy(walk, turn, step, copier);
             ++weights;
-            if (++step == walk.steps) step = 0, ++turn;
+            if (++step == walk.steps_end(turn)) step = 0, ++turn;
         };
         const bool x_early = x_by_engine && !OVERLAP;
-        while (weights < early) {
+        while (weights < DEPTH && walk.has(turn)) {
             if (x_early && x_steps < walk.steps) copy_x(slice_of_x(0), to, row_bytes, x_steps, x_full + 8 * x_steps, copier), ++x_steps;
             ask();
         }
@@ -192,15 +181,15 @@ skinny(const unsigned char* codes, const unsigned char* params, const unsigned c
             const XSlice here = slice_of_x(chunk);
             if (chunk) {
                 __syncthreads();
-                weights = turn = x_steps = 0;
-                step = walk.begin;
+                turn = x_steps = 0;
+                step = walk.steps_begin(0);
             }
             wait_for_staging(here.tokens);
             if (x_by_engine && OVERLAP && chunk == 0) wait_for_previous();
 #pragma unroll 1
-            while (weights < all || (x_by_engine && x_steps < walk.steps)) {
+            while (walk.has(turn) || (x_by_engine && x_steps < walk.steps)) {
                 if (x_by_engine && x_steps < walk.steps) copy_x(here, to, row_bytes, x_steps, x_full + 8 * x_steps, copier), ++x_steps;
-                if (weights < all) ask();
+                if (walk.has(turn)) ask();
             }
         }
         return;
@@ -209,13 +198,15 @@ skinny(const unsigned char* codes, const unsigned char* params, const unsigned c
 
     if (warp >= WARPS) {
         const int buffer = warp - WARPS;
+        if (threadIdx.x == WARPS * LANES) buffers.init();
+        Products::prepare(threadIdx.x - WARPS * LANES);
         for (int chunk = 0; chunk < chunks; ++chunk) {
             const int token = chunk * TOKENS, tokens = min(TOKENS, total - token);
             const Output out{y + (begin + token) * (GATED ? n / 2 : n), bias ? bias + (size_t)matrix * n : nullptr, n, scale};
             const size_t slot = begin / TOKENS + matrix + chunk;
             if (chunk) __syncthreads();
             wait_for_staging(tokens);
-            for (int turn = buffer; turn < walk.turns; turn += BUFFERS) {
+            for (int turn = buffer; walk.has(turn); turn += BUFFERS) {
                 const int strip = walk.strip(turn);
                 Layout::Rows rows[STRIPS];
 #pragma unroll
@@ -289,26 +280,34 @@ skinny(const unsigned char* codes, const unsigned char* params, const unsigned c
         return;
     }
 
+    // x goes first, so that it is there first; or, where it is not written yet, the weights do.
+#if NORM
+    using Staging = NormedStaging<Products>;
+    auto staging_of = [&](int chunk) { return Staging(slice_of_x(chunk), norm_weight, norm_bias, eps); };
+#else
+    using Staging = Products::Staging;
+    auto staging_of = [&](int chunk) {
+        Staging staging(slice_of_x(chunk));
+        if (!OVERLAP && !x_by_engine) {
+            staging.begin(staged_x, row_bytes);
+            commit_copies();
+        }
+        return staging;
+    };
+#endif
+    Staging staging = staging_of(0);
 #if ENGINE
     // Steps before the next of this warp's group.
-    int ahead = walk.begin + warp / SHARERS;
+    int ahead = walk.steps_begin(0) + warp / SHARERS;
     Ring ring(keep_address(shared_address(stages)), ring_barriers, warp / SHARERS);
 #endif
     const u32 staged_address = keep_address(shared_address(staged_x));
     const u32 my_sums = keep_address(shared_address(sums_of_warps + warp * PARTS * LANES + lane));
     for (int chunk = 0; chunk < chunks; ++chunk) {
-        const XSlice here = slice_of_x(chunk);
-        if (chunk) __syncthreads();
-#if NORM
-        NormedStaging<Products> staging(here, norm_weight, norm_bias, eps);
-#else
-        Products::Staging staging(here);
-        // x goes first, so that it is there first; or, where it is not written yet, the weights do.
-        if (!OVERLAP && !x_by_engine) {
-            staging.begin(staged_x, row_bytes);
-            commit_copies();
+        if (chunk) {
+            __syncthreads();
+            staging = staging_of(chunk);
         }
-#endif
 #if !ENGINE
         Ring ring(keep_address(shared_address(stages)), walk, warp, lane);
 #endif
@@ -327,8 +326,8 @@ skinny(const unsigned char* codes, const unsigned char* params, const unsigned c
 #endif
         __syncthreads();
 
-        Products products(Ring::place(shared_address(stages), warp % SHARERS), staged_address, row_bytes, here.tokens, count, lane);
-        for (int turn = 0; turn < walk.turns; ++turn) {
+        Products products(Ring::place(shared_address(stages), warp % SHARERS), staged_address, row_bytes, staging.from.tokens, walk.count, lane);
+        for (int turn = 0; walk.has(turn); ++turn) {
             Layout::Rows rows_after[STRIPS];
 #pragma unroll
             for (int i = 0; i < STRIPS; ++i) rows_after[i] = Layout::rows(weight, walk.strip(turn + 1, i), lane);
@@ -342,7 +341,7 @@ skinny(const unsigned char* codes, const unsigned char* params, const unsigned c
                 if (x_by_engine && turn < GROUPS) barrier_wait(x_full + 8 * step, chunk % 2);
                 products.load(pair, ring.wait(), lane);
                 ring.release(lane);
-                products.multiply(pair, rows, tile, count);
+                products.multiply(pair, rows, tile, walk.count);
             }
             // The groups take turns across the ends of strips, too.
             ahead = step - steps_end;
@@ -355,7 +354,7 @@ skinny(const unsigned char* codes, const unsigned char* params, const unsigned c
                     Products::Pair pair;
                     products.load(pair, ring.wait(i), lane);
                     ring.release(i);
-                    products.multiply(pair, rows, tile, count);
+                    products.multiply(pair, rows, tile, walk.count);
                 }
                 ring.next();
             }
