@@ -20,6 +20,9 @@
 #ifndef BOXED
 #define BOXED 0
 #endif
+#ifndef ROTATE
+#define ROTATE 0
+#endif
 
 namespace tenpak {
 
@@ -70,7 +73,7 @@ struct Copier {
 
     // Steps of a turn: strips from `strip` on, with x of its tokens.
     template <class Box>
-    __device__ __forceinline__ void copy(const Weight& weight, const XSlice& from, int strip, int strips, int first, int count, Box box) {
+    __device__ __forceinline__ void copy(const Weight& weight, const XSlice& from, int strip, int strips, int first, int count, int steps, Box box) {
 #pragma unroll
         for (int j = 0; j < MINE; ++j) {
             const int row = min(strip + index + j * COPIERS, strips - 1);
@@ -80,7 +83,8 @@ struct Copier {
         const u32 param_bytes = Layout::param_run(weight, 0, 0, STEP_TILES).bytes;
         const int mine = (ROWS - index + COPIERS - 1) / COPIERS, tokens = max(from.tokens - index + COPIERS - 1, 0) / COPIERS;
 #pragma unroll 1
-        for (int step = first, tile = first * STEP_TILES; step < first + count; tile += STEP_TILES, ++step) {
+        for (int i = 0, step = first; i < count; ++i, step = step + 1 == steps ? 0 : step + 1) {
+            const int tile = step * STEP_TILES;
             barrier_wait(empty + 8 * slot, phase ^ 1);
             const int here = min(STEP_TILES, weight.tiles - tile);
             const u32 barrier = full + 8 * slot, to = stages + slot * BYTES_OF_STAGE;
@@ -102,14 +106,14 @@ struct Copier {
 #endif
 #pragma unroll
                 for (int j = 0; j < MINE; ++j) {
-                    const int i = index + j * COPIERS;
-                    const u32 at = to + WEIGHTS_AT + i * BLOCK_STAGE_BYTES;
-                    if (i < ROWS) {
+                    const int row = index + j * COPIERS;
+                    const u32 at = to + WEIGHTS_AT + row * BLOCK_STAGE_BYTES;
+                    if (row < ROWS) {
                         copy_bulk_once(at, codes[j] + tile * Layout::CODE_BYTES, of_codes, barrier);
                         if (Layout::PAIR_BYTES) copy_bulk_once(at + Ring::PARAMS_AT, params[j] + step * param_bytes, of_params, barrier);
                         if (Layout::PARAM_BYTES > Layout::PAIR_BYTES)
                             copy_bulk_once(at + Ring::SUPERS_AT,
-                                           Layout::super_run(weight, min(strip + i, strips - 1), tile, here).from, of_supers, barrier);
+                                           Layout::super_run(weight, min(strip + row, strips - 1), tile, here).from, of_supers, barrier);
                     }
                 }
             }
@@ -179,14 +183,16 @@ rows(
     for (int unit = share * share_steps; unit < end;) {
         const int item = unit / steps, first = unit - item * steps, count = min(steps - first, end - unit);
         unit += count;
+        // Blocks that have all columns of their strips begin at different ones, for the same ones of x come from one place.
+        const int start = ROTATE && count == steps ? (int)blockIdx.x % steps : first;
         const int strip = item % turns * ROWS, token = item / turns * TOKENS, tokens = min(TOKENS, m - token);
         if (warp >= WARPS) {
 #if BOXED
             const XSlice here{nullptr, 0, tokens, k, 0, tiles * TILE_COLS};
-            copier.copy(weight, here, strip, strips, first, count, [&](u32 to, int tile, u32 barrier) { copy_box(to, map, token, tile, matrix, barrier); });
+            copier.copy(weight, here, strip, strips, start, count, steps, [&](u32 to, int tile, u32 barrier) { copy_box(to, map, token, tile, matrix, barrier); });
 #else
             const XSlice here{x + ((long long)matrix * m + token) * x_stride, x_stride, tokens, k, 0, tiles * TILE_COLS};
-            copier.copy(weight, here, strip, strips, first, count, 0);
+            copier.copy(weight, here, strip, strips, start, count, steps, 0);
 #endif
         } else {
             Layout::Rows of_rows[STRIPS];
@@ -200,9 +206,9 @@ rows(
                               stages + X_AT + sharer * (STAGE_TILES * TILE_COLS * 2), X_ROW_BYTES, tokens, 0, lane);
 #endif
             products.clear();
-            int tile = first * STEP_TILES + sharer * STAGE_TILES;
 #pragma unroll 1
-            for (int step = 0; step < count; ++step, tile += STEP_TILES) {
+            for (int i = 0, step = start; i < count; ++i, step = step + 1 == steps ? 0 : step + 1) {
+                const int tile = step * STEP_TILES + sharer * STAGE_TILES;
                 barrier_wait(full + 8 * slot, phase);
                 const u32 on = slot * BYTES_OF_STAGE;
                 if (tile < tiles) {
