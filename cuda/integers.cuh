@@ -19,6 +19,9 @@
 
 namespace tenpak {
 
+#ifndef LUTGROUP
+#define LUTGROUP 0
+#endif
 constexpr int TOKENS = INTEGER;
 #ifdef LUT16_TABLES
 constexpr bool TABLES = true;
@@ -127,7 +130,11 @@ struct Digits {
 #pragma unroll
             for (int j = 0; j < COUNT; ++j) sum[j] += __shfl_xor_sync(~0u, sum[j], lanes);
 #endif
+#if LUTGROUP
+        const int tile = lane / 16, half = lane / 2 % 2, t = lane % 16 / 4, upper = lane % 2;
+#else
         const int tile = lane / 16, half = lane / 8 % 2, t = lane % 8 / 2, upper = lane % 2;
+#endif
         const int place = tile * TILE_BYTES + t * 16 +
                           (TABLES ? half * 8 + upper * 4 : VERSIONS == 1 ? upper * 8 + half * 4 : half * (2 * TILE_COLS) + upper * 8);
 #pragma unroll
@@ -335,7 +342,7 @@ struct Products : Digits {
         } else if (SPLITS > 1) {
 #pragma unroll
             for (int half = 0; half < 2; ++half)
-                keep[half] = t / 2 == part % 2 && (SETS == 2 || part / 2 == half);
+                keep[half] = LUTGROUP ? t == part : t / 2 == part % 2 && (SETS == 2 || part / 2 == half);
         }
 #pragma unroll
         for (int j = 0; j < STAGE_TILES; ++j)
@@ -353,7 +360,7 @@ struct Products : Digits {
         pair.codes[J] = read<uint4>(at.codes + on + J * Layout::CODE_BYTES);
         if (J == 0 || !WHOLE) Group::template hold<J>(pair.held[J], at.params + on);
 #ifdef LUT16_TABLES
-        pair.held[J].tables = read<u32>(tables_of + on + J * Lut16::SCALE_BYTES);
+        if (!LUTGROUP) pair.held[J].tables = read<u32>(tables_of + on + J * Lut16::SCALE_BYTES);
         if (J == 0) {
             pair.supers[0] = read<u16>(at.supers + on);
             pair.supers[1] = read<u16>(at.supers + on + 16);
@@ -373,7 +380,9 @@ struct Products : Digits {
     __device__ __forceinline__ void load_x(int j, u32 tile) {
         const u32 from = x + (tile + j) * TILE_BYTES;
         u32(&v)[4] = b[j];
-        if constexpr (TABLES) {
+        if constexpr (TABLES && LUTGROUP) {
+            read_if(keep[0], from, v[0], v[1], v[2], v[3]);
+        } else if constexpr (TABLES) {
             read_if(keep[0], from, v[0], v[1]);
             read_if(keep[1], from + 8, v[2], v[3]);
         } else if constexpr (SPLITS > 2) {
@@ -395,7 +404,10 @@ struct Products : Digits {
 
     template <int WORD>
     __device__ __forceinline__ void look_up(const uint4& words, u32 places, u32 (&one)[2], u32 (&other)[2]) const {
-        const uint4 table = read<uint4>(tables_at + (WORD == 3 ? places >> 24 : permute(places, 0, 0x4440 + WORD)));
+        look_up<WORD>(words, read<uint4>(tables_at + (WORD == 3 ? places >> 24 : permute(places, 0, 0x4440 + WORD))), one, other);
+    }
+    template <int WORD>
+    __device__ __forceinline__ void look_up(const uint4& words, const uint4& table, u32 (&one)[2], u32 (&other)[2]) const {
         const u32 codes = FourBit::word(words, WORD), upper = codes >> 16;
         one[0] = permute(table.x, table.y, codes);
         one[1] = permute(table.x, table.y, upper);
@@ -408,12 +420,21 @@ struct Products : Digits {
     // The sum of what both half tables give is the entry: both go through the tensor cores.
     template <int J>
     __device__ __forceinline__ void multiply_tile(const OfStrip& pair, int (&block)[4]) {
-        const u32 places = pair.held[J].tables >> 2 & 0x30303030;
         u32 one[4][2], other[4][2];
+#if LUTGROUP
+        const u32 params = pair.held[J].scales[0];
+        const uint4 upper_table = read<uint4>(tables_at + (params >> 2 & 0x30)), lower_table = read<uint4>(tables_at + (params >> 10 & 0x30));
+        look_up<0>(pair.codes[J], upper_table, one[0], other[0]);
+        look_up<1>(pair.codes[J], lower_table, one[1], other[1]);
+        look_up<2>(pair.codes[J], upper_table, one[2], other[2]);
+        look_up<3>(pair.codes[J], lower_table, one[3], other[3]);
+#else
+        const u32 places = pair.held[J].tables >> 2 & 0x30303030;
         look_up<0>(pair.codes[J], places, one[0], other[0]);
         look_up<1>(pair.codes[J], places, one[1], other[1]);
         look_up<2>(pair.codes[J], places, one[2], other[2]);
         look_up<3>(pair.codes[J], places, one[3], other[3]);
+#endif
         int d[SETS][4] = {};
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
