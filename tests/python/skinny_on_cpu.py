@@ -74,14 +74,6 @@ inline bool elected() { __syncwarp(); return threadIdx.x % 32 == 0; }
 inline u32 opaque_minus_one() { return ~0u; }
 inline float reciprocal(float x) { return 1.0f / x; }
 static Barrier named[16];
-template <int OF> void arrive_at_barrier(int barrier) {
-    Barrier& b = named[barrier];
-    if (++b.arrived == OF) {
-        b.arrived = 0;
-        ++b.generation;
-    }
-    check(b.arrived < OF, "more arrive at a barrier than it expects");
-}
 template <int OF> void wait_at_barrier(int barrier) { arrive(named[barrier], OF); }
 }
 """
