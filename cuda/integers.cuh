@@ -322,13 +322,23 @@ struct Products : Digits {
     u32 keep[2];               // whether this lane has x, in both halves of a tile
     u32 b[STAGE_TILES][4];     // x; zeros stay
     float sums[STRIPS][2];     // rows g and g + 8
+    static constexpr int SWAPS = LUTGROUP == 3;
+    bool swap;
+    u32 other_codes;
 
     __device__ __forceinline__ Products(const PairAt& stage, u32 staged, int row_bytes, int tokens, int tiles, int lane)
-        : at{keep_address(stage.codes + 16 * lane), keep_address(stage.params + Group::offset(lane)),
+#if LUTGROUP >= 2
+        : at{keep_address(stage.codes + lane / 4 * 64 + lane % 2 * 32 + lane / 2 % 2 * 8 + SWAPS * (lane / 8 % 2) * 16),
+#else
+        : at{keep_address(stage.codes + 16 * lane),
+#endif
+             keep_address(stage.params + Group::offset(lane)),
              keep_address(stage.supers + lane / 4 * 2)},
           tables_of(keep_address(stage.params + lane / 4 * 8 + lane % 4 / 2 * 4)) {
         // As an operand this lane holds columns of x for column n of the instruction; as a result it gets columns 2t and
         // 2t + 1. Column n is h (even) or l (odd) of a token, in the part of K that `keep` lets through.
+        swap = lane / 8 % 2;
+        other_codes = keep_address(stage.codes + lane / 4 * 64 + lane % 2 * 32 + lane / 2 % 2 * 8 + (lane / 8 % 2 ? 0 : 16));
         const int n = lane / 4, t = lane % 4;
         const int token = n / 2 % TOKENS, part = n / 2 / TOKENS % SPLITS, columns = tiles * TILE_COLS;
         x = staged + min(token, tokens - 1) * row_bytes + n % 2 * TILE_COLS + t * 16;
@@ -357,7 +367,12 @@ struct Products : Digits {
 
     template <int J>
     __device__ __forceinline__ void load_tile(OfStrip& pair, u32 on) const {
+#if LUTGROUP >= 2
+        const uint2 first = read<uint2>(at.codes + on + J * Layout::CODE_BYTES), second = read<uint2>((SWAPS ? other_codes : at.codes + 16) + on + J * Layout::CODE_BYTES);
+        pair.codes[J] = SWAPS && swap ? make_uint4(second.x, second.y, first.x, first.y) : make_uint4(first.x, first.y, second.x, second.y);
+#else
         pair.codes[J] = read<uint4>(at.codes + on + J * Layout::CODE_BYTES);
+#endif
         if (J == 0 || !WHOLE) Group::template hold<J>(pair.held[J], at.params + on);
 #ifdef LUT16_TABLES
         if (!LUTGROUP) pair.held[J].tables = read<u32>(tables_of + on + J * Lut16::SCALE_BYTES);
