@@ -176,16 +176,19 @@ rows(
     u32 phase = 0;
     // Each turn for each of the chunks of tokens, so many steps in all, of which a block does an equal share. The last share is the
     // first block's, so that who waits for sums waits for blocks that have begun before it.
-    const int share = gridDim.x - 1 - blockIdx.x, all = turns * ((m + TOKENS - 1) / TOKENS) * steps, end = min(all, (share + 1) * share_steps);
+    const int share = gridDim.x - 1 - blockIdx.x, from = share * share_steps;
+    int left = min(share_steps, turns * ((m + TOKENS - 1) / TOKENS) * steps - from);
+    int turn = from / steps, first = from - turn * steps, token = 0;
+    for (; turn >= turns; turn -= turns) token += TOKENS;
     constexpr int PART = ROWS * COLUMNS * LANES;
     partial += (size_t)matrix * gridDim.x * PART;
     arrived += matrix * gridDim.x;
-    for (int unit = share * share_steps; unit < end;) {
-        const int item = unit / steps, first = unit - item * steps, count = min(steps - first, end - unit);
-        unit += count;
+    for (int count; left > 0; left -= count, first = 0, ++turn) {
+        if (turn == turns) turn = 0, token += TOKENS;
+        count = min(steps - first, left);
         // Blocks that have all columns of their strips begin at different ones, for the same ones of x come from one place.
         const int start = ROTATE && count == steps ? (int)blockIdx.x % steps : first;
-        const int strip = item % turns * ROWS, token = item / turns * TOKENS, tokens = min(TOKENS, m - token);
+        const int strip = turn * ROWS, tokens = min(TOKENS, m - token);
         if (warp >= WARPS) {
 #if BOXED
             const XSlice here{nullptr, 0, tokens, k, 0, tiles * TILE_COLS};
@@ -229,7 +232,7 @@ rows(
         }
         __syncthreads();
         // Blocks that go on with these strips' columns, of the next shares.
-        const int others = first ? 0 : ((item + 1) * steps - 1) / share_steps - share;
+        const int others = first || count == steps ? 0 : (steps - count + share_steps - 1) / share_steps;
         if (warp < WARPS) {
             if (others) {
                 if (lane < others)
