@@ -181,8 +181,8 @@ struct Digits {
         __device__ __forceinline__ void end(u8* to, int row_bytes) {
 #pragma unroll 1
             for (int first = warp; first < items; first += AT_ONCE * WARPS) {
-                uint2 next[AT_ONCE];
-                load_from(next, first + AT_ONCE * WARPS);
+                uint2 next[AT_ONCE] = {};
+                if (__builtin_expect(first + AT_ONCE * WARPS < items, 0)) load_from(next, first + AT_ONCE * WARPS);
                 auto token = [&](int i) { return TOKENS == 1 ? 0 : (first + i * WARPS) / count; };
                 split(values, from.columns, [&](int i) { return first + i * WARPS < items ? to + token(i) * row_bytes : nullptr; },
                       [&](int i) { return first + i * WARPS - token(i) * count; }, lane);

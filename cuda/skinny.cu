@@ -127,9 +127,11 @@ skinny(const unsigned char* codes, const unsigned char* params, const unsigned c
     const int warp = __shfl_sync(~0u, threadIdx.x / LANES, 0), lane = threadIdx.x % LANES;
     const int matrix = blockIdx.z, slices = gridDim.y;
     const int strips = (n + TILE_ROWS - 1) / TILE_ROWS;
-    const Weight weight{codes + matrix * codes_step, params + matrix * params_step, row_params + matrix * row_params_step,
-                        tiles, supers};
-    const Walk walk(weight, strips, slice);
+    const Walk walk(strips, tiles, slice);
+    // Each role makes its own, for what a launch begins with takes time by its instructions.
+    auto weight_of = [&] {
+        return Weight{codes + matrix * codes_step, params + matrix * params_step, row_params + matrix * row_params_step, tiles, supers};
+    };
     const long long begin = offsets ? offsets[matrix] : (long long)matrix * m;
     const int total = offsets ? offsets[matrix + 1] - (int)begin : m;
     if (OVERLAP) let_next_begin();
@@ -165,31 +167,31 @@ skinny(const unsigned char* codes, const unsigned char* params, const unsigned c
         }
         if (COPIERS > 1) wait_at_barrier<COPIERS * LANES>(READY);
         else __syncwarp();
-        // What is asked for before others have come so far: of each step x, where it is there, and then the weights.
-        int weights = 0, turn = 0, step = walk.steps_begin(0), x_steps = 0;
-        auto ask = [&] {
-            ring.copy(walk, turn, step, copier);
-            ++weights;
-            if (++step == walk.steps_end(turn)) step = 0, ++turn;
-        };
-        const bool x_early = x_by_engine && !OVERLAP;
-        while (weights < DEPTH && walk.has(turn)) {
-            if (x_early && x_steps < walk.steps) copy_x(slice_of_x(0), to, row_bytes, x_steps, x_full + 8 * x_steps, copier), ++x_steps;
-            ask();
-        }
+        const Weight weight = weight_of();
         for (int chunk = 0; chunk < chunks; ++chunk) {
             const XSlice here = slice_of_x(chunk);
-            if (chunk) {
-                __syncthreads();
-                turn = x_steps = 0;
-                step = walk.steps_begin(0);
-            }
-            wait_for_staging(here.tokens);
-            if (x_by_engine && OVERLAP && chunk == 0) wait_for_previous();
+            if (chunk) __syncthreads();
+            // Of each step x, where it is there, and then the weights: some before others have come so far, and all by the same few
+            // instructions, for those that are new come from far.
+            bool met = false;
+            int turn = 0, step = walk.steps_begin(0), x_steps = x_by_engine ? 0 : walk.steps;
 #pragma unroll 1
-            while (walk.has(turn) || (x_by_engine && x_steps < walk.steps)) {
-                if (x_by_engine && x_steps < walk.steps) copy_x(here, to, row_bytes, x_steps, x_full + 8 * x_steps, copier), ++x_steps;
-                if (walk.has(turn)) ask();
+            for (int asked = chunk ? DEPTH : 0;; ++asked) {
+                const bool more = walk.has(turn);
+                if (!met && (asked >= DEPTH || !more)) {
+                    wait_for_staging(here.tokens);
+                    if (x_by_engine && OVERLAP && chunk == 0) wait_for_previous();
+                    met = true;
+                }
+                if (!more && x_steps == walk.steps) break;
+                if (x_steps < walk.steps && (met || !OVERLAP)) {
+                    copy_x(here, to, row_bytes, x_steps, x_full + 8 * x_steps, copier);
+                    ++x_steps;
+                }
+                if (more) {
+                    ring.copy(walk, weight, turn, step, copier);
+                    if (++step == walk.steps_end(turn)) step = 0, ++turn;
+                }
             }
         }
         return;
@@ -200,6 +202,7 @@ skinny(const unsigned char* codes, const unsigned char* params, const unsigned c
         const int buffer = warp - WARPS;
         if (threadIdx.x == WARPS * LANES) buffers.init();
         Products::prepare(threadIdx.x - WARPS * LANES);
+        const Weight weight = weight_of();
         for (int chunk = 0; chunk < chunks; ++chunk) {
             const int token = chunk * TOKENS, tokens = min(TOKENS, total - token);
             const Output out{y + (begin + token) * (GATED ? n / 2 : n), bias ? bias + (size_t)matrix * n : nullptr, n, scale};
@@ -301,6 +304,7 @@ skinny(const unsigned char* codes, const unsigned char* params, const unsigned c
     int ahead = walk.steps_begin(0) + warp / SHARERS;
     Ring ring(keep_address(shared_address(stages)), ring_barriers, warp / SHARERS);
 #endif
+    const Weight weight = weight_of();
     const u32 staged_address = keep_address(shared_address(staged_x));
     const u32 my_sums = keep_address(shared_address(sums_of_warps + warp * PARTS * LANES + lane));
     for (int chunk = 0; chunk < chunks; ++chunk) {
@@ -309,11 +313,13 @@ skinny(const unsigned char* codes, const unsigned char* params, const unsigned c
             staging = staging_of(chunk);
         }
 #if !ENGINE
-        Ring ring(keep_address(shared_address(stages)), walk, warp, lane);
+        Ring ring(keep_address(shared_address(stages)), walk, weight, warp, lane);
 #endif
         Layout::Rows rows[STRIPS];
 #pragma unroll
         for (int i = 0; i < STRIPS; ++i) rows[i] = Layout::rows(weight, walk.strip(0, i), lane);
+        Products products(Ring::place(shared_address(stages), warp % SHARERS), staged_address, row_bytes, staging.from.tokens,
+                          walk.count, lane);
         if (OVERLAP) wait_for_previous();
 #if NORM
         staging.stage(staged_x, row_bytes);
@@ -326,7 +332,6 @@ skinny(const unsigned char* codes, const unsigned char* params, const unsigned c
 #endif
         __syncthreads();
 
-        Products products(Ring::place(shared_address(stages), warp % SHARERS), staged_address, row_bytes, staging.from.tokens, walk.count, lane);
         for (int turn = 0; walk.has(turn); ++turn) {
             Layout::Rows rows_after[STRIPS];
 #pragma unroll
