@@ -360,6 +360,7 @@ struct Products : Digits {
             for (int i = 0; i < 4; ++i) b[j][i] = 0;
     }
 
+    __device__ __forceinline__ void move_x(u32 by) { x += by, x_scales += by, x_units += by; }
     __device__ __forceinline__ void clear() {
 #pragma unroll
         for (int s = 0; s < STRIPS; ++s) sums[s][0] = sums[s][1] = 0.0f;

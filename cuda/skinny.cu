@@ -46,6 +46,9 @@ constexpr int FIRST_COPIER = WARPS + BUFFERS, ALL_WARPS = FIRST_COPIER + ENGINE 
 // Tiles of sums, of a strip's 16 rows by eight tokens each.
 constexpr int PARTS = STRIPS * COLUMNS;
 static_assert(DEPTH >= GROUPS, "every group of warps has a step");
+#ifndef WARM
+#define WARM 0
+#endif
 // The barrier where copiers meet (of a block's; the others are in shared memory).
 constexpr int READY = 1;
 #ifndef EVERY_LANE
@@ -183,8 +186,8 @@ skinny(const unsigned char* codes, const unsigned char* params, const unsigned c
                     if (x_by_engine && OVERLAP && chunk == 0) wait_for_previous();
                     met = true;
                 }
-                if (!more && x_steps == walk.steps) break;
-                if (x_steps < walk.steps && (met || !OVERLAP)) {
+                if (!more && (!X_STEPS || x_steps == walk.steps)) break;
+                if (X_STEPS && x_steps < walk.steps && (met || !OVERLAP)) {
                     copy_x(here, to, row_bytes, x_steps, x_full + 8 * x_steps, copier);
                     ++x_steps;
                 }
@@ -318,36 +321,44 @@ skinny(const unsigned char* codes, const unsigned char* params, const unsigned c
         Layout::Rows rows[STRIPS];
 #pragma unroll
         for (int i = 0; i < STRIPS; ++i) rows[i] = Layout::rows(weight, walk.strip(0, i), lane);
-        Products products(Ring::place(shared_address(stages), warp % SHARERS), staged_address, row_bytes, staging.from.tokens,
-                          walk.count, lane);
-        if (OVERLAP) wait_for_previous();
+        // Some warps go once through what a step does, with whatever a stage holds, while x is on its way, as its instructions then are.
+        const bool warms = WARM && warp < 4 && chunk == 0;
+        Products products(Ring::place(shared_address(stages), warp % SHARERS), warms ? keep_address(shared_address(stages)) : staged_address,
+                          row_bytes, staging.from.tokens, walk.count, lane);
+        auto stage = [&] {
+            if (warms) products.move_x(staged_address - shared_address(stages));
+            if (OVERLAP) wait_for_previous();
 #if NORM
-        staging.stage(staged_x, row_bytes);
+            staging.stage(staged_x, row_bytes);
 #else
-        if (!x_by_engine) {
-            if (OVERLAP) staging.begin(staged_x, row_bytes);
-            staging.end(staged_x, row_bytes);
-            if (!OVERLAP) wait_for_copies<ENGINE ? 0 : DEPTH>();
-        }
+            if (!x_by_engine) {
+                if (OVERLAP) staging.begin(staged_x, row_bytes);
+                staging.end(staged_x, row_bytes);
+                if (!OVERLAP) wait_for_copies<ENGINE ? 0 : DEPTH>();
+            }
 #endif
-        __syncthreads();
+            __syncthreads();
+        };
+        if (!WARM) stage();
 
-        for (int turn = 0; walk.has(turn); ++turn) {
+        for (int turn = warms ? -1 : 0; turn < 0 || walk.has(turn); ++turn) {
+            if (WARM && turn == 0) stage();
             Layout::Rows rows_after[STRIPS];
 #pragma unroll
             for (int i = 0; i < STRIPS; ++i) rows_after[i] = Layout::rows(weight, walk.strip(turn + 1, i), lane);
             products.clear();
 #if ENGINE
-            const int steps_end = walk.steps_end(turn);
             int step = ahead, tile = STAGE_TILES * (warp % SHARERS) + step * STEP_TILES;
+            const int steps_end = turn < 0 ? step + 1 : walk.steps_end(turn);
 #pragma unroll 1
             for (; step < steps_end; step += GROUPS, tile += GROUPS * STEP_TILES) {
                 Products::Pair pair;
-                if (x_by_engine && turn < GROUPS) barrier_wait(x_full + 8 * step, chunk % 2);
-                products.load(pair, ring.wait(), lane);
-                ring.release(lane);
+                if (x_by_engine && turn >= 0 && turn < GROUPS) barrier_wait(x_full + 8 * step, chunk % 2);
+                products.load(pair, turn < 0 ? 0 : ring.wait(), lane);
+                if (turn >= 0) ring.release(lane);
                 products.multiply(pair, rows, tile, walk.count);
             }
+            if (turn < 0) continue;
             // The groups take turns across the ends of strips, too.
             ahead = step - steps_end;
 #else
