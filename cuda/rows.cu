@@ -9,6 +9,10 @@
 // Grid: x turns (persistent), z matrices of a batch. -DWARPS, -DSHARERS, -DSTRIPS, -DDEPTH, -DCOLUMNS (tiles of 8 tokens), -DCOPIERS,
 // warps that ask for copies. Compute capability 9.0.
 #define ENGINE 1
+#define BOXED 1
+#ifndef RAW
+#define RAW 1
+#endif
 #include "activation.cuh"
 #include "layouts.cuh"
 #include "overlap.cuh"
@@ -17,16 +21,12 @@
 #include "halves.cuh"
 #include "output.cuh"
 
-#ifndef BOXED
-#define BOXED 0
-#endif
 #ifndef ROTATE
 #define ROTATE 0
 #endif
 
 namespace tenpak {
 
-#if BOXED
 struct alignas(64) TensorMap {
     u64 words[16];
 };
@@ -40,115 +40,78 @@ __device__ __forceinline__ void copy_box(u32 to, const TensorMap& map, int token
         " [%0], [%1, {%2, %3, %4, %5}], [%6], %7;"
         :: "r"(to), "l"(&map), "r"(0), "r"(token), "r"(tile), "r"(matrix), "r"(barrier), "l"(KEEP_LONG) : "memory");
 }
-#endif
 
 constexpr int ROWS = GROUPS * STRIPS;
 constexpr int ALL_WARPS = WARPS + COPIERS;
 constexpr int PARTS = STRIPS * COLUMNS;
-// A stage: all strips' tiles, then x, whose rows begin 64 bytes further on in a line each.
-constexpr int X_ROW_BYTES = STEP_TILES * TILE_COLS * 2 + 64;
-constexpr int WEIGHTS_OF_STAGE = (ROWS * BLOCK_STAGE_BYTES + 127) / 128 * 128;
-#if BOXED
+// A stage: a box of x, of STEP_TILES tiles, then all strips' tiles.
 constexpr int X_TILE_BYTES = TOKENS * TILE_COLS * 2, X_BYTES = STEP_TILES * X_TILE_BYTES;
-constexpr int X_AT = 0, WEIGHTS_AT = X_BYTES, BYTES_OF_STAGE = (X_BYTES + WEIGHTS_OF_STAGE + 1023) / 1024 * 1024;
-#else
-constexpr int X_AT = WEIGHTS_OF_STAGE, WEIGHTS_AT = 0;
-constexpr int BYTES_OF_STAGE = (WEIGHTS_OF_STAGE + TOKENS * X_ROW_BYTES + 127) / 128 * 128;
-#endif
+constexpr int BYTES_OF_STAGE = (X_BYTES + ROWS * BLOCK_STAGE_BYTES + 1023) / 1024 * 1024;
 static_assert(WARPS % SHARERS == 0, "warps share strips evenly");
+// Barriers of a block: where copiers meet, and where the others do.
+constexpr int READY = 1, SUMS = 2;
 
-// One of the warps that ask for copies: of each step every COPIERS-th of the strips and of the tokens. (One warp asks for a copy in
-// 64 cycles or so, however few its instructions are.)
+// One of the warps that ask for copies: of each step every COPIERS-th of the strips, and the first the box. (One warp asks for a
+// copy in 64 cycles or so, however few its instructions are.)
 struct Copier {
-    static constexpr int MINE = (ROWS + COPIERS - 1) / COPIERS;
-
     u32 stages, full, empty;
     int index;  // among the copiers
-    int slot = 0;
+    int slot = 0, early = DEPTH;  // steps that it asks for before it meets the others
     u32 phase = 0;
-    const u8 *codes[MINE], *params[MINE];
 
     __device__ __forceinline__ Copier(u32 stages, u32 full, int index)
         : stages(stages), full(full), empty(full + 8 * DEPTH), index(index) {}
 
-    // Steps of a turn: strips from `strip` on, with x of its tokens.
+    // `count` of a turn's steps, from `first` on, and from the first of all on after the last: strips from `strip` on, and x as
+    // box(to, tile, barrier) brings it.
     template <class Box>
-    __device__ __forceinline__ void copy(const Weight& weight, const XSlice& from, int strip, int strips, int first, int count, int steps, Box box) {
-#pragma unroll
-        for (int j = 0; j < MINE; ++j) {
-            const int row = min(strip + index + j * COPIERS, strips - 1);
-            codes[j] = weight.codes + (size_t)(u32)(row * weight.tiles) * Layout::CODE_BYTES;
-            params[j] = Layout::param_run(weight, row, 0, STEP_TILES).from;
-        }
-        const u32 param_bytes = Layout::param_run(weight, 0, 0, STEP_TILES).bytes;
-        const int mine = (ROWS - index + COPIERS - 1) / COPIERS, tokens = max(from.tokens - index + COPIERS - 1, 0) / COPIERS;
+    __device__ __forceinline__ void copy(const Weight& weight, int strip, int strips, int first, int count, int steps, Box box) {
+        const int there = min(ROWS, strips - strip), mine = (there - index + COPIERS - 1) / COPIERS;
 #pragma unroll 1
-        for (int i = 0, step = first; i < count; ++i, step = step + 1 == steps ? 0 : step + 1) {
-            const int tile = step * STEP_TILES;
+        for (int i = 0, step = first; i < count; ++i) {
+            if (early-- == 0) __syncthreads();
             barrier_wait(empty + 8 * slot, phase ^ 1);
-            const int here = min(STEP_TILES, weight.tiles - tile);
+            const int tile = step * STEP_TILES, here = min(STEP_TILES, weight.tiles - tile);
             const u32 barrier = full + 8 * slot, to = stages + slot * BYTES_OF_STAGE;
             const u32 of_codes = here * Layout::CODE_BYTES, of_params = Layout::param_run(weight, 0, tile, here).bytes;
             const u32 of_supers = Layout::super_run(weight, 0, tile, here).bytes;
-#if !BOXED
-            const u32 of_x = here * TILE_COLS * 2;
-#endif
             if (elected()) {
                 // What is expected is said first: what has come may not be more.
-#if BOXED
                 barrier_expect(barrier, mine * (of_codes + of_params + of_supers) + (index == 0 ? X_BYTES : 0));
                 if (index == 0) box(to, tile, barrier);
-#else
-                barrier_expect(barrier, mine * (of_codes + of_params + of_supers) + tokens * of_x);
 #pragma unroll 1
-                for (int token = index; token < from.tokens; token += COPIERS)
-                    copy_bulk(to + X_AT + token * X_ROW_BYTES, from.x + token * from.stride + tile * TILE_COLS, of_x, barrier);
-#endif
-#pragma unroll
-                for (int j = 0; j < MINE; ++j) {
-                    const int row = index + j * COPIERS;
-                    const u32 at = to + WEIGHTS_AT + row * BLOCK_STAGE_BYTES;
-                    if (row < ROWS) {
-                        copy_bulk_once(at, codes[j] + tile * Layout::CODE_BYTES, of_codes, barrier);
-                        if (Layout::PAIR_BYTES) copy_bulk_once(at + Ring::PARAMS_AT, params[j] + step * param_bytes, of_params, barrier);
-                        if (Layout::PARAM_BYTES > Layout::PAIR_BYTES)
-                            copy_bulk_once(at + Ring::SUPERS_AT,
-                                           Layout::super_run(weight, min(strip + row, strips - 1), tile, here).from, of_supers, barrier);
-                    }
+                for (int row = index; row < there; row += COPIERS) {
+                    const u32 at = to + X_BYTES + row * BLOCK_STAGE_BYTES;
+                    copy_bulk_once(at, weight.codes + (size_t)(u32)((strip + row) * weight.tiles + tile) * Layout::CODE_BYTES, of_codes, barrier);
+                    if (Layout::PAIR_BYTES)
+                        copy_bulk_once(at + Ring::PARAMS_AT, Layout::param_run(weight, strip + row, tile, here).from, of_params, barrier);
+                    if (Layout::PARAM_BYTES > Layout::PAIR_BYTES)
+                        copy_bulk_once(at + Ring::SUPERS_AT, Layout::super_run(weight, strip + row, tile, here).from, of_supers, barrier);
                 }
             }
+            if (++step == steps) step = 0;
             if (++slot == DEPTH) {
                 slot = 0;
                 phase ^= 1;
             }
         }
     }
+    __device__ __forceinline__ void meet() const {
+        if (early >= 0) __syncthreads();
+    }
 };
 
 }  // namespace tenpak
 
-// As skinny's: arguments that are not used are those of experts and of slices of K. k is a multiple of 64, and rows of x begin
-// at multiples of 16 bytes.
+// x: a map of [batch, k / 64, m, 64] with boxes of STEP_TILES tiles of TOKENS tokens, swizzled by 128 bytes. Otherwise as skinny's, but
+// those of experts. partial: [batch, gridDim.x, ROWS * COLUMNS, lanes] float4; arrived: [batch, gridDim.x], zero before and after.
 extern "C" __global__ void __launch_bounds__(tenpak::ALL_WARPS * 32, 1)
-rows(
-#if BOXED
-     const __grid_constant__ tenpak::TensorMap map,
-#endif
-     const unsigned char* codes, const unsigned char* params, const unsigned char* row_params,
-#if !BOXED
-     const unsigned short* x,
-#endif
-     tenpak::Out* y, const unsigned short* bias,
-#if !BOXED
-     const int*,
-#endif
-     float4* partial, unsigned int* arrived, long long codes_step, long long params_step, long long row_params_step,
-#if !BOXED
-     long long x_stride,
-#endif
-     int m, int n, int k, int tiles, int supers, int share_steps, float scale) {
+rows(const __grid_constant__ tenpak::TensorMap x, const unsigned char* codes, const unsigned char* params,
+     const unsigned char* row_params, tenpak::Out* y, const unsigned short* bias, float4* partial, unsigned int* arrived,
+     long long codes_step, long long params_step, long long row_params_step, int m, int n, int k, int tiles, int supers,
+     int share_steps, float scale) {
     using namespace tenpak;
-    extern __shared__ __align__(128) uint4 dynamic[];
+    extern __shared__ __align__(1024) uint4 dynamic[];
     __shared__ u64 barriers[2 * DEPTH];
     const int warp = __shfl_sync(~0u, threadIdx.x / LANES, 0), lane = threadIdx.x % LANES;
     const int matrix = blockIdx.z;
@@ -157,109 +120,107 @@ rows(
     const Weight weight{codes + matrix * codes_step, params + matrix * params_step, row_params + matrix * row_params_step,
                         tiles, supers};
     const u32 stages = keep_address(shared_address(dynamic)), full = keep_address(shared_address(barriers)), empty = full + 8 * DEPTH;
-    const u32 sums_at = keep_address(stages + DEPTH * BYTES_OF_STAGE);
-    Products::prepare(threadIdx.x);
-    if (threadIdx.x == 0) {
-#if BOXED
-        prefetch_map(map);
-#endif
-        for (int i = 0; i < DEPTH; ++i) {
-            barrier_init(full + 8 * i, COPIERS);
-            barrier_init(empty + 8 * i, WARPS);
-        }
-        barriers_ready();
-    }
-    __syncthreads();
-    Copier copier(stages, full, warp - WARPS);
-    const int group = warp / SHARERS * STRIPS, sharer = warp % SHARERS;
-    int slot = 0;
-    u32 phase = 0;
     // Each turn for each of the chunks of tokens, so many steps in all, of which a block does an equal share. The last share is the
     // first block's, so that who waits for sums waits for blocks that have begun before it.
     const int share = gridDim.x - 1 - blockIdx.x, from = share * share_steps;
     int left = min(share_steps, turns * ((m + TOKENS - 1) / TOKENS) * steps - from);
     int turn = from / steps, first = from - turn * steps, token = 0;
     for (; turn >= turns; turn -= turns) token += TOKENS;
+    // What follows for each turn of these, as use(strip, first, start, count, token): `count` steps from `start` on.
+    auto each = [&](auto use) {
+        for (int count; left > 0; left -= count, first = 0, ++turn) {
+            if (turn == turns) turn = 0, token += TOKENS;
+            count = min(steps - first, left);
+            // Blocks that have all columns of their strips begin at different ones, for the same ones of x come from one place.
+            use(turn * ROWS, first, ROTATE && count == steps ? (int)blockIdx.x % steps : first, count, token);
+        }
+    };
+
+    if (warp >= WARPS) {
+        if (threadIdx.x == WARPS * LANES) {
+            prefetch_map(x);
+            for (int i = 0; i < DEPTH; ++i) {
+                barrier_init(full + 8 * i, COPIERS);
+                barrier_init(empty + 8 * i, WARPS);
+            }
+            barriers_ready();
+        }
+        if (COPIERS > 1) wait_at_barrier<COPIERS * LANES>(READY);
+        else __syncwarp();
+        Copier copier(stages, full, warp - WARPS);
+        each([&](int strip, int, int start, int count, int token) {
+            copier.copy(weight, strip, strips, start, count, steps,
+                        [&](u32 to, int tile, u32 barrier) { copy_box(to, x, token, tile, matrix, barrier); });
+        });
+        copier.meet();
+        return;
+    }
+
+    Products::prepare(threadIdx.x);
+    const u32 sums_at = keep_address(stages + DEPTH * BYTES_OF_STAGE);
+    const int group = warp / SHARERS * STRIPS, sharer = warp % SHARERS;
     constexpr int PART = ROWS * COLUMNS * LANES;
     partial += (size_t)matrix * gridDim.x * PART;
     arrived += matrix * gridDim.x;
-    for (int count; left > 0; left -= count, first = 0, ++turn) {
-        if (turn == turns) turn = 0, token += TOKENS;
-        count = min(steps - first, left);
-        // Blocks that have all columns of their strips begin at different ones, for the same ones of x come from one place.
-        const int start = ROTATE && count == steps ? (int)blockIdx.x % steps : first;
-        const int strip = turn * ROWS, tokens = min(TOKENS, m - token);
-        if (warp >= WARPS) {
-#if BOXED
-            const XSlice here{nullptr, 0, tokens, k, 0, tiles * TILE_COLS};
-            copier.copy(weight, here, strip, strips, start, count, steps, [&](u32 to, int tile, u32 barrier) { copy_box(to, map, token, tile, matrix, barrier); });
-#else
-            const XSlice here{x + ((long long)matrix * m + token) * x_stride, x_stride, tokens, k, 0, tiles * TILE_COLS};
-            copier.copy(weight, here, strip, strips, start, count, steps, 0);
-#endif
-        } else {
-            Layout::Rows of_rows[STRIPS];
+    int slot = 0;
+    u32 phase = 0;
+    Products products(Ring::place(stages + X_BYTES + group * BLOCK_STAGE_BYTES, sharer), stages + sharer * (STAGE_TILES * X_TILE_BYTES), lane);
+    __syncthreads();
+    each([&](int strip, int first, int start, int count, int token) {
+        const int tokens = min(TOKENS, m - token);
+        Layout::Rows of_rows[STRIPS];
 #pragma unroll
-            for (int i = 0; i < STRIPS; ++i) of_rows[i] = Layout::rows(weight, min(strip + group + i, strips - 1), lane);
-#if BOXED
-            Products products(Ring::place(stages + WEIGHTS_AT + group * BLOCK_STAGE_BYTES, sharer),
-                              stages + X_AT + sharer * (STAGE_TILES * X_TILE_BYTES), lane);
-#else
-            Products products(Ring::place(stages + WEIGHTS_AT + group * BLOCK_STAGE_BYTES, sharer),
-                              stages + X_AT + sharer * (STAGE_TILES * TILE_COLS * 2), X_ROW_BYTES, tokens, 0, lane);
-#endif
-            products.clear();
+        for (int i = 0; i < STRIPS; ++i) of_rows[i] = Layout::rows(weight, min(strip + group + i, strips - 1), lane);
+        products.clear();
 #pragma unroll 1
-            for (int i = 0, step = start; i < count; ++i, step = step + 1 == steps ? 0 : step + 1) {
-                const int tile = step * STEP_TILES + sharer * STAGE_TILES;
-                barrier_wait(full + 8 * slot, phase);
-                const u32 on = slot * BYTES_OF_STAGE;
-                if (tile < tiles) {
-                    Products::Pair pair;
-                    products.load(pair, on, lane);
-                    products.multiply_at(pair, of_rows, on, tile + 1 < tiles);
-                }
-                __syncwarp();
-                if (lane == 0) barrier_arrive(empty + 8 * slot);
-                if (++slot == DEPTH) {
-                    slot = 0;
-                    phase ^= 1;
-                }
+        for (int i = 0, step = start; i < count; ++i) {
+            const int tile = step * STEP_TILES + sharer * STAGE_TILES;
+            barrier_wait(full + 8 * slot, phase);
+            const u32 on = slot * BYTES_OF_STAGE;
+            if (tile < tiles) {
+                Products::Pair pair;
+                products.load(pair, on, lane);
+                products.multiply_at(pair, of_rows, on, tile + 1 < tiles);
             }
-#pragma unroll
-            for (int part = 0; part < PARTS; ++part)
-                write(sums_at + ((warp * PARTS + part) * LANES + lane) * 16, products.sum(part, lane));
+            __syncwarp();
+            if (lane == 0) barrier_arrive(empty + 8 * slot);
+            if (++step == steps) step = 0;
+            if (++slot == DEPTH) {
+                slot = 0;
+                phase ^= 1;
+            }
         }
-        __syncthreads();
+#pragma unroll
+        for (int part = 0; part < PARTS; ++part)
+            write(sums_at + ((warp * PARTS + part) * LANES + lane) * 16, products.sum(part, lane));
+        wait_at_barrier<THREADS>(SUMS);
         // Blocks that go on with these strips' columns, of the next shares.
         const int others = first || count == steps ? 0 : (steps - count + share_steps - 1) / share_steps;
-        if (warp < WARPS) {
-            if (others) {
-                if (lane < others)
-                    while (load_acquire(arrived + share + 1 + lane) == 0) {}
-                __syncwarp();
-            }
-            const Output out{y + ((size_t)matrix * m + token) * (GATED ? n / 2 : n), bias ? bias + (size_t)matrix * n : nullptr, n, scale};
-            for (int i = warp; i < ROWS * COLUMNS; i += WARPS) {
-                const int row = i / COLUMNS, column = i % COLUMNS * 8;
-                if (strip + row >= strips || column >= tokens) continue;
-                float4* const left = partial + ((size_t)share * ROWS * COLUMNS + i) * LANES + lane;
-                // Of the warps that share this strip, in order.
-                const u32 from = sums_at + ((row / STRIPS * SHARERS * PARTS + row % STRIPS * COLUMNS + i % COLUMNS) * LANES + lane) * 16;
-                float4 sum = read<float4>(from);
-#pragma unroll
-                for (int other = 1; other < SHARERS; ++other) add(sum, read<float4>(from + other * (PARTS * LANES * 16)));
-                if (first) {
-                    __stcg(left, sum);
-                    continue;
-                }
-                for (int other = 1; other <= others; ++other) add(sum, __ldcg(left + other * PART));
-                const Layout::Rows of_row = Layout::rows(weight, strip + row, lane);
-                out.store(sum, strip + row, column, tokens, Layout::row_scale(of_row, false), Layout::row_scale(of_row, true), lane);
-            }
+        if (others) {
+            if (lane < others)
+                while (load_acquire(arrived + share + 1 + lane) == 0) {}
+            __syncwarp();
         }
-        __syncthreads();
+        const Output out{y + ((size_t)matrix * m + token) * (GATED ? n / 2 : n), bias ? bias + (size_t)matrix * n : nullptr, n, scale};
+        for (int i = warp; i < ROWS * COLUMNS; i += WARPS) {
+            const int row = i / COLUMNS, column = i % COLUMNS * 8;
+            if (strip + row >= strips || column >= tokens) continue;
+            float4* const mine = partial + ((size_t)share * ROWS * COLUMNS + i) * LANES + lane;
+            // Of the warps that share this strip, in order.
+            const u32 at = sums_at + ((row / STRIPS * SHARERS * PARTS + row % STRIPS * COLUMNS + i % COLUMNS) * LANES + lane) * 16;
+            float4 sum = read<float4>(at);
+#pragma unroll
+            for (int other = 1; other < SHARERS; ++other) add(sum, read<float4>(at + other * (PARTS * LANES * 16)));
+            if (first) {
+                __stcg(mine, sum);
+                continue;
+            }
+            for (int other = 1; other <= others; ++other) add(sum, __ldcg(mine + other * PART));
+            const Layout::Rows of_row = Layout::rows(weight, strip + row, lane);
+            out.store(sum, strip + row, column, tokens, Layout::row_scale(of_row, false), Layout::row_scale(of_row, true), lane);
+        }
+        wait_at_barrier<THREADS>(SUMS);
         if (first && threadIdx.x == 0) add_release(arrived + share, 1);
         if ((int)threadIdx.x < others) arrived[share + 1 + threadIdx.x] = 0;
-    }
+    });
 }
