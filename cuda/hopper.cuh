@@ -31,6 +31,10 @@ __device__ __forceinline__ uint4 load_matrices(u32 row) {
 // Among the 128 threads of one warpgroup.
 __device__ __forceinline__ void group_barrier(int group) { asm volatile("bar.sync %0, 128;" :: "r"(group + 1) : "memory"); }
 
+// Among all: those that multiply wait for the others, which go on.
+__device__ __forceinline__ void wait_for_block(int threads) { asm volatile("bar.sync 0, %0;" :: "r"(threads) : "memory"); }
+__device__ __forceinline__ void arrive_at_block(int threads) { asm volatile("bar.arrive 0, %0;" :: "r"(threads) : "memory"); }
+
 // Among those of all warpgroups that multiply.
 __device__ __forceinline__ void consumers_barrier(int threads) { asm volatile("bar.sync 15, %0;" :: "r"(threads) : "memory"); }
 

@@ -13,12 +13,16 @@
 //   of those that went on with it in order, which they have stored as their first deed;
 // - somewhat fewer tiles than blocks (`head` > 0): the blocks that are left over help. Each does the last columns of some tiles,
 //   one after another, and a tile's own block, which does the first `head` units, adds one other's sums;
-// - half as many (-DCLUSTER): the blocks of a cluster share a tile's columns and add what they read of each other's shared memory.
+// - half as many, or fewer (-DCLUSTER): the blocks of a cluster share a tile's columns and add what they read of each other's
+//   shared memory.
 //
 // A block waits only for blocks that were started before it, or with it.
 //
-// sm_90a. -DGROUPS, -DTOKENS, -DSTEP (1, 2 or 4), -DSTAGES, -DCLUSTER (1 or 2).
+// sm_90a. -DGROUPS, -DTOKENS, -DSTEP (1, 2 or 4), -DSTAGES, -DCLUSTER (1 to 4).
 #include "columns.cuh"
+#ifndef RACECHECK
+#define RACECHECK 0
+#endif
 
 namespace tenpak {
 
@@ -54,13 +58,14 @@ struct Segment {
     int first, count;
 };
 
-// A block's segments, in order.
+// A block's segments, in order. To divide takes as long as a step of a small product, so it is done but once or twice.
 struct Schedule {
     int steps;         // of a tile
     int head;          // those that a tile's own block does, or 0
     u32 tiles;
     u32 shared_tiles;  // the first so many are cut into units
     u32 share;
+    u32 each, more;    // units of a share, and how many of them have one more
     u32 unit, end;     // what is left of this block's share of those; where there are helpers, of this one's tiles
     u32 whole;         // the next tile that is this block's alone
 
@@ -73,24 +78,24 @@ struct Schedule {
             const u32 helpers = gridDim.x - tiles;
             whole = share - helpers;
             if (share < helpers) {
-                unit = share * tiles / helpers;
-                end = (share + 1) * tiles / helpers;
+                divide(tiles, helpers);
                 whole = tiles;
             }
         } else {
-            const u32 rest = tiles % gridDim.x;
-            shared_tiles = rest == 0 ? 0 : tiles < gridDim.x ? rest : rest + gridDim.x;
+            const u32 rest = tiles < gridDim.x ? tiles : tiles % gridDim.x;
+            shared_tiles = rest == tiles || rest == 0 ? rest : rest + gridDim.x;
             share = gridDim.x - 1 - blockIdx.x;
-            unit = begin(share);
-            end = begin(share + 1);
             whole = shared_tiles + blockIdx.x;
+            if (shared_tiles) divide(shared_tiles * steps, gridDim.x);
         }
     }
-    // share * units / gridDim.x, in 32 bits.
-    __device__ __forceinline__ u32 begin(u32 share) const {
-        const u32 units = shared_tiles * steps, each = units / gridDim.x;
-        return share * each + share * (units - each * gridDim.x) / gridDim.x;
+    __device__ __forceinline__ void divide(u32 units, u32 shares) {
+        each = units / shares;
+        more = units - each * shares;
+        unit = begin(share);
+        end = begin(share + 1);
     }
+    __device__ __forceinline__ u32 begin(u32 share) const { return share * each + min(share, more); }
     // Where a block that did not begin a tile leaves its sums, and those who did so for a tile that this one begins: from one
     // place to another.
     __device__ __forceinline__ u32 left_at(u32 tile) const { return head ? tile : share; }
@@ -125,15 +130,24 @@ struct Schedule {
     }
 };
 
-// Where a tile is: tiles of the same rows follow each other, so that their weights are still in L2.
+// Where a tile is: tiles of the same rows follow each other, so that their weights are still in L2, but no more of them than
+// `band`, whose tokens stay there, too.
 struct Place {
     int matrix, strip, token;
 
-    __device__ __forceinline__ Place(u32 tile, int row_tiles, int token_tiles) {
-        const u32 row_and_matrix = tile / token_tiles;
-        token = (tile - row_and_matrix * token_tiles) * TOKENS;
-        matrix = row_and_matrix / row_tiles;
-        strip = (row_and_matrix - matrix * row_tiles) * STRIPS;
+    __device__ __forceinline__ Place(u32 tile, int row_tiles, int token_tiles, int band) {
+        const u32 of_matrix = row_tiles * token_tiles;
+        u32 first = 0, width = token_tiles;
+        matrix = tile < of_matrix ? 0 : tile / of_matrix;
+        tile -= matrix * of_matrix;
+        if (band < token_tiles) {
+            first = tile / (row_tiles * band) * band;
+            tile -= first * row_tiles;
+            width = min(band, token_tiles - (int)first);
+        }
+        const u32 row = width == 1 ? tile : tile / width;
+        token = (first + tile - row * width) * TOKENS;
+        strip = row * STRIPS;
     }
 };
 
@@ -183,7 +197,7 @@ __device__ __forceinline__ void copy_step(const TensorMap& x, const Weight& w, c
 // That all lanes have read a stage, if there is one.
 __device__ __forceinline__ void release(u32 barrier, int lane) {
     __syncwarp();
-    if (barrier && lane == 0) barrier_arrive(barrier);
+    if (barrier && (RACECHECK || lane == 0)) barrier_arrive(barrier);
 }
 
 // Tile j of a stage; j is known when this is compiled.
@@ -196,7 +210,7 @@ __device__ __forceinline__ Columns::Tile load_tile(int j, u32 codes, u32 params,
 
 // Half of a tile's columns, which are then under way with at most the half before them.
 template <int HALF>
-__device__ __forceinline__ void multiply(float (&sums)[SUMS], const Columns::Tile& tile, const Layout::Rows& rows, u32 x, int lane) {
+__device__ __forceinline__ void multiply(float (&sums)[SUMS], const Columns::Tile& tile, const Columns::Rows& rows, u32 x, int lane) {
     u32 a[2][4];
     Columns::template operand<2 * HALF>(tile, rows, lane, a[0]);
     Columns::template operand<2 * HALF + 1>(tile, rows, lane, a[1]);
@@ -265,7 +279,7 @@ __device__ __forceinline__ void leave_sums(const float (&sums)[SUMS], u8* exchan
     for (int i = 0; i < SUMS; ++i) to[(i / 4 * 8 + i % 2) * EXCHANGE_ROW + i / 2 % 2 * 8] = sums[i] * (i / 2 % 2 ? high : low);
 }
 __device__ __forceinline__ void store_exchanged(u32 exchange, int rank, u16* y, const u16* bias, int first_row, int tokens, int n) {
-    constexpr int EACH = TOKENS / CLUSTER, FOURS = ROWS / 4;
+    constexpr int EACH = (TOKENS + CLUSTER - 1) / CLUSTER, FOURS = ROWS / 4;
     const bool vectors = n % 4 == 0 && (u64)y % 8 == 0;
 #pragma unroll 2
     for (int i = threadIdx.x; i < EACH * FOURS; i += 128 * GROUPS) {
@@ -306,7 +320,7 @@ extern "C" __global__ void IN_CLUSTERS __launch_bounds__(128 * GROUPS + 128, 1)
 wide(const __grid_constant__ tenpak::TensorMap x, const unsigned char* codes, const unsigned char* params,
      const unsigned char* row_params, unsigned short* y, const unsigned short* bias, float4* partial, unsigned int* arrived,
      long long codes_step, long long params_step, long long row_params_step, int batch, int m, int n, int tiles, int supers,
-     int head, float scale) {
+     int head, int band, float scale) {
     using namespace tenpak;
     extern __shared__ __align__(1024) u8 dynamic[];
     __shared__ u64 barriers[2 * STAGES];
@@ -322,28 +336,26 @@ wide(const __grid_constant__ tenpak::TensorMap x, const unsigned char* codes, co
         return Weight{codes + matrix * codes_step, params + matrix * params_step, row_params + matrix * row_params_step, tiles, supers};
     };
 
-    if (threadIdx.x == 0) {
-        prefetch_map(x);
-        for (int i = 0; i < STAGES; ++i) {
-            // Each thread's copies of weights, and the one that asks for x.
-            barrier_init(full + 8 * i, PRODUCER_WARPS * LANES + 1);
-            barrier_init(empty + 8 * i, CONSUMER_WARPS);
-        }
-        barriers_ready();
-    }
-#ifdef LUT16_TABLES
-    Lut16::prepare(threadIdx.x, Lut16::BIASED_XOR);
-#endif
-    __syncthreads();
-
     const int warp = __shfl_sync(~0u, threadIdx.x / LANES, 0), lane = lane_of_warp();
     if (warp >= CONSUMER_WARPS) {
+        // Who asks for copies makes the barriers, so that they need nobody else for the first.
+        if (threadIdx.x == CONSUMER_WARPS * LANES) {
+            prefetch_map(x);
+            for (int i = 0; i < STAGES; ++i) {
+                // Each thread's copies of weights, and the one that asks for x.
+                barrier_init(full + 8 * i, PRODUCER_WARPS * LANES + 1);
+                barrier_init(empty + 8 * i, CONSUMER_WARPS * (RACECHECK ? LANES : 1));
+            }
+            barriers_ready();
+        }
+        group_barrier(GROUPS);
+        arrive_at_block(128 * GROUPS + 128);
         leave_registers<FEW>();
         Schedule schedule = own_schedule();
         Segment segment;
         Turn turn(1);  // all stages are empty
         while (schedule.next(segment)) {
-            const Place at(segment.tile, row_tiles, token_tiles);
+            const Place at(segment.tile, row_tiles, token_tiles, band);
             const Weight w = weight(at.matrix);
 #pragma unroll 1
             for (int step = segment.first; step < segment.first + segment.count; ++step) {
@@ -354,6 +366,10 @@ wide(const __grid_constant__ tenpak::TensorMap x, const unsigned char* codes, co
             }
         }
     } else {
+#ifdef LUT16_TABLES
+        Lut16::prepare(threadIdx.x, Lut16::BIASED_XOR);
+#endif
+        wait_for_block(128 * GROUPS + 128);
         take_registers<MANY>();
         Schedule schedule = own_schedule();
         Segment segment;
@@ -363,10 +379,10 @@ wide(const __grid_constant__ tenpak::TensorMap x, const unsigned char* codes, co
         const u32 own = WEIGHTS_AT + (group * GROUP_STRIPS + warp % 4) * STRIP_BYTES;
         Turn turn(0);
         while (schedule.next(segment)) {
-            const Place at(segment.tile, row_tiles, token_tiles);
+            const Place at(segment.tile, row_tiles, token_tiles, band);
             const Weight w = weight(at.matrix);
             const int first_strip = at.strip + group * GROUP_STRIPS;
-            const Layout::Rows rows = Layout::rows(w, min(first_strip + warp % 4, strips - 1), lane);
+            const Columns::Rows rows = Columns::rows(w, min(first_strip + warp % 4, strips - 1), lane);
             float sums[SUMS];
 #pragma unroll
             for (int i = 0; i < SUMS; ++i) sums[i] = 0.0f;
@@ -400,7 +416,7 @@ wide(const __grid_constant__ tenpak::TensorMap x, const unsigned char* codes, co
             if constexpr (CLUSTER > 1) {
                 // Everybody's products have read their stages.
                 consumers_barrier(128 * GROUPS);
-                leave_sums(sums, stages, group * 64, scale * Layout::row_scale(rows, false), scale * Layout::row_scale(rows, true));
+                leave_sums(sums, stages, group * 64, scale * Columns::row_scale(rows, false), scale * Columns::row_scale(rows, true));
                 cluster_sync();
                 store_exchanged(stages_address, cluster_rank(), to(), plus(), at.strip * TILE_ROWS, m - at.token, n);
                 cluster_meet();
@@ -447,8 +463,8 @@ wide(const __grid_constant__ tenpak::TensorMap x, const unsigned char* codes, co
                         }
                 }
             }
-            store(sums, staged, to(), plus(), first_strip, m - at.token, n, scale * Layout::row_scale(rows, false),
-                  scale * Layout::row_scale(rows, true), group);
+            store(sums, staged, to(), plus(), first_strip, m - at.token, n, scale * Columns::row_scale(rows, false),
+                  scale * Columns::row_scale(rows, true), group);
         }
     }
 }

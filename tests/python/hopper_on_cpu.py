@@ -126,9 +126,10 @@ inline u8* memory() {
     }();
     return begin;
 }
-// For each block anew.
+// For each block anew, whose threads ask for it once each.
 inline u8* dynamic_memory() {
-    if (threadIdx.x == 0) {
+    static u64 asked = 0;
+    if (asked++ % blockDim.x == 0) {
         first_shared = (u32)(u64)memory();
         shared_size = dynamic.size() - 16;
         memset(memory(), 0xff, 230 << 10);
@@ -215,6 +216,12 @@ inline uint4 load_matrices(u32 row) {
 
 static Barrier of_groups[8];
 inline void group_barrier(int group) { arrive(of_groups[group], 128); }
+inline void wait_for_block(int threads) { arrive(block, threads); }
+inline void arrive_at_block(int threads) {
+    if (++block.arrived < threads) return;
+    block.arrived = 0;
+    ++block.generation;
+}
 inline uint2 make_uint2(u32 x, u32 y) { return {x, y}; }
 static Barrier of_consumers, of_cluster;
 inline void consumers_barrier(int threads) { arrive(of_consumers, threads); }
@@ -368,6 +375,7 @@ def wide(
     scale: float,
     bias: NDArray[np.uint16] | None,
     head: int = 0,
+    band: int = 1 << 16,
 ) -> NDArray[np.uint16]:
     """y [batch, m, n] of x [batch, m, at least k], as bits; poisoned before. `packed`: codes, params, row_params."""
     batch, m, stride = x.shape
@@ -396,7 +404,7 @@ def wide(
         return np.array([0 if array is None else array.ctypes.data], np.uint64)
 
     steps = [np.array([0 if part is None else part.nbytes // batch], np.int64) for part in arrays]
-    scalars = [np.array([value], np.int32) for value in (batch, m, n, tiles, -(-k // 256), head)]
+    scalars = [np.array([value], np.int32) for value in (batch, m, n, tiles, -(-k // 256), head, band)]
     given = [
         mapped,
         *map(address, [*arrays, y, bias, partial, arrived]),
