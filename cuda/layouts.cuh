@@ -246,25 +246,6 @@ __device__ __forceinline__ void affine(const uint4& codes, u32 param, u32 (&out)
     out[3] = affine_pair<I>(codes.w, p);
 }
 
-// ---- Four-bit codes as they lie -----------------------------------------------------------------------------------
-//
-// As an FP16 number a nibble is q times 2^-24 where it ends a half, and q times 2^-20 four bits higher (BF16: 2^-133, 2^-129):
-// a pair of codes takes one instruction, which leaves nothing but them, and the product with the scale one more. A scale,
-// packed to be below four, can take 2^14 (2^125) upon itself. What comes out is a weight over RAW_UNIT.
-constexpr float RAW_UNIT = BF16 ? 256.0f : 1024.0f;
-
-// Scale and offset for the pairs of word I, from packed ones.
-template <int I>
-__device__ __forceinline__ u32 raw_param(u32 param) {
-    if constexpr (BF16) return bfloat_fma(to_bfloat(param), I % 2 ? 0x3b807c00 : 0x3b807e00, 0x80008000);
-    else return half_mul(param, I % 2 ? 0x14006400 : 0x14007400);
-}
-// The pair of word I by what that gave.
-template <int I>
-__device__ __forceinline__ u32 raw_affine_pair(u32 pairs, u32 param) {
-    return fma_pair((I < 2 ? pairs : pairs >> 8) & (I % 2 ? 0x00f000f0 : 0x000f000f), low_twice(param), high_twice(param));
-}
-
 // ---- Layouts -----------------------------------------------------------------------------------------------------
 //
 // A warp copies two tiles' codes and parameters, as they lie in memory, to a stage in shared memory, and reads its

@@ -19,27 +19,17 @@
 #define OVERLAP 0
 #include "ring.cuh"
 #include "halves.cuh"
+#include "boxes.cuh"
 #include "output.cuh"
 
 #ifndef ROTATE
 #define ROTATE 0
 #endif
+#ifndef WARM
+#define WARM 0
+#endif
 
 namespace tenpak {
-
-struct alignas(64) TensorMap {
-    u64 words[16];
-};
-__device__ __forceinline__ void prefetch_map(const TensorMap& map) {
-    asm volatile("prefetch.tensormap [%0];" :: "l"(&map) : "memory");
-}
-__device__ __forceinline__ void copy_box(u32 to, const TensorMap& map, int token, int tile, int matrix, u32 barrier) {
-    constexpr u64 KEEP_LONG = 0x14f0000000000000;
-    asm volatile(
-        "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint"
-        " [%0], [%1, {%2, %3, %4, %5}], [%6], %7;"
-        :: "r"(to), "l"(&map), "r"(0), "r"(token), "r"(tile), "r"(matrix), "r"(barrier), "l"(KEEP_LONG) : "memory");
-}
 
 constexpr int ROWS = GROUPS * STRIPS;
 constexpr int ALL_WARPS = WARPS + COPIERS;
@@ -111,7 +101,7 @@ rows(const __grid_constant__ tenpak::TensorMap x, const unsigned char* codes, co
      long long codes_step, long long params_step, long long row_params_step, int m, int n, int k, int tiles, int supers,
      int share_steps, float scale) {
     using namespace tenpak;
-    extern __shared__ __align__(1024) uint4 dynamic[];
+    extern __shared__ __align__(128) uint4 dynamic[];
     __shared__ u64 barriers[2 * DEPTH];
     const int warp = __shfl_sync(~0u, threadIdx.x / LANES, 0), lane = threadIdx.x % LANES;
     const int matrix = blockIdx.z;
@@ -119,7 +109,7 @@ rows(const __grid_constant__ tenpak::TensorMap x, const unsigned char* codes, co
     const int steps = (tiles + STEP_TILES - 1) / STEP_TILES;
     const Weight weight{codes + matrix * codes_step, params + matrix * params_step, row_params + matrix * row_params_step,
                         tiles, supers};
-    const u32 stages = keep_address(shared_address(dynamic)), full = keep_address(shared_address(barriers)), empty = full + 8 * DEPTH;
+    const u32 stages = keep_address((shared_address(dynamic) + 1023) / 1024 * 1024), full = keep_address(shared_address(barriers)), empty = full + 8 * DEPTH;
     // Each turn for each of the chunks of tokens, so many steps in all, of which a block does an equal share. The last share is the
     // first block's, so that who waits for sums waits for blocks that have begun before it.
     const int share = gridDim.x - 1 - blockIdx.x, from = share * share_steps;
@@ -150,7 +140,7 @@ rows(const __grid_constant__ tenpak::TensorMap x, const unsigned char* codes, co
         Copier copier(stages, full, warp - WARPS);
         each([&](int strip, int, int start, int count, int token) {
             copier.copy(weight, strip, strips, start, count, steps,
-                        [&](u32 to, int tile, u32 barrier) { copy_box(to, x, token, tile, matrix, barrier); });
+                        [&](u32 to, int tile, u32 barrier) { copy_tiles(to, x, token, tile, matrix, barrier, KEEP_LONG); });
         });
         copier.meet();
         return;
@@ -165,7 +155,9 @@ rows(const __grid_constant__ tenpak::TensorMap x, const unsigned char* codes, co
     int slot = 0;
     u32 phase = 0;
     Products products(Ring::place(stages + X_BYTES + group * BLOCK_STAGE_BYTES, sharer), stages + sharer * (STAGE_TILES * X_TILE_BYTES), lane);
-    __syncthreads();
+    // Some warps go once through what a step does, with whatever a stage holds, while the first is on its way, as its instructions then are.
+    bool warms = WARM && warp < 4;
+    if (!warms) __syncthreads();
     each([&](int strip, int first, int start, int count, int token) {
         const int tokens = min(TOKENS, m - token);
         Layout::Rows of_rows[STRIPS];
@@ -175,12 +167,19 @@ rows(const __grid_constant__ tenpak::TensorMap x, const unsigned char* codes, co
 #pragma unroll 1
         for (int i = 0, step = start; i < count; ++i) {
             const int tile = step * STEP_TILES + sharer * STAGE_TILES;
-            barrier_wait(full + 8 * slot, phase);
+            if (!warms) barrier_wait(full + 8 * slot, phase);
             const u32 on = slot * BYTES_OF_STAGE;
             if (tile < tiles) {
                 Products::Pair pair;
                 products.load(pair, on, lane);
                 products.multiply_at(pair, of_rows, on, tile + 1 < tiles);
+            }
+            if (warms) {
+                products.clear();
+                warms = false;
+                --i;
+                __syncthreads();
+                continue;
             }
             __syncwarp();
             if (lane == 0) barrier_arrive(empty + 8 * slot);

@@ -17,6 +17,12 @@
 // writes the activations' type, 1 FP32, 2 adds to FP32; -DACTIVATION (activation.cuh); -DGATED=1 where each strip has eight
 // rows of gates and then the eight rows that they multiply. With -DOVERLAP=1 the first weights are on their way before the
 // previous kernel has ended (overlap.cuh).
+#ifndef INTEGER
+#define INTEGER 0
+#endif
+#ifndef RAW
+#define RAW (!INTEGER)
+#endif
 #include "activation.cuh"
 #include "layouts.cuh"
 #include "overlap.cuh"

@@ -146,8 +146,10 @@ class Plan:
     scalars: tuple[Any, ...]
     partial_bytes: int
     counters: int
-    #: Tokens of a box, where the kernel takes a map of x (tensormap.py) and not its address.
+    #: Tokens of a box, where the kernel takes a map of x (tensormap.py) and not its address, and its tiles of 64 columns
+    #: where it has several.
     box: int = 0
+    box_tiles: int = 0
 
 
 def divide_up(a: int, b: int) -> int:
@@ -358,11 +360,12 @@ def rows_plan(device: Device, layout: str, n: int, k: int, m: int, batch: int = 
     turns = divide_up(strips, per_matrix * max(ROWS_FORMS))
     rows = min(r for r in ROWS_FORMS if r * per_matrix * turns >= strips)
     warps, sharers = ROWS_FORMS[rows]
-    copiers = 2 if rows == max(ROWS_FORMS) or m <= 4 else 4
-    of_x = 8 * columns * (sharers * 2 * TILE_COLS * 2 + 64)
-    of_stage = divide_up(divide_up(rows * sharers * stage, 128) * 128 + of_x, 128) * 128
-    sums = warps * 2 * columns * 512
-    depth = min(3 if rows == 2 else 4, (device.shared - sums) // of_stage)
+    copiers = 2
+    of_x = 8 * columns * sharers * 2 * TILE_COLS * 2
+    of_stage = divide_up(rows * sharers * stage + of_x, 1024) * 1024
+    # Stages begin at a multiple of 1024.
+    others = 1024 + warps * 2 * columns * 512
+    depth = min(3 if rows == 2 else 4, (device.shared - others) // of_stage)
     if depth < 2:
         return None
     defines = {
@@ -386,10 +389,12 @@ def rows_plan(device: Device, layout: str, n: int, k: int, m: int, batch: int = 
         defines,
         (grid, 1, batch),
         (32 * (warps + copiers),),
-        depth * of_stage + sums,
+        depth * of_stage + others,
         (int32(m), int32(n), int32(k), int32(tiles), int32(divide_up(k, 256)), int32(share)),
         batch * grid * rows * columns * 512,
         batch * grid,
+        8 * columns,
+        2 * sharers,
     )
 
 
