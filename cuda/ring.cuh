@@ -64,7 +64,7 @@ struct Ring {
     static __device__ __forceinline__ void init(u32 barriers) {
         for (int i = 0; i < DEPTH; ++i) {
             barrier_init(barriers + 8 * i, COPIERS);
-            barrier_init(barriers + 8 * (DEPTH + i), SHARERS);
+            barrier_init(barriers + 8 * (DEPTH + i), SHARERS * ARRIVALS);
         }
     }
     __device__ __forceinline__ void advance(int by) {
@@ -79,8 +79,7 @@ struct Ring {
         return slot * STRIPS * BLOCK_STAGE_BYTES;
     }
     __device__ __forceinline__ void release(int lane) {
-        __syncwarp();
-        if (lane == 0) barrier_arrive(empty + 8 * slot);
+        warp_arrives(empty + 8 * slot, lane);
         advance(GROUPS);
     }
 

@@ -131,7 +131,7 @@ rows(const __grid_constant__ tenpak::TensorMap x, const unsigned char* codes, co
             prefetch_map(x);
             for (int i = 0; i < DEPTH; ++i) {
                 barrier_init(full + 8 * i, COPIERS);
-                barrier_init(empty + 8 * i, WARPS);
+                barrier_init(empty + 8 * i, WARPS * ARRIVALS);
             }
             barriers_ready();
         }
@@ -181,8 +181,7 @@ rows(const __grid_constant__ tenpak::TensorMap x, const unsigned char* codes, co
                 __syncthreads();
                 continue;
             }
-            __syncwarp();
-            if (lane == 0) barrier_arrive(empty + 8 * slot);
+            warp_arrives(empty + 8 * slot, lane);
             if (++step == steps) step = 0;
             if (++slot == DEPTH) {
                 slot = 0;

@@ -57,16 +57,11 @@ static_assert(DEPTH >= GROUPS, "every group of warps has a step");
 #endif
 // The barrier where copiers meet (of a block's; the others are in shared memory).
 constexpr int READY = 1;
-#ifndef EVERY_LANE
-#define EVERY_LANE 0
-#endif
 // Steps of x that the copy engine may bring one by one.
 constexpr int X_STEPS = ENGINE && !INTEGER && !NORM ? 32 : 0;
 
-// Of sums in shared memory: whether a buffer has been written by all warps, and whether it has been read. A lane arrives for its
-// warp; with -DEVERY_LANE=1 each does, which compute-sanitizer's racecheck follows.
+// Of sums in shared memory: whether a buffer has been written by all warps, and whether it has been read.
 struct SumsBarriers {
-    static constexpr int ARRIVING = EVERY_LANE ? LANES : 1;
     u32 at;
     u32 phases = 0;  // a bit for each buffer: of its next use
 
@@ -74,22 +69,18 @@ struct SumsBarriers {
     // By one thread.
     __device__ __forceinline__ void init() const {
         for (int i = 0; i < BUFFERS; ++i) {
-            barrier_init(at + 8 * i, WARPS * ARRIVING);
-            barrier_init(at + 8 * (BUFFERS + i), ARRIVING);
+            barrier_init(at + 8 * i, WARPS * ARRIVALS);
+            barrier_init(at + 8 * (BUFFERS + i), ARRIVALS);
         }
-    }
-    static __device__ __forceinline__ void arrive(u32 barrier, int lane) {
-        __syncwarp();
-        if (EVERY_LANE || lane == 0) barrier_arrive(barrier);
     }
     __device__ __forceinline__ void wait_until_read(int buffer) const { barrier_wait(at + 8 * (BUFFERS + buffer), ~(phases >> buffer) & 1); }
     __device__ __forceinline__ void written(int buffer, int lane) {
-        arrive(at + 8 * buffer, lane);
+        warp_arrives(at + 8 * buffer, lane);
         phases ^= 1 << buffer;
     }
     __device__ __forceinline__ void wait_until_written(int buffer) const { barrier_wait(at + 8 * buffer, phases >> buffer & 1); }
     __device__ __forceinline__ void read(int buffer, int lane) {
-        arrive(at + 8 * (BUFFERS + buffer), lane);
+        warp_arrives(at + 8 * (BUFFERS + buffer), lane);
         phases ^= 1 << buffer;
     }
 };
