@@ -62,17 +62,16 @@ struct Digits {
         return (b * (BLOCK_BYTES + 4 + (TABLES ? 0 : BLOCK_COLS / UNIT * 4)) + 127) / 128 * 128 + 32;
     }
 
-    // Four neighbouring values; zeros beyond k.
-    static __device__ __forceinline__ uint2 load(const XSlice& from, const u16* row, int column, bool vectors) {
-        const int at = from.first_column + column, left = min(from.k - at, from.columns - column);
+    // Four neighbouring values, of which so many are there; zeros beyond.
+    static __device__ __forceinline__ uint2 load(const u16* values, int there, bool vectors) {
         uint2 v = make_uint2(0, 0);
-        if (__builtin_expect(vectors, 1)) {
-            if (left >= 4) v = __ldg(reinterpret_cast<const uint2*>(row + at));
+        if (vectors) {
+            if (there >= 4) v = __ldg(reinterpret_cast<const uint2*>(values));
         } else {
             // Rows that are not aligned: rare, so short rather than fast.
 #pragma unroll 1
             for (int i = 0; i < 4; ++i) {
-                const u32 next = i < left ? row[at + i] : 0;
+                const u32 next = i < there ? values[i] : 0;
                 v.x = v.x >> 16 | v.y << 16;
                 v.y = v.y >> 16 | next << 16;
             }
@@ -169,13 +168,19 @@ struct Digits {
         __device__ __forceinline__ explicit Staging(const XSlice& from)
             : from(from), vectors(from.aligned(8)), warp(threadIdx.x / LANES), lane(threadIdx.x % LANES), count(blocks(from.columns)),
               items(from.tokens * count) {}
-        __device__ __forceinline__ void load_from(uint2 (&to)[AT_ONCE], int first) const {
+        template <bool VECTORS>
+        __device__ __forceinline__ void load_as(uint2 (&to)[AT_ONCE], int first) const {
 #pragma unroll
             for (int i = 0; i < AT_ONCE; ++i) {
                 const int item = first + i * WARPS, token = TOKENS == 1 ? 0 : item / count;
-                to[i] = make_uint2(0, 0);
-                if (item < items) to[i] = load(from, from.x + token * from.stride, (item - token * count) * BLOCK_COLS + lane * 4, vectors);
+                const int column = (item - token * count) * BLOCK_COLS + lane * 4, at = from.first_column + column;
+                const int there = item < items ? min(from.k - at, from.columns - column) : 0;
+                to[i] = load(from.x + token * from.stride + at, there, VECTORS);
             }
+        }
+        __device__ __forceinline__ void load_from(uint2 (&to)[AT_ONCE], int first) const {
+            if (vectors) load_as<true>(to, first);
+            else load_as<false>(to, first);
         }
         __device__ __forceinline__ void begin(u8*, int) { load_from(values, warp); }
         __device__ __forceinline__ void end(u8* to, int row_bytes) {

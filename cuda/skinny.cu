@@ -132,8 +132,10 @@ skinny(const unsigned char* codes, const unsigned char* params, const unsigned c
     auto weight_of = [&] {
         return Weight{codes + matrix * codes_step, params + matrix * params_step, row_params + matrix * row_params_step, tiles, supers};
     };
-    const long long begin = offsets ? offsets[matrix] : (long long)matrix * m;
-    const int total = offsets ? offsets[matrix + 1] - (int)begin : m;
+    // In integers there are no more tokens than one chunk has, and none of experts.
+    const bool grouped = !INTEGER && offsets;
+    const long long begin = grouped ? offsets[matrix] : (long long)matrix * m;
+    const int total = grouped ? offsets[matrix + 1] - (int)begin : m;
     if (OVERLAP) let_next_begin();
     if (total <= 0) return;
 
@@ -143,7 +145,7 @@ skinny(const unsigned char* codes, const unsigned char* params, const unsigned c
     u8* staged_x = stages + DEPTH * STRIPS * BLOCK_STAGE_BYTES;
     __shared__ u64 barriers_of_sums[2 * BUFFERS];
     SumsBarriers buffers(keep_address(shared_address(barriers_of_sums)));
-    const int chunks = (total + TOKENS - 1) / TOKENS;
+    const int chunks = INTEGER ? 1 : (total + TOKENS - 1) / TOKENS;
     auto slice_of_x = [&](int chunk) {
         const int token = chunk * TOKENS;
         return XSlice{x + (begin + token) * x_stride, x_stride, min(TOKENS, total - token),
