@@ -26,8 +26,23 @@ __device__ __forceinline__ void barrier_expect(u32 barrier, u32 bytes) {
 __device__ __forceinline__ void barrier_wait(u32 barrier, u32 parity) {
     asm volatile(
         "{\n.reg .pred done;\n"
+#if __CUDA_ARCH__ >= 900
         "again: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+#else
+        "again: mbarrier.test_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+#endif
         "@!done bra again;\n}" :: "r"(barrier), "r"(parity) : "memory");
+}
+
+// What other blocks have stored, and all that they had stored before it.
+__device__ __forceinline__ u32 load_acquire(const u32* at) {
+    u32 seen;
+    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(seen) : "l"(at) : "memory");
+    return seen;
+}
+// After all that this thread, and those that met it at a barrier, have stored.
+__device__ __forceinline__ void add_release(u32* at, u32 value) {
+    asm volatile("red.release.gpu.global.add.u32 [%0], %1;" :: "l"(at), "r"(value) : "memory");
 }
 
 // From global to shared memory, in the background; addresses and `bytes` are multiples of 16, and a copy to a place that is none

@@ -66,14 +66,10 @@ __device__ __forceinline__ bool elected() {
     return yes;
 }
 
-// One of a block's barriers, for OF of its threads: some wait there for others, which only arrive.
+// One of a block's barriers, for OF of its threads.
 template <int OF>
 __device__ __forceinline__ void wait_at_barrier(int barrier) {
     asm volatile("bar.sync %0, %1;" :: "r"(barrier), "n"(OF) : "memory");
-}
-template <int OF>
-__device__ __forceinline__ void arrive_at_barrier(int barrier) {
-    asm volatile("bar.arrive %0, %1;" :: "r"(barrier), "n"(OF) : "memory");
 }
 
 }  // namespace tenpak

@@ -98,6 +98,8 @@ ENGINE = """
 #include <map>
 
 namespace tenpak {
+inline u32 load_acquire(const u32* at) { return *at; }
+inline void add_release(u32* at, u32 value) { *at += value; }
 inline void check(bool holds, const char* what) {
     if (holds) return;
     fprintf(stderr, "%s\\n", what);
@@ -195,10 +197,41 @@ inline void copy_bulk_once(u32 to, const void* from, u32 bytes, u32 barrier) { c
 }
 """
 
+#: Stands in for cuda/boxes.cuh.
+BOXES = """
+#pragma once
+#include "engine.cuh"
+
+namespace tenpak {
+constexpr u64 KEEP_LONG = 2;
+struct TensorMap { u64 x, stride; int columns, rows, matrices, unused; u64 more[12]; };
+inline void prefetch_map(const TensorMap&) {}
+// A tile of a box, in sixteen bytes each; those that reach beyond the matrix are zeros (the test's rows end between two).
+inline void copy_tile(u32 to, const TensorMap& map, int column, int row, int matrix, u32 barrier) {
+    check(to % 1024 == 0, "a box is not aligned");
+    for (int r = 0; r < TOKENS; ++r)
+        for (int c = 0; c < 8; ++c) {
+            const u32 at = to + r * 128 + c * 16;
+            const bool there = row + r < map.rows && column + 8 * c < map.columns;
+            const u16* from = (const u16*)map.x + ((u64)matrix * map.rows + row + r) * map.stride + column + 8 * c;
+            ask_for({{{at ^ (at >> 7 & 7) << 4, there ? (const u8*)from : nullptr, 16}}, false}, barrier);
+        }
+}
+inline void copy_box(u32 to, const TensorMap& map, int column, int row, int matrix, u32 barrier, u64) {
+    copy_tile(to, map, column, row, matrix, barrier);
+}
+#ifdef SHARERS
+inline void copy_tiles(u32 to, const TensorMap& map, int token, int tile, int matrix, u32 barrier, u64) {
+    for (int j = 0; j < STEP_TILES; ++j) copy_tile(to + j * TOKENS * 128, map, (tile + j) * 64, token, matrix, barrier);
+}
+#endif
+}
+"""
+
 #: Stands in for cuda/hopper.cuh.
 HOPPER = """
 #pragma once
-#include "engine.cuh"
+#include "boxes.cuh"
 
 namespace tenpak {
 inline uint4 load_matrices(u32 row) {
@@ -212,8 +245,6 @@ inline uint4 load_matrices(u32 row) {
     return {v[0], v[1], v[2], v[3]};
 }
 
-inline u32 load_acquire(const u32* at) { return *at; }
-inline void add_release(u32* at, u32 value) { *at += value; }
 static Barrier of_groups[8];
 inline void group_barrier(int group) { arrive(of_groups[group], 128); }
 inline void wait_for_block(int threads) { arrive(block, threads); }
@@ -245,8 +276,6 @@ inline float4 read_there(u32 at) {
     return v;
 }
 
-constexpr u64 KEEP_LONG = 2;
-struct TensorMap { u64 x, stride; int columns, rows, matrices, unused; u64 more[12]; };
 template <int MOST>
 void copy_run(u32 to, const u8* from, u32 bytes, int lane, int place) {
     check(bytes <= MOST, "a run is longer than its most");
@@ -258,18 +287,6 @@ void copy_run(u32 to, const u8* from, u32 bytes, int lane, int place) {
 inline void copies_arrive(u32 barrier) {
     ask_for({std::move(asked_for[threadIdx.x]), true}, barrier);
     asked_for[threadIdx.x].clear();
-}
-inline void prefetch_map(const TensorMap&) {}
-// In sixteen bytes each; those that reach beyond the matrix are zeros (the test's rows end between two).
-inline void copy_box(u32 to, const TensorMap& map, int column, int row, int matrix, u32 barrier, u64) {
-    check(to % 1024 == 0, "a box is not aligned");
-    for (int r = 0; r < TOKENS; ++r)
-        for (int c = 0; c < 8; ++c) {
-            const u32 at = to + r * 128 + c * 16;
-            const bool there = row + r < map.rows && column + 8 * c < map.columns;
-            const u16* from = (const u16*)map.x + ((u64)matrix * map.rows + row + r) * map.stride + column + 8 * c;
-            ask_for({{{at ^ (at >> 7 & 7) << 4, there ? (const u8*)from : nullptr, 16}}, false}, barrier);
-        }
 }
 template <int COUNT> void take_registers() {}
 template <int COUNT> void leave_registers() {}
@@ -349,7 +366,7 @@ FLAGS = ["-fno-gnu-unique", "-DASCENDING=1"]
 
 @functools.cache
 def _library(defines: tuple[tuple[str, object], ...]) -> ctypes.CDLL:
-    stand_ins = {"warp.cuh": WARP, "layouts.cuh": layouts_on_cpu(), "engine.cuh": ENGINE, "hopper.cuh": HOPPER}
+    stand_ins = {"warp.cuh": WARP, "layouts.cuh": layouts_on_cpu(), "engine.cuh": ENGINE, "boxes.cuh": BOXES, "hopper.cuh": HOPPER}
     dynamic = "extern __shared__ __align__(1024) u8 dynamic[];", "u8* const dynamic = dynamic_memory();"
     return built("wide.cu", "wide", defines, "sm_90a", stand_ins, [*FLAGS, "-DSKIPS=1"], dynamic)
 
@@ -363,6 +380,14 @@ def aligned(array: NDArray[Any] | None) -> NDArray[Any] | None:
     copy = memory[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
     copy[...] = array
     return copy
+
+
+def tensor_map(x: NDArray[Any], k: int) -> NDArray[Any]:
+    """TensorMap, as `BOXES` has it, of the first k columns of x [batch, m, at least k]."""
+    batch, m, stride = x.shape
+    mapped = np.zeros(1, np.dtype([("wide", "<u8", 2), ("narrow", "<i4", 4), ("more", "<u8", 12)]))
+    mapped["wide"], mapped["narrow"] = (x.ctypes.data, stride), (k, m, batch, 0)
+    return mapped
 
 
 def wide(
@@ -396,9 +421,7 @@ def wide(
     assert y is not None
     assert partial is not None
     assert arrived is not None
-    # TensorMap, as HOPPER has it.
-    mapped = np.zeros(1, np.dtype([("wide", "<u8", 2), ("narrow", "<i4", 4), ("more", "<u8", 12)]))
-    mapped["wide"], mapped["narrow"] = (x.ctypes.data, stride), (k, m, batch, 0)
+    mapped = tensor_map(x, k)
 
     def address(array: NDArray[Any] | None) -> NDArray[np.uint64]:
         return np.array([0 if array is None else array.ctypes.data], np.uint64)

@@ -164,7 +164,7 @@ def run(
     partial, counters = workspace.partial.data.ptr, workspace.counters.data.ptr
     arguments: tuple[Any, ...]
     if p.box:
-        boxes = tensormap.map_of(x, w.shape[1], m, batch, stride, p.box, bf16)
+        boxes = tensormap.map_of(x, w.shape[1], m, batch, stride, p.box, bf16, p.box_tiles)
         arguments = (boxes, *weights, y, bias, partial, counters, *steps)
     elif p.source == "prefill.cu":
         arguments = (*weights, x, y, bias, partial, counters, *steps, stride)
