@@ -6,7 +6,8 @@
 Needs CuPy and torch, which has tinygemm; Humming and GemLite are measured where they are installed. Random packed
 weights: speed does not depend on what they hold, but correctness does, so every product is first compared with the
 unpacked weight's in FP32. Times are medians over replays of a CUDA graph that goes round copies of the weight larger
-than three times L2, from 256 tokens on in turns with cuBLAS's, for clocks fall with power; products that unpack the weight for cuBLAS are not captured and are timed as a run of calls.
+than three times L2, from 256 tokens on in turns with cuBLAS's, for clocks fall with power; products that unpack the
+weight for cuBLAS are not captured and are timed as a run of calls.
 `floor` is the time to read the weight once at the speed of a plain read of as many bytes, or to multiply at 790
 TFLOP/s (both measured on an H200), whichever is longer. Left out: packing, and what a Python call costs outside a
 graph.
