@@ -270,7 +270,7 @@ def test_choices_made_ahead_are_those_of_products():
             here = ahead.device(*about, capability)
             for n, k in shapes:
                 for in_boxes in (False, True):
-                    last = min(plans.dense_from(here.hopper, in_boxes), 2100)
+                    last = min(plans.dense_from("int4_lut16", here.hopper, in_boxes), 2100)
                     for m in range(1, last):
                         plan = plans.choose(here, "int4_lut16", n, k, m, in_boxes=in_boxes)
                         chosen = (plan.source, tuple(sorted(plan.defines.items())))
