@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike, DTypeLike
 from tenpak import _core, dtypes
 from tenpak import artifact as _artifact
 from tenpak.errors import InputError, UnsupportedError, UsageError
-from tenpak.evaluate import Device
+from tenpak.evaluate import Device, array_module
 from tenpak.progress import Progress, StageProgress
 from tenpak.statistics import tokens_of
 from tenpak.threads import checked_threads
@@ -184,6 +184,8 @@ def compress(
     """
     if encoder not in ("gptq", "diag"):
         raise UsageError(f"unknown encoder {encoder!r}; choose gptq or diag")
+    # Before the minutes that encoding takes.
+    array_module(device)
     if calibration == "self":
         return _compress_with_own_text(
             src,

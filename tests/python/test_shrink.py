@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -118,6 +119,13 @@ def test_norms_that_a_rule_gives_a_codec_stay(tmp_path, llama):
 def test_only_artifacts_have_norms_to_shrink(tmp_path, llama):
     with pytest.raises(UsageError, match="compress the model first"):
         shrink_norms(llama, tmp_path / "b.tenpak", llama, TOKENS)
+
+
+def test_a_device_that_is_missing_is_noticed_first(tmp_path, llama, monkeypatch):
+    monkeypatch.setitem(sys.modules, "cupy", None)
+    with pytest.raises(UsageError, match="needs CuPy"):
+        tenpak.compress(llama, tmp_path / "a.tenpak", calibration="none", device="cuda")
+    assert not files_in(tmp_path)
 
 
 def test_a_gpu_finds_the_same_factors(tmp_path, model, plain):
