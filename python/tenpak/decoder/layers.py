@@ -13,10 +13,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tenpak.decoder.config import Activation, Rope
+from tenpak.threads import share_out
 
 #: Scores that exist at once: on a CPU what its cache holds, elsewhere enough to keep a device busy.
 _SCORES_CPU = 1 << 20
 _SCORES = 1 << 26
+#: Elements of keys from which on one token's attention is worth several threads.
+_SHARED = 1 << 18
 
 
 class RMSNorm:
@@ -207,7 +210,14 @@ def attention(q: Any, k: Any, v: Any, scale: float, window: int | None = None, *
         # All heads of a group at once, so that keys and values are read once.
         low = 0 if window is None else max(0, total - window)
         q = q.reshape(batch, kv_heads, group, head_dim) * np.float32(scale)
-        out[:, 0] = _mixed(q @ k[:, :, low:].swapaxes(-1, -2), v[:, :, low:], xp)
+
+        def attend(part: slice) -> None:
+            out[part, 0] = _mixed(q[part] @ k[part, :, low:].swapaxes(-1, -2), v[part, :, low:], xp)
+
+        if xp is np and k.size >= _SHARED:
+            share_out(attend, batch)
+        else:
+            attend(slice(None))
         return out.reshape(batch, steps, heads * head_dim)
     q = q.reshape(batch, kv_heads, group, steps, head_dim) * np.float32(scale)
     k, v = k[:, :, None].swapaxes(-1, -2), v[:, :, None]
