@@ -7,9 +7,11 @@
 // tokens with no thread's help. (int4_lut16, whose words are in order, reads all of its quad's.)
 //
 // Each layout has: PARAM_BYTES(tiles) of so many tiles of a strip (of two, the first being even), and params(weight, strip,
-// k), where those of tile k begin; SUPER_BYTES and supers(weight, strip, k) alike; Tile, a lane's registers for one tile, read by
-// load<J>(codes, params, supers, lane); and operand<QUARTER>(tile, rows, lane, a), columns 16 * QUARTER .. 16 * QUARTER + 15: a[0] and a[1] are
-// rows g and g + 8 of the first chunk, a[2] and a[3] of the second.
+// k), where those of tile k begin, and params_of_strip(weight), how far from a strip's those of the next are; SUPER_BYTES,
+// supers(weight, strip, k) and supers_of_strip(weight) alike; Tile, a lane's registers for one tile, read by
+// load<J>(codes, params, supers, lane); rows(weight, strip, lane), its registers for one strip; operand<QUARTER>(tile, rows, lane,
+// a), columns 16 * QUARTER .. 16 * QUARTER + 15: a[0] and a[1] are rows g and g + 8 of the first chunk, a[2] and a[3] of the
+// second; and row_scale(rows, high), which multiplies the accumulators of rows g and g + 8.
 #pragma once
 #include "hopper.cuh"
 
@@ -21,9 +23,18 @@ __device__ __forceinline__ int place_of(int lane) { return lane ^ lane / 8; }
 // Where what this lane reads of four chunks begins: row lane % 8 of chunk lane / 8.
 __device__ __forceinline__ u32 row_of_chunk(u32 codes, int lane) { return codes + 16 * place_of(lane % 8 * 4 + lane / 8); }
 
+// Rows as layouts.cuh has them.
+template <class Layout>
+struct RowsOf {
+    using Rows = typename Layout::Rows;
+    static __device__ __forceinline__ Rows rows(const Weight& w, int strip, int lane) { return Layout::rows(w, strip, lane); }
+    static __device__ __forceinline__ float row_scale(const Rows& rows, bool high) { return Layout::row_scale(rows, high); }
+};
+
 struct NoSupers {
     static constexpr int SUPER_BYTES = 0;
     static __device__ __forceinline__ const u8* supers(const Weight&, int, int) { return nullptr; }
+    static __device__ __forceinline__ u32 supers_of_strip(const Weight&) { return 0; }
 };
 
 // What the four lanes of this one's quad have.
@@ -40,17 +51,19 @@ struct QuadCodes {
     }
 };
 
-// For layouts with scale and offset: param<WORD>(tile, rows, c) is the pair for that word of lane c.
+// For layouts with scale and offset, whose codes are taken as they lie.
 template <class Layout, class Params>
 struct AffineColumns : NoSupers {
     struct Tile {
         uint4 pairs;  // t of all four lanes' words, as layouts.cuh has them
         typename Params::Held params;
     };
+    using Rows = typename Layout::Rows;
     static constexpr int PARAM_BYTES(int tiles) { return Params::BYTES * Params::units(tiles); }
     static __device__ __forceinline__ const u8* params(const Weight& w, int strip, int k) {
         return w.params + (size_t)(u32)(strip * Params::units(w.tiles) + Params::unit(k)) * Params::BYTES;
     }
+    static __device__ __forceinline__ u32 params_of_strip(const Weight& w) { return Params::units(w.tiles) * Params::BYTES; }
     template <int J>
     static __device__ __forceinline__ Tile load(u32 codes, u32 params, u32, int lane) {
         Tile tile;
@@ -58,21 +71,30 @@ struct AffineColumns : NoSupers {
         Params::load(tile.params, params + Params::unit(J) * Params::BYTES, lane);
         return tile;
     }
+    static __device__ __forceinline__ Rows rows(const Weight& w, int strip, int lane) {
+        Rows rows = Layout::rows(w, strip, lane);
+        Params::scale(rows);
+        return rows;
+    }
+    static __device__ __forceinline__ float row_scale(const Rows&, bool) { return RAW_UNIT; }
     template <int QUARTER>
-    static __device__ __forceinline__ void operand(const Tile& tile, const typename Layout::Rows& rows, int lane, u32 (&a)[4]) {
+    static __device__ __forceinline__ void operand(const Tile& tile, const Rows& rows, int lane, u32 (&a)[4]) {
         constexpr int UPPER = QUARTER / 2 * 2, LOWER = UPPER + 1, FIRST = QUARTER % 2 * 2, SECOND = FIRST + 1;
         const u32 first = FourBit::word(tile.pairs, FIRST), second = FourBit::word(tile.pairs, SECOND);
-        auto as_activations = [](u32 param) { return BF16 ? to_bfloat(param) : param; };
-        a[0] = affine_pair<UPPER>(first, as_activations(Params::template pair<UPPER>(tile.params, rows, FIRST)));
-        a[1] = affine_pair<LOWER>(first, as_activations(Params::template pair<LOWER>(tile.params, rows, FIRST)));
-        a[2] = affine_pair<UPPER>(second, as_activations(Params::template pair<UPPER>(tile.params, rows, SECOND)));
-        a[3] = affine_pair<LOWER>(second, as_activations(Params::template pair<LOWER>(tile.params, rows, SECOND)));
+        a[0] = raw_affine_pair<UPPER>(first, Params::template raw<UPPER>(tile.params, rows, FIRST));
+        a[1] = raw_affine_pair<LOWER>(first, Params::template raw<LOWER>(tile.params, rows, FIRST));
+        a[2] = raw_affine_pair<UPPER>(second, Params::template raw<UPPER>(tile.params, rows, SECOND));
+        a[3] = raw_affine_pair<LOWER>(second, Params::template raw<LOWER>(tile.params, rows, SECOND));
     }
 };
 
-// Each has BYTES for a unit; there are units(tiles), and tile k's is unit(k).
+// Each has BYTES for a unit; there are units(tiles), and tile k's is unit(k). raw<WORD>(held, rows, c) is raw_param of that
+// word of lane c; scale(rows), once a strip, does what can be done for that beforehand.
+struct PairsOnly {
+    static __device__ __forceinline__ void scale(const NoRows&) {}
+};
 template <int GROUP>
-struct PairsOfTile {
+struct PairsOfTile : PairsOnly {
     static constexpr int SUBGROUPS = 32 / GROUP, BYTES = AffinePairs<GROUP>::BYTES;
     struct Held {
         uint4 of[SUBGROUPS];
@@ -83,14 +105,14 @@ struct PairsOfTile {
 #pragma unroll
         for (int i = 0; i < SUBGROUPS; ++i) held.of[i] = read<uint4>(params + (lane / 4 * SUBGROUPS + i) * 16);
     }
-    template <int WORD, class Rows>
-    static __device__ __forceinline__ u32 pair(const Held& held, const Rows&, int c) {
-        return FourBit::word(held.of[c * SUBGROUPS / 4], WORD);
+    template <int WORD>
+    static __device__ __forceinline__ u32 raw(const Held& held, const NoRows&, int c) {
+        return raw_param<WORD>(FourBit::word(held.of[c * SUBGROUPS / 4], WORD));
     }
 };
 
 template <int GROUP>
-struct PairsOfTiles {
+struct PairsOfTiles : PairsOnly {
     static constexpr int TILES = AffineWide<GROUP>::TILES, BYTES = AffineWide<GROUP>::BYTES;
     struct Held {
         uint2 of;
@@ -100,9 +122,9 @@ struct PairsOfTiles {
     static __device__ __forceinline__ void load(Held& held, u32 params, int lane) {
         held.of = read<uint2>(params + lane / 4 * 8);
     }
-    template <int WORD, class Rows>
-    static __device__ __forceinline__ u32 pair(const Held& held, const Rows&, int) {
-        return WORD % 2 ? held.of.y : held.of.x;
+    template <int WORD>
+    static __device__ __forceinline__ u32 raw(const Held& held, const NoRows&, int) {
+        return raw_param<WORD>(WORD % 2 ? held.of.y : held.of.x);
     }
 };
 
@@ -118,16 +140,28 @@ struct BytesOfTile {
 #pragma unroll
         for (int i = 0; i < SUBGROUPS; ++i) held.of[i] = read<uint2>(params + (lane / 4 * SUBGROUPS + i) * 8);
     }
-    template <int WORD, class Rows>
-    static __device__ __forceinline__ u32 pair(const Held& held, const Rows& rows, int c) {
+    // In FP16 the scale's u is multiplied by 2^14 ds (or 2^10 ds), and the offset's v 2^-10 by do, which may be too small
+    // to be divided.
+    using Rows = typename AffineBytes<GROUP>::Rows;
+    static __device__ __forceinline__ void scale(Rows& rows) {
+        if (BF16) return;
+        rows.base[0] = raw_param<0>(rows.base[0]);
+        rows.base[1] = raw_param<1>(rows.base[1]);
+        rows.step[0] = half_mul(rows.step[0], 0x3c007400);
+        rows.step[1] = half_mul(rows.step[1], 0x3c006400);
+    }
+    template <int WORD>
+    static __device__ __forceinline__ u32 raw(const Held& held, const Rows& rows, int c) {
         const uint2& p = held.of[c * SUBGROUPS / 4];
-        const u32 bytes = permute(WORD < 2 ? p.x : p.y, 0x64646464, WORD % 2 ? 0x4342 : 0x4140);
-        return half_fma(half_sub(bytes, 0x64006400), rows.step[WORD % 2], rows.base[WORD % 2]);
+        const u32 bytes = permute(WORD < 2 ? p.x : p.y, BF16 ? 0x6464 : 0x3c64, WORD % 2 ? 0x5342 : 0x5140);
+        // (1024 + u, 1 + v / 1024), or both above 1024.
+        const u32 param = half_fma(half_sub(bytes, BF16 ? 0x64006400 : 0x3c006400), rows.step[WORD % 2], rows.base[WORD % 2]);
+        return BF16 ? raw_param<WORD>(param) : param;
     }
 };
 
 // Codes in order, so that byte t is pair t, and two chunks of a row make one look-up: they are in one group.
-struct Lut16Columns {
+struct Lut16Columns : RowsOf<Lut16> {
     static constexpr int SUPER_BYTES = Lut16::SUPER_BYTES;
     struct Tile {
         QuadCodes codes;
@@ -138,9 +172,11 @@ struct Lut16Columns {
     static __device__ __forceinline__ const u8* params(const Weight& w, int strip, int k) {
         return w.params + (size_t)(u32)(strip * w.tiles + k) * Lut16::SCALE_BYTES;
     }
+    static __device__ __forceinline__ u32 params_of_strip(const Weight& w) { return w.tiles * Lut16::SCALE_BYTES; }
     static __device__ __forceinline__ const u8* supers(const Weight& w, int strip, int k) {
         return w.row_params + (size_t)(u32)(strip * w.supers + k / Lut16::SUPER_TILES) * SUPER_BYTES;
     }
+    static __device__ __forceinline__ u32 supers_of_strip(const Weight& w) { return w.supers * SUPER_BYTES; }
     template <int J>
     static __device__ __forceinline__ Tile load(u32 codes, u32 params, u32 supers, int lane) {
         Tile tile;
@@ -176,12 +212,13 @@ struct Lut16Columns {
     }
 };
 
-struct EightBitColumns : NoSupers {
+struct EightBitColumns : NoSupers, RowsOf<EightBit> {
     struct Tile {
         uint4 pairs[2];  // of each half: t of all four lanes' words
     };
     static constexpr int PARAM_BYTES(int) { return 0; }
     static __device__ __forceinline__ const u8* params(const Weight&, int, int) { return nullptr; }
+    static __device__ __forceinline__ u32 params_of_strip(const Weight&) { return 0; }
     template <int J>
     static __device__ __forceinline__ Tile load(u32 codes, u32, u32, int lane) {
         const u32 at = row_of_chunk(codes + J * EightBit::CODE_BYTES, lane);

@@ -58,22 +58,10 @@ __device__ __forceinline__ float reciprocal(float x) {
     return y;
 }
 
-// True in one lane of a warp whose lanes are all here. What the others know, too, then stays in uniform registers, and to ask for
-// a copy takes a few instructions; under any other condition it takes a loop over lanes.
-__device__ __forceinline__ bool elected() {
-    u32 yes;
-    asm volatile("{\n.reg .pred p;\nelect.sync _|p, 0xffffffff;\nselp.u32 %0, 1, 0, p;\n}" : "=r"(yes));
-    return yes;
-}
-
-// One of a block's barriers, for OF of its threads: some wait there for others, which only arrive.
+// One of a block's barriers, for OF of its threads.
 template <int OF>
 __device__ __forceinline__ void wait_at_barrier(int barrier) {
     asm volatile("bar.sync %0, %1;" :: "r"(barrier), "n"(OF) : "memory");
-}
-template <int OF>
-__device__ __forceinline__ void arrive_at_barrier(int barrier) {
-    asm volatile("bar.arrive %0, %1;" :: "r"(barrier), "n"(OF) : "memory");
 }
 
 }  // namespace tenpak

@@ -78,12 +78,26 @@ struct Products {
         for (int column = 0; column < COLUMNS; ++column)
             x[column] = staged + min(column * 8 + lane / 4, tokens - 1) * row_bytes + lane % 4 * 16;
     }
+#if BOXED
+    // x in boxes of 64 columns, swizzled by 128 bytes. Column g of a product is token g / 2 + g % 2 * 4, so that eight lanes read both
+    // halves of lines.
+    __device__ __forceinline__ Products(const PairAt& at, u32 staged, int lane) : at(at) {
+        const int token = lane / 8 + lane / 4 % 2 * 4;
+#pragma unroll
+        for (int column = 0; column < COLUMNS; ++column)
+            x[column] = staged + (column * 8 + token) * (TILE_COLS * 2) + (lane % 4 ^ token) * 16;
+    }
+#endif
     static __device__ __forceinline__ void prepare(int thread) {
 #ifdef LUT16_TABLES
         Lut16::prepare(thread, Lut16::BIASED_XOR);
 #endif
     }
 
+    __device__ __forceinline__ void move_x(u32 by) {
+#pragma unroll
+        for (int column = 0; column < COLUMNS; ++column) x[column] += by;
+    }
     __device__ __forceinline__ void clear() {
 #pragma unroll
         for (int s = 0; s < STRIPS; ++s)
@@ -109,7 +123,11 @@ struct Products {
     __device__ __forceinline__ void multiply_half(const Pair& pair, const Layout::Rows (&rows)[STRIPS], int offset) {
         uint4 b[COLUMNS];
 #pragma unroll
+#if BOXED
+        for (int column = 0; column < COLUMNS; ++column) b[column] = read<uint4>((x[column] ^ 64 * HALF) + offset + J * (TOKENS * TILE_COLS * 2));
+#else
         for (int column = 0; column < COLUMNS; ++column) b[column] = read<uint4>(x[column] + offset + J * (TILE_COLS * 2) + 64 * HALF);
+#endif
 #pragma unroll
         for (int s = 0; s < STRIPS; ++s) {
             u32 a[2][4];

@@ -3,6 +3,7 @@
 // Apart from the kernels so that tests can put plain C++ in its place and run them on a CPU. sm_90a. -DTOKENS, the columns
 // of a product.
 #pragma once
+#include "boxes.cuh"
 #include "cluster.cuh"
 #include "engine.cuh"
 
@@ -17,6 +18,13 @@ __device__ __forceinline__ int lane_of_warp() {
     return lane;
 }
 
+// A pointer that is not put together anew for every use.
+__device__ __forceinline__ const u8* keep_pointer(const u8* pointer) {
+    const u8* kept;
+    asm volatile("mov.b64 %0, %1;" : "=l"(kept) : "l"(pointer));
+    return kept;
+}
+
 // Four 8 x 8 matrices of halves; lane l gives the address of row l % 8 of matrix l / 8, and gets word l % 4 of row l / 4 of
 // each.
 __device__ __forceinline__ uint4 load_matrices(u32 row) {
@@ -26,20 +34,14 @@ __device__ __forceinline__ uint4 load_matrices(u32 row) {
     return v;
 }
 
-// ---- Order among threads and blocks ---------------------------------------------------------------------------------
+// ---- Order among threads -----------------------------------------------------------------------------------------------
 
-// What other blocks have stored, and all that they had stored before it.
-__device__ __forceinline__ u32 load_acquire(const u32* at) {
-    u32 seen;
-    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(seen) : "l"(at) : "memory");
-    return seen;
-}
-// After all that this thread, and those that met it at a barrier, have stored.
-__device__ __forceinline__ void add_release(u32* at, u32 value) {
-    asm volatile("red.release.gpu.global.add.u32 [%0], %1;" :: "l"(at), "r"(value) : "memory");
-}
 // Among the 128 threads of one warpgroup.
 __device__ __forceinline__ void group_barrier(int group) { asm volatile("bar.sync %0, 128;" :: "r"(group + 1) : "memory"); }
+
+// Among all: those that multiply wait for the others, which go on.
+__device__ __forceinline__ void wait_for_block(int threads) { asm volatile("bar.sync 0, %0;" :: "r"(threads) : "memory"); }
+__device__ __forceinline__ void arrive_at_block(int threads) { asm volatile("bar.arrive 0, %0;" :: "r"(threads) : "memory"); }
 
 // Among those of all warpgroups that multiply.
 __device__ __forceinline__ void consumers_barrier(int threads) { asm volatile("bar.sync 15, %0;" :: "r"(threads) : "memory"); }
@@ -55,41 +57,22 @@ __device__ __forceinline__ float4 read_there(u32 from) {
 
 // ---- Copies that barriers wait for ----------------------------------------------------------------------------------
 
-// What the driver makes of a matrix in memory (cuTensorMapEncodeTiled).
-struct alignas(64) TensorMap {
-    u64 opaque[16];
-};
-
-__device__ __forceinline__ void prefetch_map(const TensorMap& map) {
-    asm volatile("prefetch.tensormap [%0];" :: "l"(&map) : "memory");
-}
-
-// How long L2 should keep what passes through it.
-constexpr u64 KEEP_LONG = 0x14f0000000000000;
-
 // Up to MOST bytes, sixteen a lane and instruction; both are multiples of 16. Of each 512 bytes, this lane's are those at
-// `lane`, which go to `place`.
+// `lane`, which go to `place`; the first of them is `on` bytes from where all lanes begin.
 template <int MOST>
-__device__ __forceinline__ void copy_run(u32 to, const u8* from, u32 bytes, int lane, int place) {
+__device__ __forceinline__ void copy_run(u32 to, const u8* from, u32 on, u32 bytes, int lane, int place) {
+    from = keep_pointer(from + on);
+    to += 16 * place;
 #pragma unroll
     for (int at = 0; at < MOST; at += 16 * LANES) {
         if (at + 16 * lane < bytes)
-            asm volatile("cp.async.cg.shared.global [%0], [%1], 16;"
-                         :: "r"(to + at + 16 * place), "l"(from + at + 16 * lane) : "memory");
+            asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" :: "r"(to + at), "l"(from + at) : "memory");
     }
 }
 // This thread arrives once all that it has asked for by copy_run is there; the barrier's count has it already.
 __device__ __forceinline__ void copies_arrive(u32 barrier) {
     asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" :: "r"(barrier) : "memory");
 }
-// The map's box at these coordinates; zeros beyond the matrix are counted as bytes, too.
-__device__ __forceinline__ void copy_box(u32 to, const TensorMap& map, int column, int row, int matrix, u32 barrier, u64 keep) {
-    asm volatile(
-        "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint"
-        " [%0], [%1, {%2, %3, %4}], [%5], %6;"
-        :: "r"(to), "l"(&map), "r"(column), "r"(row), "r"(matrix), "r"(barrier), "l"(keep) : "memory");
-}
-
 // ---- Registers --------------------------------------------------------------------------------------------------------
 
 template <int COUNT>

@@ -24,6 +24,9 @@ typedef unsigned long long u64;
 #ifndef BF16
 #define BF16 0
 #endif
+#ifndef RAW
+#define RAW 0
+#endif
 
 namespace tenpak {
 
@@ -206,9 +209,36 @@ template <int I>
 __device__ __forceinline__ u32 affine_pair(u32 pairs, u32 param) {
     return fma_pair(code_pair<I>(pairs), low_twice(param), high_twice(param));
 }
+// ---- Four-bit codes as they lie -----------------------------------------------------------------------------------
+//
+// As an FP16 number a nibble is q times 2^-24 where it ends a half, and q times 2^-20 four bits higher (BF16: 2^-133, 2^-129):
+// a pair of codes takes one instruction, which leaves nothing but them, and the product with the scale one more. A scale,
+// packed to be below four, can take 2^14 (2^125) upon itself. What comes out is a weight over RAW_UNIT.
+constexpr float RAW_UNIT = BF16 ? 256.0f : 1024.0f;
+
+// Scale and offset for the pairs of word I, from packed ones.
+template <int I>
+__device__ __forceinline__ u32 raw_param(u32 param) {
+    if constexpr (BF16) return bfloat_fma(to_bfloat(param), I % 2 ? 0x3b807c00 : 0x3b807e00, 0x80008000);
+    else return half_mul(param, I % 2 ? 0x14006400 : 0x14007400);
+}
+// The pair of word I by what that gave.
+template <int I>
+__device__ __forceinline__ u32 raw_affine_pair(u32 pairs, u32 param) {
+    return fma_pair((I < 2 ? pairs : pairs >> 8) & (I % 2 ? 0x00f000f0 : 0x000f000f), low_twice(param), high_twice(param));
+}
+
 // For the eight weights of word I.
 template <int I>
 __device__ __forceinline__ void affine(const uint4& codes, u32 param, u32 (&out)[4]) {
+    if constexpr (RAW) {
+        const u32 p = raw_param<I>(param);
+        out[0] = raw_affine_pair<I>(codes.x, p);
+        out[1] = raw_affine_pair<I>(codes.y, p);
+        out[2] = raw_affine_pair<I>(codes.z, p);
+        out[3] = raw_affine_pair<I>(codes.w, p);
+        return;
+    }
     const u32 p = BF16 ? to_bfloat(param) : param;
     out[0] = affine_pair<I>(codes.x, p);
     out[1] = affine_pair<I>(codes.y, p);
@@ -254,6 +284,11 @@ struct FourBit : NoSuperRun {
     static __device__ __forceinline__ float row_scale(const NoRows&, bool) { return 1.0f; }
 };
 
+// With scale and offset.
+struct Affine : FourBit {
+    static __device__ __forceinline__ float row_scale(const NoRows&, bool) { return RAW ? RAW_UNIT : 1.0f; }
+};
+
 // Parameters of BYTES a tile (or a stage) that follow each other in memory.
 template <int BYTES>
 struct Run {
@@ -269,7 +304,7 @@ struct Run {
 
 // FP16 (scale, offset) for groups of 8, 16 and 32: per tile [g][group of 4 / SUBGROUPS lanes][word], sixteen bytes a lane.
 template <int GROUP>
-struct AffinePairs : FourBit {
+struct AffinePairs : Affine {
     static_assert(GROUP == 8 || GROUP == 16 || GROUP == 32, "a word must lie in one group, and a group in one half tile");
     static constexpr int SUBGROUPS = 32 / GROUP;
     static constexpr int BYTES = 8 * SUBGROUPS * 16, PARAM_BYTES = 2 * BYTES, PAIR_BYTES = PARAM_BYTES, SIZE = GROUP;
@@ -302,7 +337,7 @@ struct AffinePairs : FourBit {
 
 // FP16 (scale, offset) for groups of 64 and 128: [strip][group][g][row g, row g + 8], eight bytes a lane.
 template <int GROUP>
-struct AffineWide : FourBit {
+struct AffineWide : Affine {
     static_assert(GROUP == 64 || GROUP == 128, "a group is one tile or two");
     static constexpr int TILES = GROUP / TILE_COLS;
     static constexpr int BYTES = TILE_ROWS * 4, PARAM_BYTES = 2 / TILES * BYTES, PAIR_BYTES = PARAM_BYTES, SIZE = GROUP;
@@ -336,7 +371,7 @@ struct AffineWide : FourBit {
 // One-byte (scale, offset) on a line for each row: s = s0 + u*ds, o = o0 + v*do; eight bytes a lane, in the order of
 // AffinePairs; row_params [Np][s0, ds, o0, do].
 template <int GROUP>
-struct AffineBytes : FourBit {
+struct AffineBytes : Affine {
     static_assert(GROUP == 8 || GROUP == 16, "the layouts that exist");
     static constexpr int SUBGROUPS = 32 / GROUP;
     static constexpr int BYTES = 8 * SUBGROUPS * 8, PARAM_BYTES = 2 * BYTES, PAIR_BYTES = PARAM_BYTES, SIZE = GROUP;
@@ -377,7 +412,7 @@ struct AffineBytes : FourBit {
         const u32 bytes = permute(WORD < 2 ? tile.params.x : tile.params.y, 0x64646464, WORD % 2 ? 0x4342 : 0x4140);
         affine<WORD>(tile.codes, half_fma(half_sub(bytes, 0x64006400), rows.step[WORD % 2], rows.base[WORD % 2]), out);
     }
-    static __device__ __forceinline__ float row_scale(const Rows&, bool) { return 1.0f; }
+    static __device__ __forceinline__ float row_scale(const Rows&, bool) { return Affine::row_scale({}, false); }
 };
 
 #ifdef LUT16_TABLES

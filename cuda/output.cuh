@@ -2,6 +2,12 @@
 #pragma once
 #include "activation.cuh"
 #include "layouts.cuh"
+#ifndef OUTPUT
+#define OUTPUT 0
+#endif
+#ifndef GATED
+#define GATED 0
+#endif
 
 namespace tenpak {
 
@@ -34,19 +40,25 @@ struct Output {
     // One lane's four sums: rows g and g + 8 of the strip, tokens 2t and 2t + 1.
     __device__ __forceinline__ void store(const float4& sum, int strip, int token, int tokens, float low, float high, int lane) const {
         const int row = strip * TILE_ROWS + lane / 4;
+#if BOXED
+        token += lane % 4;
+        constexpr int NEXT = 4;
+#else
         token += lane % 4 * 2;
+        constexpr int NEXT = 1;
+#endif
         const float v[4] = {sum.x * low, sum.y * low, sum.z * high, sum.w * high};
 #if GATED
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-            if (row + 8 >= n || token + i >= tokens) continue;
-            put(y[(size_t)(token + i) * (n / 2) + strip * 8 + lane / 4],
+            if (row + 8 >= n || token + i * NEXT >= tokens) continue;
+            put(y[(size_t)(token + i * NEXT) * (n / 2) + strip * 8 + lane / 4],
                 activate(finished(v[i], row)) * finished(v[2 + i], row + 8));
         }
 #else
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-            const int r = row + i / 2 * 8, m = token + i % 2;
+            const int r = row + i / 2 * 8, m = token + i % 2 * NEXT;
             if (r < n && m < tokens) put(y[(size_t)m * n + r], activate(finished(v[i], r)));
         }
 #endif

@@ -1,13 +1,33 @@
 // An artifact's parts to packed weights, once when a weight is put on the GPU.
 //
+// Scales and offsets are packed times a power of two, which is chosen by the largest of them.
+//
 // A thread takes eight columns of a row. Outputs are filled beforehand with what padding is: codes that stand for zero
 // under parameters that are zero.
 #include "weights.cuh"
 
+// The largest magnitudes of scales and of offsets, as bits of FP32, to found[0] and found[1], which are zero before.
+// Grid: threads for batch * n rows of ceil(k / 8) runs.
+extern "C" __global__ void __launch_bounds__(256)
+largest(const unsigned char* first, const unsigned char* second, const unsigned char* third, const unsigned char* fourth,
+        unsigned int* found, unsigned long long rows, int n, int k) {
+    using namespace tenpak;
+    const Shape shape{n, k};
+    const u64 thread = (u64)blockIdx.x * blockDim.x + threadIdx.x;
+    if (thread >= rows * shape.runs()) return;
+    const Magnitudes here = largest_of<Layout>(Parts{first, second, third, fourth}, Place(thread, shape), shape);
+    // Most see that another has found as much, for what is volatile does not stay in L1.
+    const volatile unsigned int* seen = found;
+    if (to_bits(here.scale) > seen[0]) atomicMax(found, to_bits(here.scale));
+    if (to_bits(here.offset) > seen[1]) atomicMax(found + 1, to_bits(here.offset));
+}
+
 // Grid: threads for batch * n rows of ceil(k / 8) runs. `params` and `row_params` are null where the layout has none.
+// factor: what scales and offsets are multiplied by, a power of two.
 extern "C" __global__ void __launch_bounds__(256)
 pack(const unsigned char* first, const unsigned char* second, const unsigned char* third, const unsigned char* fourth,
-     unsigned int* codes, unsigned char* params, unsigned char* row_params, unsigned long long rows, int n, int k) {
+     unsigned int* codes, unsigned char* params, unsigned char* row_params, unsigned long long rows, int n, int k,
+     float factor) {
     using namespace tenpak;
     const Shape shape{n, k};
     const u64 thread = (u64)blockIdx.x * blockDim.x + threadIdx.x;
@@ -34,12 +54,12 @@ pack(const unsigned char* first, const unsigned char* second, const unsigned cha
         constexpr int GROUP = Layout::GROUP;
         if (at.column % GROUP == 0)
             reinterpret_cast<Layout::Param*>(params)[packed_group<GROUP>(at, shape)] =
-                Layout::param(parts, part_group<Layout>(at, shape));
+                scaled<Layout>(Layout::param(parts, part_group<Layout>(at, shape)), factor);
     }
     if constexpr (HAS_ROW_PARAMS) {
         constexpr int EVERY = Layout::ROW_RUN;
         if (EVERY == 0 ? at.column == 0 : at.column % EVERY == 0)
             reinterpret_cast<Layout::RowParam*>(row_params)[packed_row<Layout>(at, shape)] =
-                Layout::row_param(parts, part_row<Layout>(at, shape));
+                scaled<Layout>(Layout::row_param(parts, part_row<Layout>(at, shape)), factor);
     }
 }

@@ -9,17 +9,35 @@
 
 namespace tenpak {
 
-// What a block multiplies, in order: STRIPS strips from strip(turn) on for each turn, and of each the tiles from first_tile on.
+// What a block multiplies, in order: STRIPS strips from strip(turn) on for each turn there is, and of each the tiles from first_tile
+// on, in steps. With -DSHARES=1 blocks have equal shares of all turns' steps, so that one's first turn and its last may be parts.
 struct Walk {
-    Weight weight;
-    int strips, first, every, turns;
+    int strips, first, every;
     int first_tile, count;  // of this block's slice
     int steps;              // of a turn
+    int turns, begin, end;  // with SHARES: those of this block, the first step of its first turn, and that after its last
 
-    __device__ __forceinline__ Walk(const Weight& weight, int strips, int first_tile, int count)
-        : weight(weight), strips(strips), first(blockIdx.x), every(gridDim.x),
-          turns(((strips + STRIPS - 1) / STRIPS - first + every - 1) / every), first_tile(first_tile), count(count),
-          steps(((count + STEP_TILES - 1) / STEP_TILES + UNROLL - 1) / UNROLL * UNROLL) {}
+    static __device__ __forceinline__ int steps_of(int count) {
+        return ((count + STEP_TILES - 1) / STEP_TILES + UNROLL - 1) / UNROLL * UNROLL;
+    }
+    // Tiles of a slice; or steps of a share. The last share is the first block's, so that who waits for sums waits for blocks that
+    // have begun before it.
+    __device__ __forceinline__ Walk(int strips, int tiles, int slice)
+        : strips(strips), first(blockIdx.x), every(gridDim.x), first_tile(SHARES ? 0 : blockIdx.y * slice),
+          count(SHARES ? tiles : min(slice, tiles - first_tile)), steps(steps_of(count)), turns(0), begin(0), end(0) {
+        if (SHARES) {
+            const int from = share() * slice, to = min(from + slice, (strips + STRIPS - 1) / STRIPS * steps);
+            first = from / steps;
+            every = 1;
+            begin = from - first * steps;
+            turns = (to - 1) / steps + 1 - first;
+            end = to - (first + turns - 1) * steps;
+        }
+    }
+    static __device__ __forceinline__ int share() { return gridDim.x - 1 - blockIdx.x; }
+    __device__ __forceinline__ bool has(int turn) const { return SHARES ? turn < turns : strip(turn) < strips; }
+    __device__ __forceinline__ int steps_begin(int turn) const { return SHARES && turn == 0 ? begin : 0; }
+    __device__ __forceinline__ int steps_end(int turn) const { return SHARES && turn == turns - 1 ? end : steps; }
     __device__ __forceinline__ int strip(int turn) const { return (first + turn * every) * STRIPS; }
     // One of a turn's; beyond the last the last again.
     __device__ __forceinline__ int strip(int turn, int i) const { return min(strip(turn) + i, strips - 1); }
@@ -46,7 +64,7 @@ struct Ring {
     static __device__ __forceinline__ void init(u32 barriers) {
         for (int i = 0; i < DEPTH; ++i) {
             barrier_init(barriers + 8 * i, COPIERS);
-            barrier_init(barriers + 8 * (DEPTH + i), SHARERS);
+            barrier_init(barriers + 8 * (DEPTH + i), SHARERS * ARRIVALS);
         }
     }
     __device__ __forceinline__ void advance(int by) {
@@ -61,20 +79,19 @@ struct Ring {
         return slot * STRIPS * BLOCK_STAGE_BYTES;
     }
     __device__ __forceinline__ void release(int lane) {
-        __syncwarp();
-        if (lane == 0) barrier_arrive(empty + 8 * slot);
+        warp_arrives(empty + 8 * slot, lane);
         advance(GROUPS);
     }
 
     // One step's copies, once its stage is empty: those of one copier, a warp.
-    __device__ __forceinline__ void copy(const Walk& walk, int turn, int step, int copier) {
+    __device__ __forceinline__ void copy(const Walk& walk, const Weight& weight, int turn, int step, int copier) {
         barrier_wait(empty + 8 * slot, phase ^ 1);
         const int tile = walk.first_tile + step * STEP_TILES, here = min(STEP_TILES, walk.first_tile + walk.count - tile);
         const u32 barrier = full + 8 * slot;
         // Of each strip, codes are for one and parameters for another, if there is another.
         auto mine = [&](int piece) { return COPIERS == 1 || piece % COPIERS == copier; };
-        const u32 of_codes = here * Layout::CODE_BYTES, of_params = Layout::param_run(walk.weight, 0, tile, here).bytes;
-        const u32 of_supers = Layout::super_run(walk.weight, 0, tile, here).bytes;
+        const u32 of_codes = here * Layout::CODE_BYTES, of_params = Layout::param_run(weight, 0, tile, here).bytes;
+        const u32 of_supers = Layout::super_run(weight, 0, tile, here).bytes;
         u32 bytes = 0;
 #pragma unroll
         for (int i = 0; i < STRIPS; ++i) bytes += (mine(2 * i) ? of_codes : 0) + (mine(2 * i + 1) ? of_params + of_supers : 0);
@@ -85,11 +102,11 @@ struct Ring {
                 const u32 to = stages + (slot * STRIPS + i) * BLOCK_STAGE_BYTES;
                 const int strip = walk.strip(turn, i);
                 if (mine(2 * i))
-                    copy_bulk_once(to, walk.weight.codes + (size_t)(u32)(strip * walk.weight.tiles + tile) * Layout::CODE_BYTES, of_codes, barrier);
+                    copy_bulk_once(to, weight.codes + (size_t)(u32)(strip * weight.tiles + tile) * Layout::CODE_BYTES, of_codes, barrier);
                 if (mine(2 * i + 1)) {
-                    if (Layout::PAIR_BYTES) copy_bulk_once(to + PARAMS_AT, Layout::param_run(walk.weight, strip, tile, here).from, of_params, barrier);
+                    if (Layout::PAIR_BYTES) copy_bulk_once(to + PARAMS_AT, Layout::param_run(weight, strip, tile, here).from, of_params, barrier);
                     if (Layout::PARAM_BYTES > Layout::PAIR_BYTES)
-                        copy_bulk_once(to + SUPERS_AT, Layout::super_run(walk.weight, strip, tile, here).from, of_supers, barrier);
+                        copy_bulk_once(to + SUPERS_AT, Layout::super_run(weight, strip, tile, here).from, of_supers, barrier);
                 }
             }
         }
@@ -102,13 +119,14 @@ static_assert(STRIPS == 1 && GROUPS == 1, "several strips, and groups, need the 
 struct Ring {
     u32 stages;
     Walk walk;
+    Weight weight;
     Source source;
     int warp, lane, turn_ahead, left, steps_left;
     int slot = 0;
 
-    __device__ __forceinline__ Ring(u32 all_stages, const Walk& walk, int warp, int lane)
-        : stages(all_stages + warp * (DEPTH * STAGE_BYTES)), walk(walk),
-          source(walk.weight, walk.first, walk.first_tile + STAGE_TILES * warp, lane), warp(warp), lane(lane), turn_ahead(0),
+    __device__ __forceinline__ Ring(u32 all_stages, const Walk& walk, const Weight& weight, int warp, int lane)
+        : stages(all_stages + warp * (DEPTH * STAGE_BYTES)), walk(walk), weight(weight),
+          source(weight, walk.first, walk.first_tile + STAGE_TILES * warp, lane), warp(warp), lane(lane), turn_ahead(0),
           left(walk.count - STAGE_TILES * warp), steps_left(walk.steps) {
 #pragma unroll 1
         for (int first = 0; first < DEPTH; first += UNROLL) {
@@ -133,8 +151,8 @@ struct Ring {
         if ((steps_left -= UNROLL) > 0) return;
         ++turn_ahead;
         steps_left = walk.steps;
-        source = Source(walk.weight, walk.strip(turn_ahead), walk.first_tile + STAGE_TILES * warp, lane);
-        left = turn_ahead < walk.turns ? walk.count - STAGE_TILES * warp : 0;
+        source = Source(weight, walk.strip(turn_ahead), walk.first_tile + STAGE_TILES * warp, lane);
+        left = walk.has(turn_ahead) ? walk.count - STAGE_TILES * warp : 0;
     }
     // Of the next UNROLL steps, the one `i` after the next.
     __device__ __forceinline__ u32 wait(int i) const {

@@ -17,15 +17,15 @@
 // writes the activations' type, 1 FP32, 2 adds to FP32; -DACTIVATION (activation.cuh); -DGATED=1 where each strip has eight
 // rows of gates and then the eight rows that they multiply. With -DOVERLAP=1 the first weights are on their way before the
 // previous kernel has ended (overlap.cuh).
+#ifndef INTEGER
+#define INTEGER 0
+#endif
+#ifndef RAW
+#define RAW (!INTEGER)
+#endif
 #include "activation.cuh"
 #include "layouts.cuh"
 #include "overlap.cuh"
-#ifndef OUTPUT
-#define OUTPUT 0
-#endif
-#ifndef GATED
-#define GATED 0
-#endif
 #ifndef OVERLAP
 #define OVERLAP 0
 #endif
@@ -52,13 +52,38 @@ constexpr int FIRST_COPIER = WARPS + BUFFERS, ALL_WARPS = FIRST_COPIER + ENGINE 
 // Tiles of sums, of a strip's 16 rows by eight tokens each.
 constexpr int PARTS = STRIPS * COLUMNS;
 static_assert(DEPTH >= GROUPS, "every group of warps has a step");
-// Barriers: a buffer has been written, or read.
-constexpr int FULL = 1, EMPTY = FULL + BUFFERS, READY = EMPTY + BUFFERS;
+#ifndef WARM
+#define WARM 0
+#endif
+// The barrier where copiers meet (of a block's; the others are in shared memory).
+constexpr int READY = 1;
 // Steps of x that the copy engine may bring one by one.
 constexpr int X_STEPS = ENGINE && !INTEGER && !NORM ? 32 : 0;
 
-__device__ __forceinline__ void wait_at(int barrier) { wait_at_barrier<THREADS + LANES>(barrier); }
-__device__ __forceinline__ void arrive_at(int barrier) { arrive_at_barrier<THREADS + LANES>(barrier); }
+// Of sums in shared memory: whether a buffer has been written by all warps, and whether it has been read.
+struct SumsBarriers {
+    u32 at;
+    u32 phases = 0;  // a bit for each buffer: of its next use
+
+    __device__ __forceinline__ explicit SumsBarriers(u32 at) : at(at) {}
+    // By one thread.
+    __device__ __forceinline__ void init() const {
+        for (int i = 0; i < BUFFERS; ++i) {
+            barrier_init(at + 8 * i, WARPS * ARRIVALS);
+            barrier_init(at + 8 * (BUFFERS + i), ARRIVALS);
+        }
+    }
+    __device__ __forceinline__ void wait_until_read(int buffer) const { barrier_wait(at + 8 * (BUFFERS + buffer), ~(phases >> buffer) & 1); }
+    __device__ __forceinline__ void written(int buffer, int lane) {
+        warp_arrives(at + 8 * buffer, lane);
+        phases ^= 1 << buffer;
+    }
+    __device__ __forceinline__ void wait_until_written(int buffer) const { barrier_wait(at + 8 * buffer, phases >> buffer & 1); }
+    __device__ __forceinline__ void read(int buffer, int lane) {
+        warp_arrives(at + 8 * (BUFFERS + buffer), lane);
+        phases ^= 1 << buffer;
+    }
+};
 // What a thread that does not stage x waits for while others do.
 __device__ __forceinline__ void wait_for_staging(int tokens) {
 #if NORM
@@ -102,25 +127,29 @@ skinny(const unsigned char* codes, const unsigned char* params, const unsigned c
     const int warp = __shfl_sync(~0u, threadIdx.x / LANES, 0), lane = threadIdx.x % LANES;
     const int matrix = blockIdx.z, slices = gridDim.y;
     const int strips = (n + TILE_ROWS - 1) / TILE_ROWS;
-    const int first_tile = blockIdx.y * slice, count = min(slice, tiles - first_tile);
-    const Weight weight{codes + matrix * codes_step, params + matrix * params_step, row_params + matrix * row_params_step,
-                        tiles, supers};
-    const Walk walk(weight, strips, first_tile, count);
-    const long long begin = offsets ? offsets[matrix] : (long long)matrix * m;
-    const int total = offsets ? offsets[matrix + 1] - (int)begin : m;
+    const Walk walk(strips, tiles, slice);
+    // Each role makes its own, for what a launch begins with takes time by its instructions.
+    auto weight_of = [&] {
+        return Weight{codes + matrix * codes_step, params + matrix * params_step, row_params + matrix * row_params_step, tiles, supers};
+    };
+    // In integers there are no more tokens than one chunk has, and none of experts.
+    const bool grouped = !INTEGER && offsets;
+    const long long begin = grouped ? offsets[matrix] : (long long)matrix * m;
+    const int total = grouped ? offsets[matrix + 1] - (int)begin : m;
     if (OVERLAP) let_next_begin();
     if (total <= 0) return;
 
-    const int row_bytes = Products::row_bytes(slice);
+    const int row_bytes = Products::row_bytes(SHARES ? tiles : slice);
     float4* sums_of_warps = reinterpret_cast<float4*>(dynamic);
     u8* stages = reinterpret_cast<u8*>(sums_of_warps + BUFFERS * WARPS * PARTS * LANES);
     u8* staged_x = stages + DEPTH * STRIPS * BLOCK_STAGE_BYTES;
-    Products::prepare(threadIdx.x);
-    const int chunks = (total + TOKENS - 1) / TOKENS;
+    __shared__ u64 barriers_of_sums[2 * BUFFERS];
+    SumsBarriers buffers(keep_address(shared_address(barriers_of_sums)));
+    const int chunks = INTEGER ? 1 : (total + TOKENS - 1) / TOKENS;
     auto slice_of_x = [&](int chunk) {
         const int token = chunk * TOKENS;
         return XSlice{x + (begin + token) * x_stride, x_stride, min(TOKENS, total - token),
-                      k, first_tile * TILE_COLS, count * TILE_COLS};
+                      k, walk.first_tile * TILE_COLS, walk.count * TILE_COLS};
     };
     // Whether the copy engine brings x, too: where a row of it is what its tiles hold.
     const bool x_by_engine = X_STEPS && walk.steps <= X_STEPS && k % TILE_COLS == 0 && slice_of_x(0).aligned(16);
@@ -140,31 +169,31 @@ skinny(const unsigned char* codes, const unsigned char* params, const unsigned c
         }
         if (COPIERS > 1) wait_at_barrier<COPIERS * LANES>(READY);
         else __syncwarp();
-        // What is asked for before others have come so far: of each step x, where it is there, and then the weights.
-        const int all = walk.turns * walk.steps, early = min(DEPTH, all);
-        int weights = 0, turn = 0, step = 0, x_steps = 0;
-        auto ask = [&] {
-            ring.copy(walk, turn, step, copier);
-            ++weights;
-            if (++step == walk.steps) step = 0, ++turn;
-        };
-        const bool x_early = x_by_engine && !OVERLAP;
-        while (weights < early) {
-            if (x_early && x_steps < walk.steps) copy_x(slice_of_x(0), to, row_bytes, x_steps, x_full + 8 * x_steps, copier), ++x_steps;
-            ask();
-        }
+        const Weight weight = weight_of();
         for (int chunk = 0; chunk < chunks; ++chunk) {
             const XSlice here = slice_of_x(chunk);
-            if (chunk) {
-                __syncthreads();
-                weights = turn = step = x_steps = 0;
-            }
-            wait_for_staging(here.tokens);
-            if (x_by_engine && OVERLAP && chunk == 0) wait_for_previous();
+            if (chunk) __syncthreads();
+            // Of each step x, where it is there, and then the weights: some before others have come so far, and all by the same few
+            // instructions, for those that are new come from far.
+            bool met = false;
+            int turn = 0, step = walk.steps_begin(0), x_steps = x_by_engine ? 0 : walk.steps;
 #pragma unroll 1
-            while (weights < all || (x_by_engine && x_steps < walk.steps)) {
-                if (x_by_engine && x_steps < walk.steps) copy_x(here, to, row_bytes, x_steps, x_full + 8 * x_steps, copier), ++x_steps;
-                if (weights < all) ask();
+            for (int asked = chunk ? DEPTH : 0;; ++asked) {
+                const bool more = walk.has(turn);
+                if (!met && (asked >= DEPTH || !more)) {
+                    wait_for_staging(here.tokens);
+                    if (x_by_engine && OVERLAP && chunk == 0) wait_for_previous();
+                    met = true;
+                }
+                if (!more && (!X_STEPS || x_steps == walk.steps)) break;
+                if (X_STEPS && x_steps < walk.steps && (met || !OVERLAP)) {
+                    copy_x(here, to, row_bytes, x_steps, x_full + 8 * x_steps, copier);
+                    ++x_steps;
+                }
+                if (more) {
+                    ring.copy(walk, weight, turn, step, copier);
+                    if (++step == walk.steps_end(turn)) step = 0, ++turn;
+                }
             }
         }
         return;
@@ -173,19 +202,21 @@ skinny(const unsigned char* codes, const unsigned char* params, const unsigned c
 
     if (warp >= WARPS) {
         const int buffer = warp - WARPS;
+        if (threadIdx.x == WARPS * LANES) buffers.init();
+        Products::prepare(threadIdx.x - WARPS * LANES);
+        const Weight weight = weight_of();
         for (int chunk = 0; chunk < chunks; ++chunk) {
             const int token = chunk * TOKENS, tokens = min(TOKENS, total - token);
             const Output out{y + (begin + token) * (GATED ? n / 2 : n), bias ? bias + (size_t)matrix * n : nullptr, n, scale};
             const size_t slot = begin / TOKENS + matrix + chunk;
             if (chunk) __syncthreads();
             wait_for_staging(tokens);
-            for (int turn = buffer; turn < walk.turns; turn += BUFFERS) {
+            for (int turn = buffer; walk.has(turn); turn += BUFFERS) {
                 const int strip = walk.strip(turn);
                 Layout::Rows rows[STRIPS];
 #pragma unroll
                 for (int i = 0; i < STRIPS; ++i) rows[i] = Layout::rows(weight, walk.strip(turn, i), lane);
-                if (turn >= BUFFERS) wait_at(EMPTY + buffer);
-                wait_at(FULL + buffer);
+                buffers.wait_until_written(buffer);
                 float4 sums[PARTS];
 #pragma unroll
                 for (int part = 0; part < PARTS; ++part) {
@@ -193,8 +224,35 @@ skinny(const unsigned char* codes, const unsigned char* params, const unsigned c
                     sums[part] = from[0];
 #pragma unroll
                     for (int other = 1; other < WARPS; ++other) add(sums[part], from[other * PARTS * LANES]);
-                    sums[part] = Products::finished(sums[part], lane);
                 }
+                buffers.read(buffer, lane);
+#pragma unroll
+                for (int part = 0; part < PARTS; ++part) sums[part] = Products::finished(sums[part], lane);
+#if SHARES
+                {
+                    constexpr int PART = PARTS * LANES;
+                    const int share = Walk::share(), others = ((walk.first + turn + 1) * walk.steps - 1) / slice - share;
+                    float4* left = partial + ((size_t)matrix * gridDim.x + share) * PART + lane;
+                    unsigned int* const counter = arrived + matrix * gridDim.x + share;
+                    if (walk.steps_begin(turn)) {
+#pragma unroll
+                        for (int part = 0; part < PARTS; ++part) __stcg(left + part * LANES, sums[part]);
+                        __syncwarp();
+                        if (lane == 0) add_release(counter, 1);
+                        continue;
+                    }
+                    // What blocks have left that go on with these strips.
+                    for (int other = 1; other <= others; ++other) {
+                        if (lane == 0) {
+                            while (load_acquire(counter + other) == 0) {}
+                            counter[other] = 0;
+                        }
+                        __syncwarp();
+#pragma unroll
+                        for (int part = 0; part < PARTS; ++part) add(sums[part], __ldcg(left + other * PART + part * LANES));
+                    }
+                }
+#else
                 if (slices > 1) {
                     const size_t step = (size_t)strips * PARTS * LANES;
                     float4* all = partial + (slot * slices * strips + strip) * PARTS * LANES + lane;
@@ -214,6 +272,7 @@ skinny(const unsigned char* codes, const unsigned char* params, const unsigned c
                         for (int part = 0; part < PARTS; ++part) add(sums[part], __ldcg(all + other * step + part * LANES));
                     if (lane == 0) *counter = 0;
                 }
+#endif
 #pragma unroll
                 for (int part = 0; part < PARTS; ++part) {
                     const int i = part / COLUMNS, column = part % COLUMNS * 8;
@@ -226,62 +285,81 @@ skinny(const unsigned char* codes, const unsigned char* params, const unsigned c
         return;
     }
 
-#if ENGINE
-    // Steps before the next of this warp's group.
-    int ahead = warp / SHARERS;
-    Ring ring(keep_address(shared_address(stages)), ring_barriers, ahead);
-#endif
-    const u32 staged_address = keep_address(shared_address(staged_x));
-    const u32 my_sums = keep_address(shared_address(sums_of_warps + warp * PARTS * LANES + lane));
-    for (int chunk = 0; chunk < chunks; ++chunk) {
-        const XSlice here = slice_of_x(chunk);
-        if (chunk) __syncthreads();
+    // x goes first, so that it is there first; or, where it is not written yet, the weights do.
 #if NORM
-        NormedStaging<Products> staging(here, norm_weight, norm_bias, eps);
+    using Staging = NormedStaging<Products>;
+    auto staging_of = [&](int chunk) { return Staging(slice_of_x(chunk), norm_weight, norm_bias, eps); };
 #else
-        Products::Staging staging(here);
-        // x goes first, so that it is there first; or, where it is not written yet, the weights do.
+    using Staging = Products::Staging;
+    auto staging_of = [&](int chunk) {
+        Staging staging(slice_of_x(chunk));
         if (!OVERLAP && !x_by_engine) {
             staging.begin(staged_x, row_bytes);
             commit_copies();
         }
+        return staging;
+    };
 #endif
+    Staging staging = staging_of(0);
+#if ENGINE
+    // Steps before the next of this warp's group.
+    int ahead = walk.steps_begin(0) + warp / SHARERS;
+    Ring ring(keep_address(shared_address(stages)), ring_barriers, warp / SHARERS);
+#endif
+    const Weight weight = weight_of();
+    const u32 staged_address = keep_address(shared_address(staged_x));
+    const u32 my_sums = keep_address(shared_address(sums_of_warps + warp * PARTS * LANES + lane));
+    for (int chunk = 0; chunk < chunks; ++chunk) {
+        if (chunk) {
+            __syncthreads();
+            staging = staging_of(chunk);
+        }
 #if !ENGINE
-        Ring ring(keep_address(shared_address(stages)), walk, warp, lane);
+        Ring ring(keep_address(shared_address(stages)), walk, weight, warp, lane);
 #endif
         Layout::Rows rows[STRIPS];
 #pragma unroll
         for (int i = 0; i < STRIPS; ++i) rows[i] = Layout::rows(weight, walk.strip(0, i), lane);
-        if (OVERLAP) wait_for_previous();
+        // Some warps go once through what a step does, with whatever a stage holds, while x is on its way, as its instructions then are.
+        const bool warms = WARM && warp < 4 && chunk == 0;
+        Products products(Ring::place(shared_address(stages), warp % SHARERS), warms ? keep_address(shared_address(stages)) : staged_address,
+                          row_bytes, staging.from.tokens, walk.count, lane);
+        auto stage = [&] {
+            if (warms) products.move_x(staged_address - shared_address(stages));
+            if (OVERLAP) wait_for_previous();
 #if NORM
-        staging.stage(staged_x, row_bytes);
+            staging.stage(staged_x, row_bytes);
 #else
-        if (!x_by_engine) {
-            if (OVERLAP) staging.begin(staged_x, row_bytes);
-            staging.end(staged_x, row_bytes);
-            if (!OVERLAP) wait_for_copies<ENGINE ? 0 : DEPTH>();
-        }
+            if (!x_by_engine) {
+                if (OVERLAP) staging.begin(staged_x, row_bytes);
+                staging.end(staged_x, row_bytes);
+                if (!OVERLAP) wait_for_copies<ENGINE ? 0 : DEPTH>();
+            }
 #endif
-        __syncthreads();
+            __syncthreads();
+        };
+        if (!WARM) stage();
 
-        Products products(Ring::place(shared_address(stages), warp % SHARERS), staged_address, row_bytes, here.tokens, count, lane);
-        for (int turn = 0; turn < walk.turns; ++turn) {
+        for (int turn = warms ? -1 : 0; turn < 0 || walk.has(turn); ++turn) {
+            if (WARM && turn == 0) stage();
             Layout::Rows rows_after[STRIPS];
 #pragma unroll
             for (int i = 0; i < STRIPS; ++i) rows_after[i] = Layout::rows(weight, walk.strip(turn + 1, i), lane);
             products.clear();
 #if ENGINE
             int step = ahead, tile = STAGE_TILES * (warp % SHARERS) + step * STEP_TILES;
+            const int steps_end = turn < 0 ? step + 1 : walk.steps_end(turn);
 #pragma unroll 1
-            for (; step < walk.steps; step += GROUPS, tile += GROUPS * STEP_TILES) {
+            for (; step < steps_end; step += GROUPS, tile += GROUPS * STEP_TILES) {
                 Products::Pair pair;
-                if (x_by_engine && turn < GROUPS) barrier_wait(x_full + 8 * step, chunk % 2);
-                products.load(pair, ring.wait(), lane);
-                ring.release(lane);
-                products.multiply(pair, rows, tile, count);
+                if (x_by_engine && turn >= 0 && turn < GROUPS) barrier_wait(x_full + 8 * step, chunk % 2);
+                products.load(pair, turn < 0 ? 0 : ring.wait(), lane);
+                if (turn >= 0) ring.release(lane);
+                products.multiply(pair, rows, tile, walk.count);
             }
+            if (turn < 0) continue;
             // The groups take turns across the ends of strips, too.
-            ahead = step - walk.steps;
+            ahead = step - steps_end;
 #else
             int tile = STAGE_TILES * warp;
 #pragma unroll 1
@@ -291,18 +369,18 @@ skinny(const unsigned char* codes, const unsigned char* params, const unsigned c
                     Products::Pair pair;
                     products.load(pair, ring.wait(i), lane);
                     ring.release(i);
-                    products.multiply(pair, rows, tile, count);
+                    products.multiply(pair, rows, tile, walk.count);
                 }
                 ring.next();
             }
 #endif
 
             const int buffer = turn % BUFFERS;
-            if (turn >= BUFFERS) wait_at(EMPTY + buffer);
+            buffers.wait_until_read(buffer);
 #pragma unroll
             for (int part = 0; part < PARTS; ++part)
                 write(my_sums + (buffer * WARPS * PARTS + part) * (LANES * 16), products.sum(part, lane));
-            arrive_at(FULL + buffer);
+            buffers.written(buffer, lane);
 #pragma unroll
             for (int i = 0; i < STRIPS; ++i) rows[i] = rows_after[i];
         }

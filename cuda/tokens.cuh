@@ -13,6 +13,9 @@
 #ifndef INTEGER
 #define INTEGER 0
 #endif
+#ifndef SHARES
+#define SHARES 0
+#endif
 
 namespace tenpak {
 

@@ -74,9 +74,21 @@ __device__ __forceinline__ T element(const u8* part, u64 i) {
 // A layout has: the type Param of the parameters of a group of GROUP, and RowParam of those of a row (of each ROW_RUN
 // columns of it, if that is not 0), either of which may be Nothing; how to read them from parts, where each stands for
 // REPEAT times as many weights; NATURAL, whether a packed word is a run of codes in order; and value(code, param,
-// row_param), a weight as the core rebuilds it.
+// row_param), a weight as the core rebuilds it. One whose scales and offsets are packed times a power of two
+// (`power_of` in tenpak/cuda/layouts.py) has Halves, the type, Param or RowParam, that is made of them as halves, and
+// largest(halves), the largest magnitudes that a scale and an offset have under those; for others that is Unscaled.
 
 struct Nothing {};
+struct Unscaled {};
+
+struct Magnitudes {
+    float scale, offset;
+};
+__device__ __forceinline__ float larger(float x, float y) {
+    x = x < 0.0f ? -x : x;
+    y = y < 0.0f ? -y : y;
+    return x < y ? y : x;
+}
 
 template <int GROUP_>
 struct AffinePairs {
@@ -84,6 +96,10 @@ struct AffinePairs {
     static constexpr bool NATURAL = false;
     using Param = u32;
     using RowParam = Nothing;
+    using Halves = Param;
+    static __device__ __forceinline__ Magnitudes largest(Halves p) {
+        return {larger(from_half((u16)p), 0.0f), larger(from_half((u16)(p >> 16)), 0.0f)};
+    }
     static __device__ __forceinline__ RowParam row_param(const Parts&, u64) { return {}; }
     static __device__ __forceinline__ Param param(const Parts& parts, u64 i) {
         return element<u16>(parts.second, i) | (u32)element<u16>(parts.third, i) << 16;
@@ -99,6 +115,12 @@ struct AffineBytes {
     static constexpr bool NATURAL = false;
     using Param = u16;
     using RowParam = u64;  // s0, ds, o0, do
+    using Halves = RowParam;
+    static __device__ __forceinline__ Magnitudes largest(Halves r) {
+        const float scale = from_half((u16)r), offset = from_half((u16)(r >> 32));
+        return {larger(scale, 255.0f * from_half((u16)(r >> 16)) + scale),
+                larger(offset, 255.0f * from_half((u16)(r >> 48)) + offset)};
+    }
     static __device__ __forceinline__ Param param(const Parts& parts, u64 i) {
         return parts.second[i] | parts.third[i] << 8;
     }
@@ -120,6 +142,7 @@ template <int REPEAT_>
 struct Lut16 {
     static constexpr int GROUP = 16, CODE_BITS = 4, ROW_RUN = 256, REPEAT = REPEAT_;
     static constexpr bool NATURAL = true;
+    using Halves = Unscaled;
     using Param = u8;
     using RowParam = u16;
     static __device__ __forceinline__ Param param(const Parts& parts, u64 i) { return parts.second[i]; }
@@ -139,6 +162,7 @@ struct EightBit {
     static constexpr int GROUP = RUN, CODE_BITS = 8, ROW_RUN = 0, REPEAT = 1;
     static constexpr bool NATURAL = true;
     using Param = Nothing;
+    using Halves = Unscaled;
     static __device__ __forceinline__ Param param(const Parts&, u64) { return {}; }
     using RowParam = u32;  // an FP32 scale
     static __device__ __forceinline__ RowParam row_param(const Parts& parts, u64 i) { return element<u32>(parts.second, i); }
@@ -186,6 +210,31 @@ __device__ __forceinline__ u64 packed_row(const Place& at, Shape s) {
     else {
         const int runs = (s.k + L::ROW_RUN - 1) / L::ROW_RUN;
         return (at.strip(s) * runs + at.column / L::ROW_RUN) * TILE_ROWS + at.in_matrix(s) % TILE_ROWS;
+    }
+}
+
+// Of the scale and offset that an artifact has for a group, or for a row, by the first run of it.
+template <class L>
+__device__ __forceinline__ Magnitudes largest_of(const Parts& parts, const Place& at, Shape s) {
+    Magnitudes found{0.0f, 0.0f};
+    if constexpr (same<typename L::Halves, typename L::Param>) {
+        if (at.column % L::GROUP == 0) found = L::largest(L::param(parts, part_group<L>(at, s)));
+    } else if constexpr (!same<typename L::Halves, Unscaled>) {
+        if (at.column == 0) found = L::largest(L::row_param(parts, part_row<L>(at, s)));
+    }
+    return found;
+}
+// Parameters as they are packed: halves times a power of two, or the bits that were given.
+template <class L, class P>
+__device__ __forceinline__ P scaled(P given, float factor) {
+    if constexpr (!same<P, typename L::Halves>) {
+        return given;
+    } else {
+        if (factor == 1.0f) return given;
+        P product = 0;
+        for (int at = 0; at < 8 * (int)sizeof(P); at += 16)
+            product |= (P)to_half(from_half((u16)(given >> at)) * factor) << at;
+        return product;
     }
 }
 

@@ -13,11 +13,12 @@
 //   of those that went on with it in order, which they have stored as their first deed;
 // - somewhat fewer tiles than blocks (`head` > 0): the blocks that are left over help. Each does the last columns of some tiles,
 //   one after another, and a tile's own block, which does the first `head` units, adds one other's sums;
-// - half as many (-DCLUSTER): the blocks of a cluster share a tile's columns and add what they read of each other's shared memory.
+// - half as many, or fewer (-DCLUSTER): the blocks of a cluster share a tile's columns and add what they read of each other's
+//   shared memory.
 //
 // A block waits only for blocks that were started before it, or with it.
 //
-// sm_90a. -DGROUPS, -DTOKENS, -DSTEP (1, 2 or 4), -DSTAGES, -DCLUSTER (1 or 2).
+// sm_90a. -DGROUPS, -DTOKENS, -DSTEP (1, 2 or 4), -DSTAGES, -DCLUSTER (1 to 4).
 #include "columns.cuh"
 
 namespace tenpak {
@@ -54,13 +55,14 @@ struct Segment {
     int first, count;
 };
 
-// A block's segments, in order.
+// A block's segments, in order. To divide takes as long as a part of a small product's step, so it is done seldom.
 struct Schedule {
     int steps;         // of a tile
     int head;          // those that a tile's own block does, or 0
     u32 tiles;
     u32 shared_tiles;  // the first so many are cut into units
     u32 share;
+    u32 shares, each, more;  // units of a share, and how many of the shares have one more
     u32 unit, end;     // what is left of this block's share of those; where there are helpers, of this one's tiles
     u32 whole;         // the next tile that is this block's alone
 
@@ -73,24 +75,27 @@ struct Schedule {
             const u32 helpers = gridDim.x - tiles;
             whole = share - helpers;
             if (share < helpers) {
-                unit = share * tiles / helpers;
-                end = (share + 1) * tiles / helpers;
+                divide(tiles, helpers);
                 whole = tiles;
             }
         } else {
-            const u32 rest = tiles % gridDim.x;
-            shared_tiles = rest == 0 ? 0 : tiles < gridDim.x ? rest : rest + gridDim.x;
+            const u32 rest = tiles < gridDim.x ? tiles : tiles % gridDim.x;
+            shared_tiles = rest == tiles || rest == 0 ? rest : rest + gridDim.x;
             share = gridDim.x - 1 - blockIdx.x;
-            unit = begin(share);
-            end = begin(share + 1);
             whole = shared_tiles + blockIdx.x;
+            if (shared_tiles) divide(shared_tiles * steps, gridDim.x);
         }
     }
-    // share * units / gridDim.x, in 32 bits.
-    __device__ __forceinline__ u32 begin(u32 share) const {
-        const u32 units = shared_tiles * steps, each = units / gridDim.x;
-        return share * each + share * (units - each * gridDim.x) / gridDim.x;
+    // So evenly that where tiles are those of as many shares, no share has parts of two.
+    __device__ __forceinline__ void divide(u32 units, u32 count) {
+        shares = count;
+        each = units / shares;
+        more = units - each * shares;
+        const u32 before = share * more / shares;
+        unit = share * each + before;
+        end = unit + each + (share * more - before * shares + more >= shares);
     }
+    __device__ __forceinline__ u32 begin(u32 share) const { return share * each + share * more / shares; }
     // Where a block that did not begin a tile leaves its sums, and those who did so for a tile that this one begins: from one
     // place to another.
     __device__ __forceinline__ u32 left_at(u32 tile) const { return head ? tile : share; }
@@ -125,15 +130,24 @@ struct Schedule {
     }
 };
 
-// Where a tile is: tiles of the same rows follow each other, so that their weights are still in L2.
+// Where a tile is: tiles of the same rows follow each other, so that their weights are still in L2, but no more of them than
+// `band`, whose tokens stay there, too.
 struct Place {
     int matrix, strip, token;
 
-    __device__ __forceinline__ Place(u32 tile, int row_tiles, int token_tiles) {
-        const u32 row_and_matrix = tile / token_tiles;
-        token = (tile - row_and_matrix * token_tiles) * TOKENS;
-        matrix = row_and_matrix / row_tiles;
-        strip = (row_and_matrix - matrix * row_tiles) * STRIPS;
+    __device__ __forceinline__ Place(u32 tile, int row_tiles, int token_tiles, int band) {
+        const u32 of_matrix = row_tiles * token_tiles;
+        u32 first = 0, width = token_tiles;
+        matrix = tile < of_matrix ? 0 : tile / of_matrix;
+        tile -= matrix * of_matrix;
+        if (band < token_tiles) {
+            first = tile / (row_tiles * band) * band;
+            tile -= first * row_tiles;
+            width = min(band, token_tiles - (int)first);
+        }
+        const u32 row = width == 1 ? tile : tile / width;
+        token = (first + tile - row * width) * TOKENS;
+        strip = row * STRIPS;
     }
 };
 
@@ -153,27 +167,43 @@ struct Turn {
 
 // ---- Producer -----------------------------------------------------------------------------------------------------------
 
-// One step's copies: boxes of x by one thread, and each producer warp's strips by its lanes, sixteen bytes each; strips
-// beyond the weight's are copies of its last. The copy engine is not asked for weights: with
-// its bulk copies of each strip's runs most shapes were slower.
-__device__ __forceinline__ void copy_step(const TensorMap& x, const Weight& w, const Place& at, int strips, int step, u32 stage,
+// Where a lane's copies of its warp's strips begin, as distances from the tile's first strip, so that a step moves on but what is
+// the same for all lanes; strips beyond the weight's are copies of its last.
+struct Distances {
+    u32 codes[PRODUCER_STRIPS], params[PRODUCER_STRIPS], supers[PRODUCER_STRIPS];
+
+    __device__ __forceinline__ Distances(const Weight& w, int strip, int strips, int producer, int lane) {
+#pragma unroll
+        for (int i = 0; i < PRODUCER_STRIPS; ++i) {
+            const u32 on = min(producer + i * PRODUCER_WARPS, strips - 1 - strip);
+            codes[i] = on * w.tiles * Layout::CODE_BYTES + 16 * lane;
+            params[i] = on * Columns::params_of_strip(w) + 16 * lane;
+            supers[i] = on * Columns::supers_of_strip(w) + 16 * lane;
+        }
+    }
+};
+
+// One step's copies: boxes of x by one thread, and each producer warp's strips by its lanes, sixteen bytes each. The copy engine
+// is not asked for weights: with its bulk copies of each strip's runs most shapes were slower.
+__device__ __forceinline__ void copy_step(const TensorMap& x, const Weight& w, const Place& at, const Distances& on, int step, u32 stage,
                                           u32 barrier, int producer, int lane) {
     const int k = STEP * step, count = STEP == 1 ? 1 : min(STEP, w.tiles - k);
-    if (producer == 0 && lane == 0) {
+    if (producer == 0 && elected()) {
         barrier_expect(barrier, count * X_BYTES);
 #pragma unroll
         for (int j = 0; j < STEP; ++j)
             if (j < count) copy_box(stage + j * X_BYTES, x, (k + j) * TILE_COLS, at.token, at.matrix, barrier, KEEP_LONG);
     }
     __syncwarp();
+    const u8* const codes = keep_pointer(w.codes + (size_t)(u32)(at.strip * w.tiles + k) * Layout::CODE_BYTES);
+    const u8 *const params = keep_pointer(Columns::params(w, at.strip, k)), *const supers = keep_pointer(Columns::supers(w, at.strip, k));
+    const u32 first = stage + WEIGHTS_AT + producer * STRIP_BYTES;
 #pragma unroll
     for (int i = 0; i < PRODUCER_STRIPS; ++i) {
-        const int strip_of_stage = producer + i * PRODUCER_WARPS, strip = min(at.strip + strip_of_stage, strips - 1);
-        const u32 to = stage + WEIGHTS_AT + strip_of_stage * STRIP_BYTES;
-        copy_run<STEP * Layout::CODE_BYTES>(to, w.codes + (size_t)(u32)(strip * w.tiles + k) * Layout::CODE_BYTES,
-                                            count * Layout::CODE_BYTES, lane, place_of(lane));
-        copy_run<Columns::PARAM_BYTES(STEP)>(to + PARAMS_AT, Columns::params(w, strip, k), Columns::PARAM_BYTES(count), lane, lane);
-        copy_run<Columns::SUPER_BYTES>(to + SUPERS_AT, Columns::supers(w, strip, k), Columns::SUPER_BYTES, lane, lane);
+        const u32 to = first + i * PRODUCER_WARPS * STRIP_BYTES;
+        copy_run<STEP * Layout::CODE_BYTES>(to, codes, on.codes[i], count * Layout::CODE_BYTES, lane, place_of(lane));
+        copy_run<Columns::PARAM_BYTES(STEP)>(to + PARAMS_AT, params, on.params[i], Columns::PARAM_BYTES(count), lane, lane);
+        copy_run<Columns::SUPER_BYTES>(to + SUPERS_AT, supers, on.supers[i], Columns::SUPER_BYTES, lane, lane);
     }
     copies_arrive(barrier);
 }
@@ -183,7 +213,7 @@ __device__ __forceinline__ void copy_step(const TensorMap& x, const Weight& w, c
 // That all lanes have read a stage, if there is one.
 __device__ __forceinline__ void release(u32 barrier, int lane) {
     __syncwarp();
-    if (barrier && lane == 0) barrier_arrive(barrier);
+    if (barrier && (RACECHECK || lane == 0)) barrier_arrive(barrier);
 }
 
 // Tile j of a stage; j is known when this is compiled.
@@ -196,7 +226,7 @@ __device__ __forceinline__ Columns::Tile load_tile(int j, u32 codes, u32 params,
 
 // Half of a tile's columns, which are then under way with at most the half before them.
 template <int HALF>
-__device__ __forceinline__ void multiply(float (&sums)[SUMS], const Columns::Tile& tile, const Layout::Rows& rows, u32 x, int lane) {
+__device__ __forceinline__ void multiply(float (&sums)[SUMS], const Columns::Tile& tile, const Columns::Rows& rows, u32 x, int lane) {
     u32 a[2][4];
     Columns::template operand<2 * HALF>(tile, rows, lane, a[0]);
     Columns::template operand<2 * HALF + 1>(tile, rows, lane, a[1]);
@@ -265,7 +295,7 @@ __device__ __forceinline__ void leave_sums(const float (&sums)[SUMS], u8* exchan
     for (int i = 0; i < SUMS; ++i) to[(i / 4 * 8 + i % 2) * EXCHANGE_ROW + i / 2 % 2 * 8] = sums[i] * (i / 2 % 2 ? high : low);
 }
 __device__ __forceinline__ void store_exchanged(u32 exchange, int rank, u16* y, const u16* bias, int first_row, int tokens, int n) {
-    constexpr int EACH = TOKENS / CLUSTER, FOURS = ROWS / 4;
+    constexpr int EACH = (TOKENS + CLUSTER - 1) / CLUSTER, FOURS = ROWS / 4;
     const bool vectors = n % 4 == 0 && (u64)y % 8 == 0;
 #pragma unroll 2
     for (int i = threadIdx.x; i < EACH * FOURS; i += 128 * GROUPS) {
@@ -306,7 +336,7 @@ extern "C" __global__ void IN_CLUSTERS __launch_bounds__(128 * GROUPS + 128, 1)
 wide(const __grid_constant__ tenpak::TensorMap x, const unsigned char* codes, const unsigned char* params,
      const unsigned char* row_params, unsigned short* y, const unsigned short* bias, float4* partial, unsigned int* arrived,
      long long codes_step, long long params_step, long long row_params_step, int batch, int m, int n, int tiles, int supers,
-     int head, float scale) {
+     int head, int band, float scale) {
     using namespace tenpak;
     extern __shared__ __align__(1024) u8 dynamic[];
     __shared__ u64 barriers[2 * STAGES];
@@ -322,38 +352,41 @@ wide(const __grid_constant__ tenpak::TensorMap x, const unsigned char* codes, co
         return Weight{codes + matrix * codes_step, params + matrix * params_step, row_params + matrix * row_params_step, tiles, supers};
     };
 
-    if (threadIdx.x == 0) {
-        prefetch_map(x);
-        for (int i = 0; i < STAGES; ++i) {
-            // Each thread's copies of weights, and the one that asks for x.
-            barrier_init(full + 8 * i, PRODUCER_WARPS * LANES + 1);
-            barrier_init(empty + 8 * i, CONSUMER_WARPS);
-        }
-        barriers_ready();
-    }
-#ifdef LUT16_TABLES
-    Lut16::prepare(threadIdx.x, Lut16::BIASED_XOR);
-#endif
-    __syncthreads();
-
     const int warp = __shfl_sync(~0u, threadIdx.x / LANES, 0), lane = lane_of_warp();
     if (warp >= CONSUMER_WARPS) {
+        // Who asks for copies makes the barriers, so that they need nobody else for the first.
+        if (threadIdx.x == CONSUMER_WARPS * LANES) {
+            prefetch_map(x);
+            for (int i = 0; i < STAGES; ++i) {
+                // Each thread's copies of weights, and the one that asks for x.
+                barrier_init(full + 8 * i, PRODUCER_WARPS * LANES + 1);
+                barrier_init(empty + 8 * i, CONSUMER_WARPS * ARRIVALS);
+            }
+            barriers_ready();
+        }
+        group_barrier(GROUPS);
+        arrive_at_block(128 * GROUPS + 128);
         leave_registers<FEW>();
         Schedule schedule = own_schedule();
         Segment segment;
         Turn turn(1);  // all stages are empty
         while (schedule.next(segment)) {
-            const Place at(segment.tile, row_tiles, token_tiles);
+            const Place at(segment.tile, row_tiles, token_tiles, band);
             const Weight w = weight(at.matrix);
+            const Distances on(w, at.strip, strips, warp - CONSUMER_WARPS, lane);
 #pragma unroll 1
             for (int step = segment.first; step < segment.first + segment.count; ++step) {
                 barrier_wait(empty + 8 * turn.stage, turn.phase);
-                copy_step(x, w, at, strips, step, stages_address + turn.stage * BYTES_OF_STAGE, full + 8 * turn.stage,
+                copy_step(x, w, at, on, step, stages_address + turn.stage * BYTES_OF_STAGE, full + 8 * turn.stage,
                           warp - CONSUMER_WARPS, lane);
                 turn.next();
             }
         }
     } else {
+#ifdef LUT16_TABLES
+        Lut16::prepare(threadIdx.x, Lut16::BIASED_XOR);
+#endif
+        wait_for_block(128 * GROUPS + 128);
         take_registers<MANY>();
         Schedule schedule = own_schedule();
         Segment segment;
@@ -363,10 +396,10 @@ wide(const __grid_constant__ tenpak::TensorMap x, const unsigned char* codes, co
         const u32 own = WEIGHTS_AT + (group * GROUP_STRIPS + warp % 4) * STRIP_BYTES;
         Turn turn(0);
         while (schedule.next(segment)) {
-            const Place at(segment.tile, row_tiles, token_tiles);
+            const Place at(segment.tile, row_tiles, token_tiles, band);
             const Weight w = weight(at.matrix);
             const int first_strip = at.strip + group * GROUP_STRIPS;
-            const Layout::Rows rows = Layout::rows(w, min(first_strip + warp % 4, strips - 1), lane);
+            const Columns::Rows rows = Columns::rows(w, min(first_strip + warp % 4, strips - 1), lane);
             float sums[SUMS];
 #pragma unroll
             for (int i = 0; i < SUMS; ++i) sums[i] = 0.0f;
@@ -400,7 +433,7 @@ wide(const __grid_constant__ tenpak::TensorMap x, const unsigned char* codes, co
             if constexpr (CLUSTER > 1) {
                 // Everybody's products have read their stages.
                 consumers_barrier(128 * GROUPS);
-                leave_sums(sums, stages, group * 64, scale * Layout::row_scale(rows, false), scale * Layout::row_scale(rows, true));
+                leave_sums(sums, stages, group * 64, scale * Columns::row_scale(rows, false), scale * Columns::row_scale(rows, true));
                 cluster_sync();
                 store_exchanged(stages_address, cluster_rank(), to(), plus(), at.strip * TILE_ROWS, m - at.token, n);
                 cluster_meet();
@@ -447,8 +480,8 @@ wide(const __grid_constant__ tenpak::TensorMap x, const unsigned char* codes, co
                         }
                 }
             }
-            store(sums, staged, to(), plus(), first_strip, m - at.token, n, scale * Layout::row_scale(rows, false),
-                  scale * Layout::row_scale(rows, true), group);
+            store(sums, staged, to(), plus(), first_strip, m - at.token, n, scale * Columns::row_scale(rows, false),
+                  scale * Columns::row_scale(rows, true), group);
         }
     }
 }

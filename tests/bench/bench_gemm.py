@@ -6,7 +6,8 @@
 Needs CuPy and torch, which has tinygemm; Humming and GemLite are measured where they are installed. Random packed
 weights: speed does not depend on what they hold, but correctness does, so every product is first compared with the
 unpacked weight's in FP32. Times are medians over replays of a CUDA graph that goes round copies of the weight larger
-than three times L2; products that unpack the weight for cuBLAS are not captured and are timed as a run of calls.
+than three times L2, from 256 tokens on in turns with cuBLAS's, for clocks fall with power; products that unpack the
+weight for cuBLAS are not captured and are timed as a run of calls.
 `floor` is the time to read the weight once at the speed of a plain read of as many bytes, or to multiply at 790
 TFLOP/s (both measured on an H200), whichever is longer. Left out: packing, and what a Python call costs outside a
 graph.
@@ -37,11 +38,15 @@ BYTES = {"int4_g8_u8": 8, "int4_g16_u8": 16}
 LAYOUTS = [*PAIRS, *BYTES, "int4_lut16", "int8_sym"]
 #: Bytes of the copies of a weight that a graph goes round: three times the L2 of an H200.
 RING = 180 << 20
+#: Scales and offsets are packed times this (`tenpak.cuda.layouts.power_of`).
+POWER = 512.0
 #: Bytes per second of a plain read of 8, 16, 64 and 2048 MiB on an H200, as (bytes, speed).
 READ_SPEEDS = [(8 << 20, 2.14e12), (16 << 20, 2.83e12), (64 << 20, 3.76e12), (2048 << 20, 4.25e12)]
 MULTIPLY_SPEED = 790e12
 #: Seconds in which clocks recover.
 COOLING = 1.5
+#: Tokens from which clocks fall with power, so that what is compared takes turns.
+HOT = 256
 
 
 def floor_us(weight_bytes: int, operations: float) -> float:
@@ -68,12 +73,12 @@ def random_weight(layout: str, n: int, k: int) -> Any:
     if layout in PAIRS:
         group = PAIRS[layout]
         shape = (strips, tiles, 8, 32 // group, 4) if group <= 32 else (strips, -(-tiles * 64 // group), 8, 2)
-        scale = 0.002 * (1 + uniform(*shape))
+        scale = POWER * 0.002 * (1 + uniform(*shape))
         params = cupy.stack([scale, -7.5 * scale], -1).astype(cupy.float16)
     elif layout in BYTES:
         params = some_bytes(strips, tiles, 8, 32 // BYTES[layout], 4, 2)
-        row_params = cupy.array([0.001, 1e-5, -0.02, 6e-5], cupy.float32) * (1 + uniform(strips * 16, 4))
-        row_params = row_params.astype(cupy.float16)
+        line = POWER * cupy.array([0.001, 1e-5, -0.02, 6e-5], cupy.float32)
+        row_params = (line * (1 + uniform(strips * 16, 4))).astype(cupy.float16)
     elif layout == "int4_lut16":
         params = some_bytes(strips, tiles, 8, 2, 4)
         row_params = (2e-4 * (1 + uniform(strips, supers, 16))).astype(cupy.float16)
@@ -88,7 +93,7 @@ def random_weight(layout: str, n: int, k: int) -> Any:
         codes=codes,
         params=params,
         row_params=row_params,
-        scale=1.0,
+        scale=1.0 / POWER if layout in PAIRS or layout in BYTES else 1.0,
         device=device,
     )
 
@@ -147,7 +152,8 @@ def multiply(w: Any, x: torch.Tensor, y: torch.Tensor) -> None:
 def time_ours(copies: list[Any], x: torch.Tensor, y: torch.Tensor) -> float:
     """Microseconds of the kernel that `matmul` takes for these tokens."""
     ring = [copies[i % len(copies)] for i in range(max(len(copies), 8))]
-    if x.shape[0] >= plans.dense_from(products.device_of(copies[0].device).hopper, in_boxes=True):
+    hopper = products.device_of(copies[0].device).hopper
+    if x.shape[0] >= plans.dense_from(copies[0].layout, hopper, in_boxes=True):
         arrays = cupy.asarray(x), cupy.asarray(y)
         stream = cupy.cuda.ExternalStream(torch.cuda.current_stream().cuda_stream)
         return eager_us([partial(products.matmul, arrays[0], w, None, arrays[1], stream) for w in ring])
@@ -158,6 +164,11 @@ def time_cublas(dense: list[torch.Tensor], x: torch.Tensor, y: torch.Tensor) -> 
     """Microseconds of the FP16 product."""
     ring = [dense[i % len(dense)] for i in range(max(len(dense), 8))]
     return graph_us([partial(torch.mm, x, w.T, out=y) for w in ring])
+
+
+def side_by_side(calls: list[Callable[[], float]], turns: int = 3) -> list[float]:
+    """The median of each over turns of all of them."""
+    return [statistics.median(times) for times in zip(*([call() for call in calls] for _ in range(turns)), strict=True)]
 
 
 def time_peer(layers: list[Any], x: torch.Tensor) -> float:
@@ -194,9 +205,8 @@ def main() -> None:
         dense = [torch.randn(n, k, device="cuda", dtype=torch.float16) for _ in range(max(2, RING // (2 * n * k)))]
         cublas = {}
         for m in tokens:
-            x, y = activations(m, n, k)
-            cublas[m] = time_cublas(dense, x, y)
-        del dense
+            if m < HOT:
+                cublas[m] = time_cublas(dense, *activations(m, n, k))
         for layout in args.layouts.split(","):
             weight = random_weight(layout, n, k)
             size = sum(part.nbytes for part in (weight.codes, weight.params, weight.row_params) if part is not None)
@@ -222,7 +232,10 @@ def main() -> None:
                 error = float((y.float() - wanted).norm() / wanted.norm())
                 if not error < 2e-3:
                     raise SystemExit(f"{layout} {shape} M={m}: relative error {error}")
-                us = time_ours(copies, x, y)
+                if m < HOT:
+                    us = time_ours(copies, x, y)
+                else:
+                    us, cublas[m] = side_by_side([partial(time_ours, copies, x, y), partial(time_cublas, dense, x, y)])
                 times = {}
                 for peer, layers in list(others.items()):
                     try:

@@ -98,6 +98,8 @@ ENGINE = """
 #include <map>
 
 namespace tenpak {
+inline u32 load_acquire(const u32* at) { return *at; }
+inline void add_release(u32* at, u32 value) { *at += value; }
 inline void check(bool holds, const char* what) {
     if (holds) return;
     fprintf(stderr, "%s\\n", what);
@@ -124,9 +126,10 @@ inline u8* memory() {
     }();
     return begin;
 }
-// For each block anew.
+// For each block anew, whose threads ask for it once each.
 inline u8* dynamic_memory() {
-    if (threadIdx.x == 0) {
+    static u64 asked = 0;
+    if (asked++ % blockDim.x == 0) {
         first_shared = (u32)(u64)memory();
         shared_size = dynamic.size() - 16;
         memset(memory(), 0xff, 230 << 10);
@@ -152,6 +155,16 @@ inline void barrier_arrive(u32 barrier) {
     Counter& c = counter(barrier);
     --c.missing;
     may_end(c);
+}
+#define RACECHECK 0
+constexpr int ARRIVALS = 1;
+inline void warp_arrives(u32 barrier, int lane) {
+    __syncwarp();
+    if (lane == 0) barrier_arrive(barrier);
+}
+inline bool elected() {
+    __syncwarp();
+    return threadIdx.x % 32 == 0;
 }
 inline void barrier_expect(u32 barrier, u32 bytes) {
     counter(barrier).bytes += bytes;
@@ -194,12 +207,44 @@ inline void copy_bulk_once(u32 to, const void* from, u32 bytes, u32 barrier) { c
 }
 """
 
-#: Stands in for cuda/hopper.cuh.
-HOPPER = """
+#: Stands in for cuda/boxes.cuh.
+BOXES = """
 #pragma once
 #include "engine.cuh"
 
 namespace tenpak {
+constexpr u64 KEEP_LONG = 2;
+struct TensorMap { u64 x, stride; int columns, rows, matrices, unused; u64 more[12]; };
+inline void prefetch_map(const TensorMap&) {}
+// A tile of a box, in sixteen bytes each; those that reach beyond the matrix are zeros (the test's rows end between two).
+inline void copy_tile(u32 to, const TensorMap& map, int column, int row, int matrix, u32 barrier) {
+    check(to % 1024 == 0, "a box is not aligned");
+    for (int r = 0; r < TOKENS; ++r)
+        for (int c = 0; c < 8; ++c) {
+            const u32 at = to + r * 128 + c * 16;
+            const bool there = row + r < map.rows && column + 8 * c < map.columns;
+            const u16* from = (const u16*)map.x + ((u64)matrix * map.rows + row + r) * map.stride + column + 8 * c;
+            ask_for({{{at ^ (at >> 7 & 7) << 4, there ? (const u8*)from : nullptr, 16}}, false}, barrier);
+        }
+}
+inline void copy_box(u32 to, const TensorMap& map, int column, int row, int matrix, u32 barrier, u64) {
+    copy_tile(to, map, column, row, matrix, barrier);
+}
+#ifdef SHARERS
+inline void copy_tiles(u32 to, const TensorMap& map, int token, int tile, int matrix, u32 barrier, u64) {
+    for (int j = 0; j < STEP_TILES; ++j) copy_tile(to + j * TOKENS * 128, map, (tile + j) * 64, token, matrix, barrier);
+}
+#endif
+}
+"""
+
+#: Stands in for cuda/hopper.cuh.
+HOPPER = """
+#pragma once
+#include "boxes.cuh"
+
+namespace tenpak {
+inline const u8* keep_pointer(const u8* pointer) { return pointer; }
 inline uint4 load_matrices(u32 row) {
     auto all = share<1>({(u64)row});
     const int lane = threadIdx.x % 32;
@@ -211,10 +256,14 @@ inline uint4 load_matrices(u32 row) {
     return {v[0], v[1], v[2], v[3]};
 }
 
-inline u32 load_acquire(const u32* at) { return *at; }
-inline void add_release(u32* at, u32 value) { *at += value; }
 static Barrier of_groups[8];
 inline void group_barrier(int group) { arrive(of_groups[group], 128); }
+inline void wait_for_block(int threads) { arrive(block, threads); }
+inline void arrive_at_block(int threads) {
+    if (++block.arrived < threads) return;
+    block.arrived = 0;
+    ++block.generation;
+}
 inline uint2 make_uint2(u32 x, u32 y) { return {x, y}; }
 static Barrier of_consumers, of_cluster;
 inline void consumers_barrier(int threads) { arrive(of_consumers, threads); }
@@ -238,31 +287,17 @@ inline float4 read_there(u32 at) {
     return v;
 }
 
-constexpr u64 KEEP_LONG = 2;
-struct TensorMap { u64 x, stride; int columns, rows, matrices, unused; u64 more[12]; };
 template <int MOST>
-void copy_run(u32 to, const u8* from, u32 bytes, int lane, int place) {
+void copy_run(u32 to, const u8* from, u32 on, u32 bytes, int lane, int place) {
     check(bytes <= MOST, "a run is longer than its most");
     for (u32 at = 16 * lane; at < bytes; at += 16 * 32) {
         check(to % 16 == 0 && (u64)from % 16 == 0 && bytes % 16 == 0, "a copy is not made of sixteen bytes");
-        asked_for[threadIdx.x].push_back({to + at + 16 * (place - lane), from + at, 16});
+        asked_for[threadIdx.x].push_back({to + at + 16 * (place - lane), from + on + at - 16 * lane, 16});
     }
 }
 inline void copies_arrive(u32 barrier) {
     ask_for({std::move(asked_for[threadIdx.x]), true}, barrier);
     asked_for[threadIdx.x].clear();
-}
-inline void prefetch_map(const TensorMap&) {}
-// In sixteen bytes each; those that reach beyond the matrix are zeros (the test's rows end between two).
-inline void copy_box(u32 to, const TensorMap& map, int column, int row, int matrix, u32 barrier, u64) {
-    check(to % 1024 == 0, "a box is not aligned");
-    for (int r = 0; r < TOKENS; ++r)
-        for (int c = 0; c < 8; ++c) {
-            const u32 at = to + r * 128 + c * 16;
-            const bool there = row + r < map.rows && column + 8 * c < map.columns;
-            const u16* from = (const u16*)map.x + ((u64)matrix * map.rows + row + r) * map.stride + column + 8 * c;
-            ask_for({{{at ^ (at >> 7 & 7) << 4, there ? (const u8*)from : nullptr, 16}}, false}, barrier);
-        }
 }
 template <int COUNT> void take_registers() {}
 template <int COUNT> void leave_registers() {}
@@ -342,7 +377,7 @@ FLAGS = ["-fno-gnu-unique", "-DASCENDING=1"]
 
 @functools.cache
 def _library(defines: tuple[tuple[str, object], ...]) -> ctypes.CDLL:
-    stand_ins = {"warp.cuh": WARP, "layouts.cuh": layouts_on_cpu(), "engine.cuh": ENGINE, "hopper.cuh": HOPPER}
+    stand_ins = {"warp.cuh": WARP, "layouts.cuh": layouts_on_cpu(), "engine.cuh": ENGINE, "boxes.cuh": BOXES, "hopper.cuh": HOPPER}
     dynamic = "extern __shared__ __align__(1024) u8 dynamic[];", "u8* const dynamic = dynamic_memory();"
     return built("wide.cu", "wide", defines, "sm_90a", stand_ins, [*FLAGS, "-DSKIPS=1"], dynamic)
 
@@ -358,6 +393,14 @@ def aligned(array: NDArray[Any] | None) -> NDArray[Any] | None:
     return copy
 
 
+def tensor_map(x: NDArray[Any], k: int) -> NDArray[Any]:
+    """TensorMap, as `BOXES` has it, of the first k columns of x [batch, m, at least k]."""
+    batch, m, stride = x.shape
+    mapped = np.zeros(1, np.dtype([("wide", "<u8", 2), ("narrow", "<i4", 4), ("more", "<u8", 12)]))
+    mapped["wide"], mapped["narrow"] = (x.ctypes.data, stride), (k, m, batch, 0)
+    return mapped
+
+
 def wide(
     defines: dict[str, object],
     grid: int,
@@ -368,6 +411,7 @@ def wide(
     scale: float,
     bias: NDArray[np.uint16] | None,
     head: int = 0,
+    band: int = 1 << 16,
 ) -> NDArray[np.uint16]:
     """y [batch, m, n] of x [batch, m, at least k], as bits; poisoned before. `packed`: codes, params, row_params."""
     batch, m, stride = x.shape
@@ -388,15 +432,13 @@ def wide(
     assert y is not None
     assert partial is not None
     assert arrived is not None
-    # TensorMap, as HOPPER has it.
-    mapped = np.zeros(1, np.dtype([("wide", "<u8", 2), ("narrow", "<i4", 4), ("more", "<u8", 12)]))
-    mapped["wide"], mapped["narrow"] = (x.ctypes.data, stride), (k, m, batch, 0)
+    mapped = tensor_map(x, k)
 
     def address(array: NDArray[Any] | None) -> NDArray[np.uint64]:
         return np.array([0 if array is None else array.ctypes.data], np.uint64)
 
     steps = [np.array([0 if part is None else part.nbytes // batch], np.int64) for part in arrays]
-    scalars = [np.array([value], np.int32) for value in (batch, m, n, tiles, -(-k // 256), head)]
+    scalars = [np.array([value], np.int32) for value in (batch, m, n, tiles, -(-k // 256), head, band)]
     given = [
         mapped,
         *map(address, [*arrays, y, bias, partial, arrived]),

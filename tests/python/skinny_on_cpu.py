@@ -9,7 +9,7 @@ import ctypes
 import functools
 
 import numpy as np
-from hopper_on_cpu import ENGINE, FLAGS, aligned, layouts_on_cpu
+from hopper_on_cpu import BOXES, ENGINE, FLAGS, aligned, layouts_on_cpu, tensor_map
 from numpy.typing import NDArray
 from tenpak.cuda.plans import Plan
 from warps_on_cpu import WARP, built
@@ -70,18 +70,9 @@ inline void read_if(u32 wanted, u32 from, u32& x, u32& y, u32& z, u32& w) {
     read_if(wanted, from + 8, z, w);
 }
 inline void copy_or_zeros(u32 to, const void* from, int bytes) { copy16(at_shared(to), from, bytes != 0); }
-inline bool elected() { __syncwarp(); return threadIdx.x % 32 == 0; }
 inline u32 opaque_minus_one() { return ~0u; }
 inline float reciprocal(float x) { return 1.0f / x; }
 static Barrier named[16];
-template <int OF> void arrive_at_barrier(int barrier) {
-    Barrier& b = named[barrier];
-    if (++b.arrived == OF) {
-        b.arrived = 0;
-        ++b.generation;
-    }
-    check(b.arrived < OF, "more arrive at a barrier than it expects");
-}
 template <int OF> void wait_at_barrier(int barrier) { arrive(named[barrier], OF); }
 }
 """
@@ -90,6 +81,8 @@ template <int OF> void wait_at_barrier(int barrier) { arrive(named[barrier], OF)
 @functools.cache
 def _library(source: str, kernel: str, defines: tuple[tuple[str, object], ...]) -> ctypes.CDLL:
     stand_ins = {"warp.cuh": WARP, "layouts.cuh": layouts_on_cpu(COPIES), "engine.cuh": ENGINE, "few.cuh": FEW}
+    if source == "rows.cu":
+        stand_ins["boxes.cuh"] = BOXES
     dynamic = "extern __shared__ __align__(128) uint4 dynamic[];", "uint4* const dynamic = (uint4*)dynamic_memory();"
     return built(source, kernel, defines, "sm_90", stand_ins, [*FLAGS, "-include", "layouts.cuh"], dynamic)
 
@@ -113,11 +106,17 @@ def run(
         return np.uint64(0 if array is None else array.ctypes.data)
 
     steps = [np.int64(0 if part is None else part.nbytes // batch) for part in parts]
-    addresses = [address(array) for array in (*parts, x, y, bias, offsets, partial, counters)]
-    arguments = [*addresses, *steps, np.int64(x.shape[-1]), *plan.scalars, np.float32(scale)]
+    boxes = []
+    if plan.box:
+        x = aligned(x)
+        boxes = [tensor_map(x, x.shape[-1])]
+        arrays, stride = [*parts, y, bias, partial, counters], []
+    else:
+        arrays, stride = [*parts, x, y, bias, offsets, partial, counters], [np.int64(x.shape[-1])]
+    arguments = [*map(address, arrays), *steps, *stride, *plan.scalars, np.float32(scale)]
     if norm is not None:
         arguments += [address(norm[0]), address(norm[1]), np.float32(norm[2])]
-    boxes = [np.array([argument]) for argument in arguments]
+    boxes += [np.array([argument]) for argument in arguments]
     pointers = (ctypes.c_void_p * len(boxes))(*(box.ctypes.data for box in boxes))
     library = _library(plan.source, plan.kernel, tuple(sorted(plan.defines.items())))
     library.launch(pointers, (ctypes.c_uint * 3)(*plan.grid), plan.block[0], plan.shared)

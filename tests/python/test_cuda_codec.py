@@ -45,10 +45,10 @@ def test_packed_weights_are_the_references_and_rebuild_the_cores_weights(cuda, c
     encoded = tenpak.encode(gaussian(*shape), codec, axis)
     weight = cuda.QuantizedWeight.from_parts(codec, encoded.parts, shape, axis, encoded.exponent)
     n, k, batch = layouts.matrices(shape, axis)
-    assert (weight.shape, weight.batch, weight.scale) == ((n, k), batch, 2.0**encoded.exponent)
-
     layout = layouts.find(weight.layout)
-    reference = layouts.pack(layout, list(encoded.parts.values()), n, k, batch)
+    *reference, power = layouts.pack(layout, list(encoded.parts.values()), n, k, batch)
+    assert (weight.shape, weight.batch, weight.scale) == ((n, k), batch, 2.0 ** (encoded.exponent - power))
+
     for ours, wanted in zip((weight.codes, weight.params, weight.row_params), reference, strict=True):
         assert (ours is None) == (wanted is None)
         if ours is not None:
@@ -110,6 +110,40 @@ def test_an_array_becomes_the_weight_that_its_parts_make(cuda, codec):
     assert weight.nbytes == sum(part.nbytes for part in parts if part is not None)
 
 
+@pytest.mark.parametrize("layout", ["int4_g32_fp16", "int4_g128_fp16", "int4_g8_u8"])
+@pytest.mark.parametrize("largest", [2.0**-20, 0.02, 3.99, 4.0, 60000.0])
+def test_scales_are_packed_as_large_as_kernels_want_them(cuda, layout, largest):
+    about = layouts.find(layout)
+    n, k, random = 21, 264, np.random.default_rng(5)
+    codes = random.integers(0, 256, (n, k // 2), np.uint8)
+    shape = (n, -(-k // about.group))
+    for offset in (0.0, -7.5, 2.0**14):
+        if about.halves == ("params", 2):
+            # Neighbours of one group that is as large as none other.
+            scales = largest * np.where(np.arange(shape[1]) == 1, 1.0, random.random(shape) / 64)
+            parts = [codes, scales.astype(np.float16), np.clip(offset * scales, -65504, 65504).astype(np.float16)]
+            halves = np.stack([part.astype(np.float32) for part in parts[1:]], -1)
+        else:
+            line = largest * np.array([0.25, 0.75 / 255, 0.25 * offset, 0.75 * offset / 255])
+            line = (line * (0.5 + 0.5 * random.random((n, 1)))).clip(-60000, 60000).astype(np.float16)
+            line[3] = 0
+            parts = [codes, *(random.integers(0, 256, shape, np.uint8) for _ in range(2)), line]
+            halves = line.astype(np.float32)
+        ours = cuda.codec.pack(about, [cuda.array(part) for part in parts], n, k, 0)
+        reference = layouts.pack(about, parts, n, k)
+        assert ours.power == reference.power
+        for array, wanted in zip(ours[:3], reference[:3], strict=True):
+            assert (array is None) == (wanted is None)
+            if array is not None:
+                assert np.array_equal(cuda.numpy(array), wanted)
+        scale, highest = layouts.largest(halves * np.float32(2.0**ours.power))
+        assert scale < layouts.SCALE_BOUND
+        assert highest <= 65504
+        assert scale >= layouts.SCALE_BOUND / 2 or highest >= 32752 or ours.power == layouts.MOST_POWER
+        # What is packed once stays as it is.
+        assert layouts.power_of(scale, highest) in (0, layouts.MOST_POWER) or ours.power == layouts.MOST_POWER
+
+
 def test_an_artifacts_tensors_become_weights(cuda, packed):
     with tenpak.open(packed) as artifact:
         for info in artifact.infos:
@@ -156,7 +190,8 @@ def test_lanes_and_words_of_the_reference_are_those_that_layouts_cuh_draws(name)
     if layout.row_part is not None:
         width = -(-k // (layout.row_run * layout.repeat)) if layout.row_run else layout.row_params
         parts[layout.row_part] = rng.integers(0, 2**16, (n, width)).astype(layout.row_param)
-    packed, params, rows = layouts.pack(layout, parts, n, k)
+    packed, params, rows, power = layouts.pack(layout, parts, n, k)
+    assert power == 0, "among random halves are some that are not finite"
     supers = None if not layout.row_run else rows
 
     for row in range(n):

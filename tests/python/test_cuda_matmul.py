@@ -62,8 +62,9 @@ def random_weight(layout: str, n: int, k: int, batch: int = 0, seed: int = 0) ->
             parts += [line.astype(np.float16)]
     import cupy
 
-    packed = codec.pack(about, [cupy.asarray(part) for part in parts], n, k, batch)
-    return QuantizedWeight(layout, (n, k), batch, *packed, scale=0.25, device=packed[0].device.id)
+    *packed, power = codec.pack(about, [cupy.asarray(part) for part in parts], n, k, batch)
+    scale = 0.25 / 2.0**power
+    return QuantizedWeight(layout, (n, k), batch, *packed, scale=scale, device=packed[0].device.id)
 
 
 def activations(cupy: Any, *shape: int, dtype: str, seed: int = 1) -> Any:

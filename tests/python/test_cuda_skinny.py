@@ -37,7 +37,8 @@ def check(
     random, lead, count = np.random.default_rng(m + n + k), (batch,) if batch else (), max(batch, 1)
     parts, reference, scale = random_weight(layout, (*lead, n, k))
     reference = reference.reshape(count, n, k) * scale
-    packed = layouts.pack(layouts.find(layout), parts, n, k, batch)
+    *packed, power = layouts.pack(layouts.find(layout), parts, n, k, batch)
+    scale /= 2.0**power
     if form is None:
         plan = plans.rows_plan(device, layout, n, k, m, count, bf16)
         assert plan is not None
@@ -105,6 +106,15 @@ def test_two_strips_and_more_tokens_than_a_chunk(layout):
     check(layout, plans.Form(2, 2, 1, 2, True), (5, 90, 576))
     check(layout, plans.Form(2, 3, 1, 2, True, copiers=3), (13, 55, 328), bf16=True)
     check(layout, plans.Form(2, 3, 1, 2, True, copiers=2), (19, 70, 640))
+
+
+@pytest.mark.parametrize("layout", ["int4_g32_fp16", "int4_lut16"])
+def test_equal_shares(layout):
+    # Blocks begin and end amid strips; several go on with the same ones.
+    for form in (plans.Form(2, 2, 1, 2, True, shares=True), plans.Form(4, 4, 1, 1, True, 2, 2, shares=True)):
+        check(layout, form, (1, 90, 576), device=plans.Device(3, 225 << 10, 228 << 10, 90))
+        check(layout, form, (1, 70, 1300), device=plans.Device(7, 225 << 10, 228 << 10, 90))
+        check(layout, form, (1, 40, 640), batch=2, device=plans.Device(8, 225 << 10, 228 << 10, 90))
 
 
 @pytest.mark.parametrize("layout", ["int4_g32_fp16", "int4_g128_fp16", "int4_g8_u8", "int4_lut16", "int8_sym"])

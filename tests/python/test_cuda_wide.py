@@ -41,28 +41,41 @@ def random_weight(layout: str, shape: tuple[int, ...]) -> tuple[list[np.ndarray]
         parts = layouts.ordered(CODECS[layout], encoded.parts, weight.shape, len(shape) - 1)
         return parts, tenpak.decode(encoded).astype(np.float64) / scale, scale
     # No codec of the core's has groups so long.
-    group = layouts.find(layout).group
-    rows, groups = int(np.prod(shape[:-1])), -(-k // group)
-    codes = random.integers(0, 256, (rows, -(-k // 2)), np.uint8)
-    scales = (0.002 * (1 + random.random((rows, groups)))).astype(np.float16)
-    offsets = (-7.5 * scales).astype(np.float16)
+    scales = 0.002 * (1 + random.random((int(np.prod(shape[:-1])), -(-k // layouts.find(layout).group))))
+    parts, weight = weight_of(layout, scales, -7.5, k)
+    return parts, weight.reshape(shape), 1.0
+
+
+def weight_of(layout: str, scales: np.ndarray, middle: float, k: int) -> tuple[list[np.ndarray], np.ndarray]:
+    """Parts and the weight in FP64 [rows, k] of random codes; `scales` [rows, groups], offsets `middle` times those."""
+    group, rows = layouts.find(layout).group, len(scales)
+    codes = np.random.default_rng(k).integers(0, 256, (rows, -(-k // 2)), np.uint8)
+    scales = scales.astype(np.float16)
+    offsets = (middle * scales).astype(np.float16)
     each = np.stack([codes & 15, codes >> 4], -1).reshape(rows, -1)[:, :k].astype(np.float64)
     wide_scales, wide_offsets = (np.repeat(part.astype(np.float64), group, 1)[:, :k] for part in (scales, offsets))
-    return [codes, scales, offsets], (each * wide_scales + wide_offsets).reshape(shape), 1.0
+    return [codes, scales, offsets], each * wide_scales + wide_offsets
 
 
 def check(
-    layout: str, shape: tuple[int, int, int], grid: int, batch: int = 0, bf16: int = 0, head: int = 0, **defines: int
+    layout: str,
+    shape: tuple[int, int, int],
+    grid: int,
+    batch: int = 0,
+    bf16: int = 0,
+    head: int = 0,
+    band: int = 1 << 16,
+    **defines: int,
 ) -> None:
     m, n, k = shape
     random = np.random.default_rng(m + n + k)
     lead = (batch,) if batch else ()
     parts, reference, scale = random_weight(layout, (*lead, n, k))
-    packed = layouts.pack(layouts.find(layout), parts, n, k, batch)
+    *packed, power = layouts.pack(layouts.find(layout), parts, n, k, batch)
     x = random.standard_normal((max(batch, 1), m, -(-k // 8) * 8)).astype(np.float32)
     x = bits(x, bool(bf16))
     bias = bits(random.standard_normal((max(batch, 1), n)), bool(bf16))
-    y = wide({"LAYOUT": layout, "BF16": bf16, **defines}, grid, x, k, packed, n, scale, bias, head)
+    y = wide({"LAYOUT": layout, "BF16": bf16, **defines}, grid, x, k, packed, n, scale / 2.0**power, bias, head, band)
     exact = values(x, bool(bf16)).astype(np.float64)[..., :k] @ (scale * reference.reshape(-1, n, k)).swapaxes(1, 2)
     exact += values(bias, bool(bf16)).astype(np.float64)[:, None]
     error = np.linalg.norm(values(y, bool(bf16)).astype(np.float64) - exact) / np.linalg.norm(exact)
@@ -83,10 +96,42 @@ def test_every_layout(layout, bf16):
             check(layout, (5, 40, 328), 1, **{**SMALL, "STEP": step})
 
 
+@pytest.mark.parametrize("bf16", [0, 1])
+@pytest.mark.parametrize("layout", [f"int4_g{group}_fp16" for group in (8, 16, 32, 64, 128)])
+def test_scales_of_every_size(layout, bf16):
+    """From subnormal halves to the largest; zeros; offsets alone; one group that is 1000 times as large as others."""
+    n, k, m, random = 72, 328, 5, np.random.default_rng(2)
+    x = bits(random.standard_normal((1, m, k)).astype(np.float32), bool(bf16))
+    shape = (n, -(-k // layouts.find(layout).group))
+    alike = 1 + random.random(shape)
+    outlier = np.where(np.arange(n * shape[1]).reshape(shape) == 5, 1000.0, 1.0)
+    for scales, middle in (
+        *((size * alike, -7.5) for size in (1e-7, 1e-3, 1.9, 1000.0, 4000.0)),
+        (0 * alike, 0.0),
+        (1e-5 * alike, 60000.0),
+        (0.01 * alike * outlier, -7.5),
+    ):
+        parts, weight = weight_of(layout, scales, middle, k)
+        *packed, power = layouts.pack(layouts.find(layout), parts, n, k)
+        y = wide({"LAYOUT": layout, "BF16": bf16, **SMALL}, 1, x, k, packed, n, 2.0**-power * 2.0**-12, None)
+        given, weight = values(x, bool(bf16)).astype(np.float64)[0], weight / 2**12
+        # Each row by itself, those too that have no outlier; FP16 has no smaller numbers than 6e-8.
+        error = np.square(values(y, bool(bf16))[0].astype(np.float64) - given @ weight.T).sum(0)
+        norm = (np.square(given) @ np.square(weight).T).sum(0)
+        assert (np.sqrt(error) <= (1.5e-2 if bf16 else 4e-3) * np.sqrt(norm) + 6e-8).all(), (scales.max(), middle)
+
+
 @pytest.mark.parametrize("grid", [1, 2, 3, 4, 5, 7, 12, 18])
 def test_shares(grid):
     """Six tiles of three units: whole ones, what is left over cut evenly, and one tile cut for several blocks."""
     check("int4_g32_fp16", (20, 300, 192), grid, **SMALL)
+
+
+@pytest.mark.parametrize("band", [1, 2, 3])
+@pytest.mark.parametrize("grid", [2, 5])
+def test_bands_of_tokens(grid, band):
+    """Two matrices of two by five tiles."""
+    check("int4_g32_fp16", (75, 200, 192), grid, batch=2, band=band, **SMALL)
 
 
 @pytest.mark.parametrize(("grid", "head"), [(7, 2), (8, 2), (9, 1), (12, 1)])
@@ -97,9 +142,10 @@ def test_helpers(grid, head):
 
 @pytest.mark.parametrize("layout", ["int4_g32_fp16", "int8_sym"])
 def test_clusters(layout):
-    """Two blocks share the columns of a tile; of the last tile's rows some are beyond the weight; N is odd or even."""
+    """Blocks share the columns of a tile; of the last tile's rows some are beyond the weight; N is odd or even."""
     for n in (292, 299):
-        check(layout, (20, n, 456), 12, CLUSTER=2, **SMALL)
+        for blocks in (2, 3, 4):
+            check(layout, (20, n, 456), 6 * blocks, CLUSTER=blocks, **SMALL)
 
 
 @pytest.mark.parametrize(

@@ -128,6 +128,24 @@ def test_state_dicts_go_round(device, codec):
         G8Linear(70, 48, codec=codec).load_state_dict(state)
 
 
+@pytest.mark.parametrize("codec", ["int4_g8_fp16_v1", "int4_g16_v1", "int4_g8_v1"])
+def test_state_dicts_with_an_artifacts_own_scales_are_scaled_when_they_are_loaded(device, codec, monkeypatch):
+    layer = linear(40, 70).to(device)
+    ours = G8Linear.from_linear(layer, codec)
+    with monkeypatch.context() as patched:
+        patched.setattr(layouts, "power_of", lambda *_: 0)
+        state = G8Linear.from_linear(layer, codec).state_dict()
+    assert state["exponent"] > ours.exponent
+    fresh = G8Linear(70, 40, codec=codec)
+    fresh.load_state_dict(state)
+    empty = G8Linear(70, 40, codec=codec, device="meta")
+    empty.load_state_dict(state, assign=True)
+    for other in (fresh.to(device), empty):
+        assert torch.equal(other.dequantise(), ours.dequantise())
+        for key, value in ours.state_dict().items():
+            assert torch.equal(other.state_dict()[key].to(device), value)
+
+
 def test_a_layers_bits_survive_a_change_of_type_and_device(device):
     ours = G8Linear.from_linear(linear(40, 70), "int4_g8_v1")
     before = ours.dequantise()

@@ -121,19 +121,26 @@ def decode_packed_into(w: Any, out: int, dtype: str, stream: Any = None) -> None
     kernel(blocks, (_DECODE_BLOCK,), (*pointers, *numbers), 0, stream)
 
 
-def pack(layout: layouts.Layout, parts: list[Any], n: int, k: int, batch: int) -> tuple[Any, Any, Any]:
-    """Packed codes, params and row_params from an artifact's parts on the current device."""
+def pack(layout: layouts.Layout, parts: list[Any], n: int, k: int, batch: int) -> layouts.Packed:
+    """A packed weight from an artifact's parts on the current device; waits for it to know how large scales are."""
     sizes = layout.sizes(n, k, batch)
     codes = cupy.full(sizes[0], layout.zero_word, np.uint32)
     params = None if sizes[1] is None else cupy.zeros(sizes[1], layout.param)
     row_params = None if sizes[2] is None else cupy.zeros(sizes[2], layout.row_param)
-    rows = max(batch, 1) * n
+    rows, power = max(batch, 1) * n, 0
     if rows and k:
-        kernel = function("pack.cu", "pack", {"LAYOUT": layout.name}, codes.device.id)
+        defines, size = {"LAYOUT": layout.name}, (np.uint64(rows), np.int32(n), np.int32(k))
+        blocks, device = _blocks(rows * -(-k // 8), _DECODE_BLOCK), codes.device.id
+        if layout.halves is not None:
+            found = cupy.zeros(2, np.uint32)
+            kernel = function("pack.cu", "largest", defines, device)
+            kernel(blocks, (_DECODE_BLOCK,), (*addresses(parts), found.data.ptr, *size))
+            scale, offset = found.get().view(np.float32)
+            power = layouts.power_of(float(scale), float(offset))
+        kernel = function("pack.cu", "pack", defines, device)
         pointers = (*addresses(parts), *(0 if a is None else a.data.ptr for a in (codes, params, row_params)))
-        numbers = (np.uint64(rows), np.int32(n), np.int32(k))
-        kernel(_blocks(rows * -(-k // 8), _DECODE_BLOCK), (_DECODE_BLOCK,), (*pointers, *numbers))
-    return codes, params, row_params
+        kernel(blocks, (_DECODE_BLOCK,), (*pointers, *size, np.float32(2.0**power)))
+    return layouts.Packed(codes, params, row_params, power)
 
 
 def parts_on_device(codec: str, parts: Mapping[str, Any], shape: tuple[int, ...], axis: int) -> list[Any]:

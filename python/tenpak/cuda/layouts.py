@@ -2,13 +2,15 @@
 
 A weight W [n, k] is cut into tiles of 16 rows x 64 columns, a strip of 16 rows being one run of memory along k; lanes
 and words in a tile are as cuda/layouts.cuh draws them. Padding is codes that stand for zero, under parameters of zero.
+Scales and offsets of one weight are packed times a power of two, so that kernels know how large they are.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,8 +25,22 @@ TILE_COLS = 64
 EXCHANGED = (0, 1, 2, 3, 8, 9, 10, 11, 4, 5, 6, 7, 12, 13, 14, 15)
 
 
+#: Scales are packed so that the largest magnitude is below this, and not below half of it if offsets let it be so.
+SCALE_BOUND = 4.0
+#: The largest power of two for that: halves that are not subnormal need no larger one.
+MOST_POWER = 15
+
 #: Shapes of codes, params and row_params.
 Sizes = tuple[tuple[int, ...], tuple[int, ...] | None, tuple[int, ...] | None]
+
+
+class Packed(NamedTuple):
+    """A weight as kernels read it, on the CPU or a GPU, and two to what power its scales and offsets are times."""
+
+    codes: Any
+    params: Any | None
+    row_params: Any | None
+    power: int
 
 
 @dataclass(frozen=True)
@@ -69,6 +85,13 @@ class Layout:
             rows = (*lead, strips, _up(k, self.row_run), TILE_ROWS) if self.row_run else (*lead, strips * TILE_ROWS)
             rows = (*rows, self.row_params) if self.row_params > 1 else rows
         return codes, params, rows
+
+    @property
+    def halves(self) -> tuple[str, int] | None:
+        """The packed array that has scales and offsets as halves, and how many make one of both; None for tables."""
+        if self.row_params > 1:
+            return "row_params", self.row_params
+        return ("params", 2) if self.param is not None and self.param.itemsize == 4 else None
 
     @property
     def zero_word(self) -> np.uint32:
@@ -162,10 +185,35 @@ def ordered(codec: str, parts: Mapping[str, Any], shape: Sequence[int], axis: in
     return found
 
 
-def pack(
-    layout: Layout, parts: Sequence[NDArray[Any]], n: int, k: int, batch: int = 0
-) -> tuple[NDArray[np.uint32], NDArray[Any] | None, NDArray[Any] | None]:
-    """Packed codes, params and row_params from an artifact's parts, [rows, elements per row] in the layout's order."""
+def power_of(scale: float, offset: float) -> int:
+    """Two to what power scales and offsets are packed times, by the largest magnitude of each (of a whole batch).
+
+    Scales then do not depend on how large the weights are, which lets kernels turn codes into floats as subnormals.
+    Nothing is lost but bits of those that are 2^-15 of a scale that was larger than `SCALE_BOUND`.
+    """
+    if not (math.isfinite(scale) and math.isfinite(offset)):
+        return 0
+    # What is between two halves is rounded to the larger one.
+    exponents = [math.frexp(x * (1 + 2**-11))[1] for x in (scale / SCALE_BOUND, offset / 2**16) if x]
+    return min(MOST_POWER, *(-e for e in exponents)) if exponents else 0
+
+
+def largest(halves: Any) -> tuple[float, float]:
+    """The largest magnitudes of scales and of offsets, of FP32 [..., (s, o)] or of lines [..., (s0, ds, o0, do)].
+
+    Of NumPy or PyTorch; the reference for `largest` of cuda/pack.cu.
+    """
+    found, each = [0.0, 0.0], halves.shape[-1] // 2
+    for i in range(2) if math.prod(halves.shape) else ():
+        first = halves[..., each * i]
+        found[i] = float(abs(first).max())
+        if each == 2:
+            found[i] = max(found[i], float(abs(first + 255.0 * halves[..., each * i + 1]).max()))
+    return found[0], found[1]
+
+
+def pack(layout: Layout, parts: Sequence[NDArray[Any]], n: int, k: int, batch: int = 0) -> Packed:
+    """A packed weight from an artifact's parts, [rows, elements per row] in the layout's order."""
     sizes = layout.sizes(n, k, batch)
     matrix_count, strips, tiles = max(batch, 1), _up(n, TILE_ROWS), _up(k, TILE_COLS)
 
@@ -224,7 +272,19 @@ def pack(
         if layout.row_run:
             rows = rows.reshape(matrix_count, strips, TILE_ROWS, -1).transpose(0, 1, 3, 2)
         row_params = np.ascontiguousarray(rows).reshape(sizes[2])
-    return packed_codes, params, row_params
+
+    packed = Packed(packed_codes, params, row_params, 0)
+    if layout.halves is None:
+        return packed
+    name, each = layout.halves
+    bits = getattr(packed, name)
+    halves = bits.view(np.float16).astype(np.float32).reshape(-1, each)
+    with np.errstate(invalid="ignore"):  # a damaged file's
+        power = power_of(*largest(halves))
+    if power:
+        scaled = (halves * np.float32(2.0**power)).astype(np.float16).view(bits.dtype).reshape(bits.shape)
+        packed = packed._replace(**{name: scaled, "power": power})
+    return packed
 
 
 def _up(a: int, b: int) -> int:

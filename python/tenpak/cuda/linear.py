@@ -27,7 +27,8 @@ class G8Linear(torch.nn.Module):
     elsewhere PyTorch computes, which a warning says once. The weight has no gradient, x and bias have.
 
     Buffers, and so the state dict, hold the packed weight: `codes`, `params` and `row_params` as integers, which
-    `half()` and its like leave alone, and `exponent`. They are the same on every device.
+    `half()` and its like leave alone, and `exponent`: weights are what is packed times two to that. They are the same
+    on every device. Scales and offsets that an older version has packed are scaled as they are loaded.
     """
 
     codes: torch.Tensor
@@ -154,18 +155,18 @@ class G8Linear(torch.nn.Module):
             from tenpak.cuda import codec as gpu
 
             with torch.cuda.device(where), ops.current_stream(where):
-                packed = gpu.pack(layout, gpu.parts_on_device(codec, parts, tuple(shape), axis), n, k, 0)
+                *packed, power = gpu.pack(layout, gpu.parts_on_device(codec, parts, tuple(shape), axis), n, k, 0)
                 tensors = [
                     None if a is None else torch.utils.dlpack.from_dlpack(a.view(_signed(a.dtype))) for a in packed
                 ]
         else:
             given = [a if isinstance(a, np.ndarray) else a.get() for a in layouts.ordered(codec, parts, shape, axis)]
-            packed = layouts.pack(layout, given, n, k)
+            *packed, power = layouts.pack(layout, given, n, k)
             tensors = [None if a is None else torch.from_numpy(a.view(_signed(a.dtype))).to(where) for a in packed]
         made = cls(k, n, bias=False, codec=codec, device="meta")
         made.codes, made.params, made.row_params = tensors  # type: ignore[assignment]
-        made.exponent = torch.tensor(exponent, dtype=torch.int32, device=where)
-        made._scale = 2.0**exponent
+        made.exponent = torch.tensor(exponent - power, dtype=torch.int32, device=where)
+        made._scale = 2.0 ** (exponent - power)
         if isinstance(bias, torch.nn.Parameter):
             made.bias = bias
         elif bias is not None:
@@ -235,7 +236,21 @@ class G8Linear(torch.nn.Module):
         super()._load_from_state_dict(*arguments)
         # Read here, once: reading it in `forward` would wait for the GPU.
         if not self.exponent.is_meta:
+            self._scale_halves()
             self._scale = 2.0 ** int(self.exponent)
+
+    def _scale_halves(self) -> None:
+        """Packs scales and offsets times a power of two, as `layouts.pack` does; those that are stay as they are."""
+        halves = layouts.find(self.layout).halves
+        if halves is None:
+            return
+        name, each = halves
+        bits = getattr(self, name)
+        floats = bits.view(torch.float16).float().reshape(-1, each)
+        power = layouts.power_of(*layouts.largest(floats))
+        if power:
+            setattr(self, name, (floats * 2.0**power).half().view(bits.dtype).reshape(bits.shape))
+            self.exponent = self.exponent - power
 
 
 def is_conv1d(layer: torch.nn.Module) -> bool:

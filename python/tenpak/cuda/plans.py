@@ -7,7 +7,7 @@ tuned at run time.
   from `ROWS_FROM` tokens on `rows`, whose blocks have more rows for what they read of x;
 - more on Hopper: `wide`, whose tokens the copy engine brings, and `prefill` where it cannot bring them; both on the
   tensor cores' warpgroup instructions;
-- `dense_from` tokens and more: the weight is unpacked, a part at a time, for cuBLAS.
+- `dense_from` tokens and more, where neither is faster: the weight is unpacked, a part at a time, for cuBLAS.
 """
 
 from __future__ import annotations
@@ -146,17 +146,27 @@ class Plan:
     scalars: tuple[Any, ...]
     partial_bytes: int
     counters: int
-    #: Tokens of a box, where the kernel takes a map of x (tensormap.py) and not its address.
+    #: Tokens of a box, where the kernel takes a map of x (tensormap.py) and not its address, and its tiles of 64 columns
+    #: where it has several.
     box: int = 0
+    box_tiles: int = 0
 
 
 def divide_up(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def dense_from(hopper: bool, in_boxes: bool) -> int:
+#: More tokens than a product may have.
+NEVER = 1 << 31
+
+
+def dense_from(layout: str, hopper: bool, in_boxes: bool) -> int:
     """Tokens from which unpacking the weight for cuBLAS is faster; `in_boxes`: the copy engine can read x."""
-    return (8192 if in_boxes else 512) if hopper else 64
+    if not hopper:
+        return 64
+    if not in_boxes:
+        return 512
+    return 8192 if layout in TABLES else NEVER
 
 
 @dataclass(frozen=True)
@@ -165,6 +175,7 @@ class Form:
 
     `strips` at a time. `engine`: the copy engine brings weights, asked for by `copiers`. `sharers`: warps that take a
     step together, of whom there are several groups in turn (0: all). `even`: no more blocks than as many turns need.
+    `shares`: blocks do equal shares of all steps (of integers, with the copy engine).
     """
 
     warps: int
@@ -175,6 +186,7 @@ class Form:
     copiers: int = 1
     sharers: int = 0
     even: bool = False
+    shares: bool = False
 
 
 #: Layouts of which one token was measured with two groups of eight warps, where blocks have two strips or fewer.
@@ -287,6 +299,13 @@ def skinny_plans(
         width = min(turns, per_matrix)
         if form.even:
             width = divide_up(turns, divide_up(turns, width))
+        last, places = slice_tiles, 0
+        if form.shares:
+            if slices > 1 or not integer:
+                return None
+            steps = turns * divide_up(tiles, 2 * sharers)
+            last = divide_up(steps, per_matrix)
+            width = places = divide_up(steps, last)
         defines = {
             "LAYOUT": layout,
             "BF16": int(bf16),
@@ -299,6 +318,7 @@ def skinny_plans(
             "ENGINE": int(form.engine),
             "COPIERS": form.copiers,
             "SHARERS": sharers,
+            **({"SHARES": 1} if form.shares else {}),
             **fused.defines,
         }
         if fused.norm != "none":
@@ -316,9 +336,9 @@ def skinny_plans(
             (width, slices, batch),
             (32 * warps,),
             shared,
-            (int32(m), int32(n), int32(k), int32(tiles), int32(divide_up(k, 256)), int32(slice_tiles)),
-            slots * slices * strips * form.strips * columns * 512,
-            slots * strips,
+            (int32(m), int32(n), int32(k), int32(tiles), int32(divide_up(k, 256)), int32(last)),
+            (slots * slices * strips + batch * places) * form.strips * columns * 512,
+            slots * strips + batch * places,
         )
 
     forms = _forms(device, layout, n, k, average, integer, fused.overlaps)
@@ -348,11 +368,12 @@ def rows_plan(device: Device, layout: str, n: int, k: int, m: int, batch: int = 
     turns = divide_up(strips, per_matrix * max(ROWS_FORMS))
     rows = min(r for r in ROWS_FORMS if r * per_matrix * turns >= strips)
     warps, sharers = ROWS_FORMS[rows]
-    copiers = 2 if rows == max(ROWS_FORMS) or m <= 4 else 4
-    of_x = 8 * columns * (sharers * 2 * TILE_COLS * 2 + 64)
-    of_stage = divide_up(divide_up(rows * sharers * stage, 128) * 128 + of_x, 128) * 128
-    sums = warps * 2 * columns * 512
-    depth = min(3 if rows == 2 else 4, (device.shared - sums) // of_stage)
+    copiers = 2
+    of_x = 8 * columns * sharers * 2 * TILE_COLS * 2
+    of_stage = divide_up(rows * sharers * stage + of_x, 1024) * 1024
+    # Stages begin at a multiple of 1024.
+    others = 1024 + warps * 2 * columns * 512
+    depth = min(3 if rows == 2 else 4, (device.shared - others) // of_stage)
     if depth < 2:
         return None
     defines = {
@@ -365,17 +386,23 @@ def rows_plan(device: Device, layout: str, n: int, k: int, m: int, batch: int = 
         "COLUMNS": columns,
         "COPIERS": copiers,
     }
+    # Steps of all turns, of which each block does an equal share.
+    steps = divide_up(strips, rows) * divide_up(m, 8 * columns) * divide_up(tiles, 2 * sharers)
+    share = divide_up(steps, per_matrix)
+    grid = divide_up(steps, share)
     int32 = np.int32
     return Plan(
         "rows.cu",
         "rows",
         defines,
-        (min(divide_up(strips, rows) * divide_up(m, 8 * columns), per_matrix), 1, batch),
+        (grid, 1, batch),
         (32 * (warps + copiers),),
-        depth * of_stage + sums,
-        (int32(m), int32(n), int32(k), int32(tiles), int32(divide_up(k, 256)), int32(tiles)),
-        0,
-        0,
+        depth * of_stage + others,
+        (int32(m), int32(n), int32(k), int32(tiles), int32(divide_up(k, 256)), int32(share)),
+        batch * grid * rows * columns * 512,
+        batch * grid,
+        8 * columns,
+        2 * sharers,
     )
 
 
@@ -434,7 +461,7 @@ def wide_plans(device: Device, layout: str, n: int, k: int, m: int, batch: int, 
             (choice.grid, 1, 1),
             (choice.threads,),
             choice.shared,
-            (*scalars, int32(choice.head)),
+            (*scalars, int32(choice.head), int32(choice.band)),
             choice.partial_bytes,
             choice.counters,
             choice.tokens,

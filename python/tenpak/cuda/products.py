@@ -95,7 +95,7 @@ def plan_for(
 
 def is_dense(w: QuantizedWeight, x: int, stride: int, m: int) -> bool:
     """Whether `m` tokens at an address, rows `stride` elements apart, are for cuBLAS, the weight being unpacked."""
-    return m >= dense_from(device_of(w.device).hopper, tensormap.fits(x, stride))
+    return m >= dense_from(w.layout, device_of(w.device).hopper, tensormap.fits(x, stride))
 
 
 def launch(
@@ -164,7 +164,7 @@ def run(
     partial, counters = workspace.partial.data.ptr, workspace.counters.data.ptr
     arguments: tuple[Any, ...]
     if p.box:
-        boxes = tensormap.map_of(x, w.shape[1], m, batch, stride, p.box, bf16)
+        boxes = tensormap.map_of(x, w.shape[1], m, batch, stride, p.box, bf16, p.box_tiles)
         arguments = (boxes, *weights, y, bias, partial, counters, *steps)
     elif p.source == "prefill.cu":
         arguments = (*weights, x, y, bias, partial, counters, *steps, stride)

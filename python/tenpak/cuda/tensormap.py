@@ -29,9 +29,12 @@ def fits(address: int, stride: int) -> bool:
 
 
 @functools.lru_cache(maxsize=4096)
-def map_of(address: int, k: int, m: int, batch: int, stride: int, tokens: int, bf16: bool) -> NDArray[Any]:
+def map_of(
+    address: int, k: int, m: int, batch: int, stride: int, tokens: int, bf16: bool, tiles: int = 0
+) -> NDArray[Any]:
     """The map of x [batch, m, k], rows `stride` elements apart, with boxes of `tokens` rows by 64 columns.
 
+    With `tiles`, a box has so many times 64 columns, those of all its rows one after another; k is a multiple of 64.
     Returns an array of one element of 128 bytes, which CuPy hands to a kernel by value.
 
     Raises:
@@ -41,19 +44,22 @@ def map_of(address: int, k: int, m: int, batch: int, stride: int, tokens: int, b
     memory = np.zeros(_BYTES + _ALIGNMENT, np.uint8)
     start = -memory.ctypes.data % _ALIGNMENT
     encoded = memory[start : start + _BYTES]
-    sizes = (ctypes.c_uint64 * 3)(k, m, batch)
-    strides = (ctypes.c_uint64 * 2)(2 * stride, 2 * stride * m)
-    box = (ctypes.c_uint32 * 3)(BOX_COLUMNS, tokens, 1)
-    ones = (ctypes.c_uint32 * 3)(1, 1, 1)
+    sizes, strides, box = [k, m, batch], [2 * stride, 2 * stride * m], [BOX_COLUMNS, tokens, 1]
+    if tiles:
+        sizes[0] = BOX_COLUMNS
+        sizes.insert(2, k // BOX_COLUMNS)
+        strides.insert(1, 2 * BOX_COLUMNS)
+        box.insert(2, tiles)
+    rank = len(sizes)
     error = _encoder()(
         ctypes.c_void_p(encoded.ctypes.data),
         _TYPES[bf16],
-        3,
+        rank,
         ctypes.c_void_p(address),
-        sizes,
-        strides,
-        box,
-        ones,
+        (ctypes.c_uint64 * rank)(*sizes),
+        (ctypes.c_uint64 * (rank - 1))(*strides),
+        (ctypes.c_uint32 * rank)(*box),
+        (ctypes.c_uint32 * rank)(*[1] * rank),
         _NO_INTERLEAVE,
         _SWIZZLE_128,
         _PROMOTE_256,

@@ -25,7 +25,8 @@ class QuantizedWeight:
     """A linear layer's weight [n outputs, k inputs], or a batch of them, in four or eight bits.
 
     Made by `from_artifact`, `from_parts` or `from_array`; `tenpak.cuda.matmul` multiplies with it. Its bytes are those
-    of the artifact in another order (cuda/layouts.cuh), the same for every number of tokens.
+    of the artifact in another order (cuda/layouts.cuh), the same for every number of tokens, and scales and offsets are
+    times a power of two that `scale` takes back.
     """
 
     #: The layout's name, as in `tenpak.codecs()`.
@@ -40,7 +41,7 @@ class QuantizedWeight:
     params: Any = field(repr=False)
     #: Parameters of rows as raw bits, or None.
     row_params: Any = field(repr=False)
-    #: Products are multiplied by this: 2 to the artifact's exponent.
+    #: Products are multiplied by this: 2 to the artifact's exponent less that of packed scales (`layouts.power_of`).
     scale: float
     #: The CUDA device's number.
     device: int
@@ -78,8 +79,9 @@ class QuantizedWeight:
         layout = layouts.find(codec_named(codec).layout)
         n, k, batch = layouts.matrices(shape, axis)
         arrays = gpu.parts_on_device(codec, parts, tuple(shape), axis % len(shape))
-        packed = gpu.pack(layout, arrays, n, k, batch)
-        return cls(layout.name, (n, k), batch, *packed, scale=2.0**exponent, device=packed[0].device.id)
+        codes, params, row_params, power = gpu.pack(layout, arrays, n, k, batch)
+        scale = 2.0 ** (exponent - power)
+        return cls(layout.name, (n, k), batch, codes, params, row_params, scale, codes.device.id)
 
     @classmethod
     def from_array(cls, array: Any, codec: str, axis: int = -1) -> QuantizedWeight:

@@ -14,9 +14,9 @@ from tenpak.cuda.layouts import TILE_COLS
 
 #: (GROUPS, TOKENS, STEP) by the most tokens of a product that would take them: all fit in registers.
 SHAPES = (
-    (16, ((4, 16, 2), (3, 16, 2), (2, 16, 2), (4, 16, 4), (3, 16, 4))),
+    (16, ((3, 16, 2), (2, 16, 2))),
     (32, ((4, 32, 2), (3, 32, 2), (2, 32, 2), (4, 32, 4), (3, 32, 4))),
-    (64, ((4, 64, 2), (3, 64, 2), (2, 64, 2), (3, 64, 4), (2, 64, 4))),
+    (64, ((4, 64, 2), (3, 64, 2), (2, 64, 2))),
     (128, ((3, 128, 2), (2, 128, 2))),
     (192, ((2, 192, 1), (3, 128, 2), (2, 128, 2))),
     (1 << 31, ((2, 256, 1), (3, 128, 2), (2, 128, 2))),
@@ -25,19 +25,22 @@ SHAPES = (
 ONE_TILE = {"int4_g128_fp16": 576, "int4_lut16": 608, "int4_lut32": 608}
 FOUR_TILES = {"int4_lut16": 2336, "int4_lut32": 2336}
 MOST_STAGES = 10
-#: Blocks of a cluster: larger ones are not all there at once.
-CLUSTER = 2
+#: The part of the multiprocessors that clusters of so many blocks have at a time: some of each sixteen to eighteen
+#: are left over.
+CLUSTERS = {2: 1.0, 3: 0.88, 4: 0.9}
+#: Bytes of tokens of a band of tiles: a third of what L2 holds.
+BAND_BYTES = 17 << 20
 #: Bytes a cycle and multiprocessor: of weights from memory, of sums through L2, of shared memory.
-MEMORY_SPEED, L2_SPEED, SHARED_SPEED = 20.3, 48.8, 128.0
+MEMORY_SPEED, L2_SPEED, SHARED_SPEED = 19.0, 105.0, 128.0
 #: What tiles that are cut evenly take longer than whole ones, and, where memory is what takes the time, with helpers.
-CUT, HEAD = 1.03, 1.12
+CUT, HEAD = 1.07, 1.12
 #: Cycles to begin and end a tile, to wait for other blocks' sums, and for those of a cluster.
-TILE_CYCLES, SHARE_CYCLES, CLUSTER_CYCLES = 1210.0, 3070.0, 1500.0
+TILE_CYCLES, SHARE_CYCLES, CLUSTER_CYCLES = 1780.0, 4700.0, 1540.0
 #: What products of (GROUPS, TOKENS) reach of the tensor cores' speed; fewer tokens use an unpacked weight less often.
-PRODUCTS = {(2, 256): 0.84, (2, 192): 0.85, (3, 128): 0.84, (2, 128): 0.75}
-FEW_PRODUCTS = 0.58
+PRODUCTS = {(2, 256): 0.83, (2, 192): 0.83, (3, 128): 0.84, (2, 128): 0.82}
+FEW_PRODUCTS = 0.625
 #: Cycles of each step beside those, and of each strip's step of two tiles: what takes small tiles their time.
-STEP_CYCLES, STRIP_CYCLES = 319.0, 75.5
+STEP_CYCLES, STRIP_CYCLES = 240.0, 53.6
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,8 @@ class Choice:
     #: Units of a tile that its own block does, if others help, or 0.
     head: int = 0
     cluster: int = 1
+    #: Tiles of tokens that go round together.
+    band: int = 1
 
     @property
     def defines(self) -> dict[str, object]:
@@ -142,6 +147,9 @@ def _of_shape(
     if stages < (3 if step == 4 else 2):
         return []
     token_tiles, steps = _up(m, tokens), _up(_up(k, TILE_COLS), step)
+    # As many as fit, in bands as large as each other.
+    bands = _up(token_tiles, max(1, BAND_BYTES // (2 * k * tokens)))
+    band = _up(token_tiles, bands)
     tiles = batch * _up(n, rows) * token_tiles
     products = step * 2 * groups * tokens / PRODUCTS.get((groups, tokens), FEW_PRODUCTS)
     reads = step * ((rows // 64) * tokens + strips * 8) + stage_bytes / SHARED_SPEED
@@ -155,7 +163,7 @@ def _of_shape(
 
     def choice(grid: int, cycles: float, head: int = 0, cluster: int = 1) -> Choice:
         shared_now = fixed + stages * stage_bytes
-        return Choice(groups, tokens, step, stages, shared_now, grid, tiles, cycles, head, cluster)
+        return Choice(groups, tokens, step, stages, shared_now, grid, tiles, cycles, head, cluster, band)
 
     # Whole tiles go round in as many rounds as they need of all multiprocessors, or of fewer where those divide them;
     # cut ones take all multiprocessors, if there is a unit for each.
@@ -183,9 +191,10 @@ def _of_shape(
             found.append(choice(tiles + helpers, cycles, head=head))
     # In shared memory a token's sums are longer by four (EXCHANGE_ROW of wide.cu).
     fits = (rows + 4) * tokens * 4 <= stages * stage_bytes
-    if CLUSTER * tiles <= multiprocessors and steps >= CLUSTER and fits:
-        cycles = _up(steps, CLUSTER) * step_cycles + CLUSTER_CYCLES + store_cycles
-        found.append(choice(CLUSTER * tiles, cycles, cluster=CLUSTER))
+    for cluster, part in CLUSTERS.items():
+        if cluster * tiles <= part * multiprocessors and steps >= cluster and fits:
+            cycles = _up(steps, cluster) * step_cycles + CLUSTER_CYCLES + store_cycles
+            found.append(choice(cluster * tiles, cycles, cluster=cluster))
     return found
 
 
