@@ -94,10 +94,6 @@ struct Products {
 #endif
     }
 
-    __device__ __forceinline__ void move_x(u32 by) {
-#pragma unroll
-        for (int column = 0; column < COLUMNS; ++column) x[column] += by;
-    }
     __device__ __forceinline__ void clear() {
 #pragma unroll
         for (int s = 0; s < STRIPS; ++s)

@@ -167,7 +167,6 @@ class Form:
 
     `strips` at a time. `engine`: the copy engine brings weights, asked for by `copiers`. `sharers`: warps that take a
     step together, of whom there are several groups in turn (0: all). `even`: no more blocks than as many turns need.
-    `shares`: blocks do equal shares of all steps (of integers, with the copy engine).
     """
 
     warps: int
@@ -178,7 +177,6 @@ class Form:
     copiers: int = 1
     sharers: int = 0
     even: bool = False
-    shares: bool = False
 
 
 #: Layouts of which one token was measured with two groups of eight warps, where blocks have two strips or fewer.
@@ -291,13 +289,6 @@ def skinny_plans(
         width = min(turns, per_matrix)
         if form.even:
             width = divide_up(turns, divide_up(turns, width))
-        last, places = slice_tiles, 0
-        if form.shares:
-            if slices > 1 or not integer:
-                return None
-            steps = turns * divide_up(tiles, 2 * sharers)
-            last = divide_up(steps, per_matrix)
-            width = places = divide_up(steps, last)
         defines = {
             "LAYOUT": layout,
             "BF16": int(bf16),
@@ -310,7 +301,6 @@ def skinny_plans(
             "ENGINE": int(form.engine),
             "COPIERS": form.copiers,
             "SHARERS": sharers,
-            **({"SHARES": 1} if form.shares else {}),
             **fused.defines,
         }
         if fused.norm != "none":
@@ -328,9 +318,9 @@ def skinny_plans(
             (width, slices, batch),
             (32 * warps,),
             shared,
-            (int32(m), int32(n), int32(k), int32(tiles), int32(divide_up(k, 256)), int32(last)),
-            (slots * slices * strips + batch * places) * form.strips * columns * 512,
-            slots * strips + batch * places,
+            (int32(m), int32(n), int32(k), int32(tiles), int32(divide_up(k, 256)), int32(slice_tiles)),
+            slots * slices * strips * form.strips * columns * 512,
+            slots * strips,
         )
 
     forms = _forms(device, layout, n, k, average, integer, fused.overlaps)
@@ -360,7 +350,7 @@ def rows_plan(device: Device, layout: str, n: int, k: int, m: int, batch: int = 
     turns = divide_up(strips, per_matrix * max(ROWS_FORMS))
     rows = min(r for r in ROWS_FORMS if r * per_matrix * turns >= strips)
     warps, sharers = ROWS_FORMS[rows]
-    copiers = 2
+    copiers = columns
     of_x = 8 * columns * sharers * 2 * TILE_COLS * 2
     of_stage = divide_up(rows * sharers * stage + of_x, 1024) * 1024
     # Stages begin at a multiple of 1024.
@@ -378,21 +368,17 @@ def rows_plan(device: Device, layout: str, n: int, k: int, m: int, batch: int = 
         "COLUMNS": columns,
         "COPIERS": copiers,
     }
-    # Steps of all turns, of which each block does an equal share.
-    steps = divide_up(strips, rows) * divide_up(m, 8 * columns) * divide_up(tiles, 2 * sharers)
-    share = divide_up(steps, per_matrix)
-    grid = divide_up(steps, share)
     int32 = np.int32
     return Plan(
         "rows.cu",
         "rows",
         defines,
-        (grid, 1, batch),
+        (min(divide_up(strips, rows) * divide_up(m, 8 * columns), per_matrix), 1, batch),
         (32 * (warps + copiers),),
         depth * of_stage + others,
-        (int32(m), int32(n), int32(k), int32(tiles), int32(divide_up(k, 256)), int32(share)),
-        batch * grid * rows * columns * 512,
-        batch * grid,
+        (int32(m), int32(n), int32(k), int32(tiles), int32(divide_up(k, 256)), int32(tiles)),
+        0,
+        0,
         8 * columns,
         2 * sharers,
     )
