@@ -146,8 +146,8 @@ class Plan:
     scalars: tuple[Any, ...]
     partial_bytes: int
     counters: int
-    #: Tokens of a box, where the kernel takes a map of x (tensormap.py) and not its address, and its tiles of 64 columns
-    #: where it has several.
+    #: Tokens of a box, where the kernel takes a map of x (tensormap.py) and not its address; and its tiles of 64
+    #: columns, where it has several.
     box: int = 0
     box_tiles: int = 0
 
