@@ -7,7 +7,8 @@
 // tokens with no thread's help. (int4_lut16, whose words are in order, reads all of its quad's.)
 //
 // Each layout has: PARAM_BYTES(tiles) of so many tiles of a strip (of two, the first being even), and params(weight, strip,
-// k), where those of tile k begin; SUPER_BYTES and supers(weight, strip, k) alike; Tile, a lane's registers for one tile, read by
+// k), where those of tile k begin, and params_of_strip(weight), how far from a strip's those of the next are; SUPER_BYTES,
+// supers(weight, strip, k) and supers_of_strip(weight) alike; Tile, a lane's registers for one tile, read by
 // load<J>(codes, params, supers, lane); rows(weight, strip, lane), its registers for one strip; operand<QUARTER>(tile, rows, lane,
 // a), columns 16 * QUARTER .. 16 * QUARTER + 15: a[0] and a[1] are rows g and g + 8 of the first chunk, a[2] and a[3] of the
 // second; and row_scale(rows, high), which multiplies the accumulators of rows g and g + 8.
@@ -33,6 +34,7 @@ struct RowsOf {
 struct NoSupers {
     static constexpr int SUPER_BYTES = 0;
     static __device__ __forceinline__ const u8* supers(const Weight&, int, int) { return nullptr; }
+    static __device__ __forceinline__ u32 supers_of_strip(const Weight&) { return 0; }
 };
 
 // What the four lanes of this one's quad have.
@@ -61,6 +63,7 @@ struct AffineColumns : NoSupers {
     static __device__ __forceinline__ const u8* params(const Weight& w, int strip, int k) {
         return w.params + (size_t)(u32)(strip * Params::units(w.tiles) + Params::unit(k)) * Params::BYTES;
     }
+    static __device__ __forceinline__ u32 params_of_strip(const Weight& w) { return Params::units(w.tiles) * Params::BYTES; }
     template <int J>
     static __device__ __forceinline__ Tile load(u32 codes, u32 params, u32, int lane) {
         Tile tile;
@@ -169,9 +172,11 @@ struct Lut16Columns : RowsOf<Lut16> {
     static __device__ __forceinline__ const u8* params(const Weight& w, int strip, int k) {
         return w.params + (size_t)(u32)(strip * w.tiles + k) * Lut16::SCALE_BYTES;
     }
+    static __device__ __forceinline__ u32 params_of_strip(const Weight& w) { return w.tiles * Lut16::SCALE_BYTES; }
     static __device__ __forceinline__ const u8* supers(const Weight& w, int strip, int k) {
         return w.row_params + (size_t)(u32)(strip * w.supers + k / Lut16::SUPER_TILES) * SUPER_BYTES;
     }
+    static __device__ __forceinline__ u32 supers_of_strip(const Weight& w) { return w.supers * SUPER_BYTES; }
     template <int J>
     static __device__ __forceinline__ Tile load(u32 codes, u32 params, u32 supers, int lane) {
         Tile tile;
@@ -213,6 +218,7 @@ struct EightBitColumns : NoSupers, RowsOf<EightBit> {
     };
     static constexpr int PARAM_BYTES(int) { return 0; }
     static __device__ __forceinline__ const u8* params(const Weight&, int, int) { return nullptr; }
+    static __device__ __forceinline__ u32 params_of_strip(const Weight&) { return 0; }
     template <int J>
     static __device__ __forceinline__ Tile load(u32 codes, u32, u32, int lane) {
         const u32 at = row_of_chunk(codes + J * EightBit::CODE_BYTES, lane);

@@ -1,6 +1,9 @@
 // Barriers in shared memory that count bytes and copies, and bulk copies that end at them (compute capability 9.0).
 #pragma once
 #include "layouts.cuh"
+#ifndef RACECHECK
+#define RACECHECK 0
+#endif
 
 namespace tenpak {
 
@@ -19,6 +22,13 @@ __device__ __forceinline__ void barriers_ready() { asm volatile("fence.mbarrier_
 __device__ __forceinline__ void barrier_arrive(u32 barrier) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" :: "r"(barrier) : "memory");
 }
+// At barriers in shared memory a lane arrives for its warp. With -DRACECHECK=1 each does, for that is what compute-sanitizer's
+// racecheck follows.
+constexpr int ARRIVALS = RACECHECK ? LANES : 1;
+__device__ __forceinline__ void warp_arrives(u32 barrier, int lane) {
+    __syncwarp();
+    if (RACECHECK || lane == 0) barrier_arrive(barrier);
+}
 // And the phase does not end before so many bytes have been copied.
 __device__ __forceinline__ void barrier_expect(u32 barrier, u32 bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" :: "r"(barrier), "r"(bytes) : "memory");
@@ -32,6 +42,14 @@ __device__ __forceinline__ void barrier_wait(u32 barrier, u32 parity) {
         "again: mbarrier.test_wait.parity.shared::cta.b64 done, [%0], %1;\n"
 #endif
         "@!done bra again;\n}" :: "r"(barrier), "r"(parity) : "memory");
+}
+
+// True in one lane of a warp whose lanes are all here. What the others know, too, then stays in uniform registers, and to ask for
+// a copy takes a few instructions; under any other condition it takes a loop over lanes.
+__device__ __forceinline__ bool elected() {
+    u32 yes;
+    asm volatile("{\n.reg .pred p;\nelect.sync _|p, 0xffffffff;\nselp.u32 %0, 1, 0, p;\n}" : "=r"(yes));
+    return yes;
 }
 
 // What other blocks have stored, and all that they had stored before it.

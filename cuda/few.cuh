@@ -58,14 +58,6 @@ __device__ __forceinline__ float reciprocal(float x) {
     return y;
 }
 
-// True in one lane of a warp whose lanes are all here. What the others know, too, then stays in uniform registers, and to ask for
-// a copy takes a few instructions; under any other condition it takes a loop over lanes.
-__device__ __forceinline__ bool elected() {
-    u32 yes;
-    asm volatile("{\n.reg .pred p;\nelect.sync _|p, 0xffffffff;\nselp.u32 %0, 1, 0, p;\n}" : "=r"(yes));
-    return yes;
-}
-
 // One of a block's barriers, for OF of its threads.
 template <int OF>
 __device__ __forceinline__ void wait_at_barrier(int barrier) {

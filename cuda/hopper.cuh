@@ -18,6 +18,13 @@ __device__ __forceinline__ int lane_of_warp() {
     return lane;
 }
 
+// A pointer that is not put together anew for every use.
+__device__ __forceinline__ const u8* keep_pointer(const u8* pointer) {
+    const u8* kept;
+    asm volatile("mov.b64 %0, %1;" : "=l"(kept) : "l"(pointer));
+    return kept;
+}
+
 // Four 8 x 8 matrices of halves; lane l gives the address of row l % 8 of matrix l / 8, and gets word l % 4 of row l / 4 of
 // each.
 __device__ __forceinline__ uint4 load_matrices(u32 row) {
@@ -51,14 +58,15 @@ __device__ __forceinline__ float4 read_there(u32 from) {
 // ---- Copies that barriers wait for ----------------------------------------------------------------------------------
 
 // Up to MOST bytes, sixteen a lane and instruction; both are multiples of 16. Of each 512 bytes, this lane's are those at
-// `lane`, which go to `place`.
+// `lane`, which go to `place`; the first of them is `on` bytes from where all lanes begin.
 template <int MOST>
-__device__ __forceinline__ void copy_run(u32 to, const u8* from, u32 bytes, int lane, int place) {
+__device__ __forceinline__ void copy_run(u32 to, const u8* from, u32 on, u32 bytes, int lane, int place) {
+    from = keep_pointer(from + on);
+    to += 16 * place;
 #pragma unroll
     for (int at = 0; at < MOST; at += 16 * LANES) {
         if (at + 16 * lane < bytes)
-            asm volatile("cp.async.cg.shared.global [%0], [%1], 16;"
-                         :: "r"(to + at + 16 * place), "l"(from + at + 16 * lane) : "memory");
+            asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" :: "r"(to + at), "l"(from + at) : "memory");
     }
 }
 // This thread arrives once all that it has asked for by copy_run is there; the barrier's count has it already.

@@ -13,9 +13,6 @@
 #ifndef INTEGER
 #define INTEGER 0
 #endif
-#ifndef RACECHECK
-#define RACECHECK 0
-#endif
 
 namespace tenpak {
 
@@ -28,14 +25,6 @@ constexpr int GROUPS = WARPS / SHARERS;
 constexpr int STEP_TILES = SHARERS * STAGE_TILES, BLOCK_STAGE_BYTES = SHARERS * STAGE_BYTES;
 // Steps at a time. Long steps are not unrolled: a launch is so short that fetching instructions is part of its time.
 constexpr int UNROLL = INTEGER || ENGINE ? 1 : DEPTH;
-
-// At barriers in shared memory a lane arrives for its warp. With -DRACECHECK=1 each does, for that is what compute-sanitizer's
-// racecheck follows.
-constexpr int ARRIVALS = RACECHECK ? LANES : 1;
-__device__ __forceinline__ void warp_arrives(u32 barrier, int lane) {
-    __syncwarp();
-    if (RACECHECK || lane == 0) barrier_arrive(barrier);
-}
 
 // Where two tiles of a warp are in shared memory: codes, parameters, super-scales.
 struct PairAt {

@@ -20,9 +20,6 @@
 //
 // sm_90a. -DGROUPS, -DTOKENS, -DSTEP (1, 2 or 4), -DSTAGES, -DCLUSTER (1 to 4).
 #include "columns.cuh"
-#ifndef RACECHECK
-#define RACECHECK 0
-#endif
 
 namespace tenpak {
 
@@ -167,27 +164,43 @@ struct Turn {
 
 // ---- Producer -----------------------------------------------------------------------------------------------------------
 
-// One step's copies: boxes of x by one thread, and each producer warp's strips by its lanes, sixteen bytes each; strips
-// beyond the weight's are copies of its last. The copy engine is not asked for weights: with
-// its bulk copies of each strip's runs most shapes were slower.
-__device__ __forceinline__ void copy_step(const TensorMap& x, const Weight& w, const Place& at, int strips, int step, u32 stage,
+// Where a lane's copies of its warp's strips begin, as distances from the tile's first strip, so that a step moves on but what is
+// the same for all lanes; strips beyond the weight's are copies of its last.
+struct Distances {
+    u32 codes[PRODUCER_STRIPS], params[PRODUCER_STRIPS], supers[PRODUCER_STRIPS];
+
+    __device__ __forceinline__ Distances(const Weight& w, int strip, int strips, int producer, int lane) {
+#pragma unroll
+        for (int i = 0; i < PRODUCER_STRIPS; ++i) {
+            const u32 on = min(producer + i * PRODUCER_WARPS, strips - 1 - strip);
+            codes[i] = on * w.tiles * Layout::CODE_BYTES + 16 * lane;
+            params[i] = on * Columns::params_of_strip(w) + 16 * lane;
+            supers[i] = on * Columns::supers_of_strip(w) + 16 * lane;
+        }
+    }
+};
+
+// One step's copies: boxes of x by one thread, and each producer warp's strips by its lanes, sixteen bytes each. The copy engine
+// is not asked for weights: with its bulk copies of each strip's runs most shapes were slower.
+__device__ __forceinline__ void copy_step(const TensorMap& x, const Weight& w, const Place& at, const Distances& on, int step, u32 stage,
                                           u32 barrier, int producer, int lane) {
     const int k = STEP * step, count = STEP == 1 ? 1 : min(STEP, w.tiles - k);
-    if (producer == 0 && lane == 0) {
+    if (producer == 0 && elected()) {
         barrier_expect(barrier, count * X_BYTES);
 #pragma unroll
         for (int j = 0; j < STEP; ++j)
             if (j < count) copy_box(stage + j * X_BYTES, x, (k + j) * TILE_COLS, at.token, at.matrix, barrier, KEEP_LONG);
     }
     __syncwarp();
+    const u8* const codes = keep_pointer(w.codes + (size_t)(u32)(at.strip * w.tiles + k) * Layout::CODE_BYTES);
+    const u8 *const params = keep_pointer(Columns::params(w, at.strip, k)), *const supers = keep_pointer(Columns::supers(w, at.strip, k));
+    const u32 first = stage + WEIGHTS_AT + producer * STRIP_BYTES;
 #pragma unroll
     for (int i = 0; i < PRODUCER_STRIPS; ++i) {
-        const int strip_of_stage = producer + i * PRODUCER_WARPS, strip = min(at.strip + strip_of_stage, strips - 1);
-        const u32 to = stage + WEIGHTS_AT + strip_of_stage * STRIP_BYTES;
-        copy_run<STEP * Layout::CODE_BYTES>(to, w.codes + (size_t)(u32)(strip * w.tiles + k) * Layout::CODE_BYTES,
-                                            count * Layout::CODE_BYTES, lane, place_of(lane));
-        copy_run<Columns::PARAM_BYTES(STEP)>(to + PARAMS_AT, Columns::params(w, strip, k), Columns::PARAM_BYTES(count), lane, lane);
-        copy_run<Columns::SUPER_BYTES>(to + SUPERS_AT, Columns::supers(w, strip, k), Columns::SUPER_BYTES, lane, lane);
+        const u32 to = first + i * PRODUCER_WARPS * STRIP_BYTES;
+        copy_run<STEP * Layout::CODE_BYTES>(to, codes, on.codes[i], count * Layout::CODE_BYTES, lane, place_of(lane));
+        copy_run<Columns::PARAM_BYTES(STEP)>(to + PARAMS_AT, params, on.params[i], Columns::PARAM_BYTES(count), lane, lane);
+        copy_run<Columns::SUPER_BYTES>(to + SUPERS_AT, supers, on.supers[i], Columns::SUPER_BYTES, lane, lane);
     }
     copies_arrive(barrier);
 }
@@ -344,7 +357,7 @@ wide(const __grid_constant__ tenpak::TensorMap x, const unsigned char* codes, co
             for (int i = 0; i < STAGES; ++i) {
                 // Each thread's copies of weights, and the one that asks for x.
                 barrier_init(full + 8 * i, PRODUCER_WARPS * LANES + 1);
-                barrier_init(empty + 8 * i, CONSUMER_WARPS * (RACECHECK ? LANES : 1));
+                barrier_init(empty + 8 * i, CONSUMER_WARPS * ARRIVALS);
             }
             barriers_ready();
         }
@@ -357,10 +370,11 @@ wide(const __grid_constant__ tenpak::TensorMap x, const unsigned char* codes, co
         while (schedule.next(segment)) {
             const Place at(segment.tile, row_tiles, token_tiles, band);
             const Weight w = weight(at.matrix);
+            const Distances on(w, at.strip, strips, warp - CONSUMER_WARPS, lane);
 #pragma unroll 1
             for (int step = segment.first; step < segment.first + segment.count; ++step) {
                 barrier_wait(empty + 8 * turn.stage, turn.phase);
-                copy_step(x, w, at, strips, step, stages_address + turn.stage * BYTES_OF_STAGE, full + 8 * turn.stage,
+                copy_step(x, w, at, on, step, stages_address + turn.stage * BYTES_OF_STAGE, full + 8 * turn.stage,
                           warp - CONSUMER_WARPS, lane);
                 turn.next();
             }

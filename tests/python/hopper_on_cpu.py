@@ -156,6 +156,16 @@ inline void barrier_arrive(u32 barrier) {
     --c.missing;
     may_end(c);
 }
+#define RACECHECK 0
+constexpr int ARRIVALS = 1;
+inline void warp_arrives(u32 barrier, int lane) {
+    __syncwarp();
+    if (lane == 0) barrier_arrive(barrier);
+}
+inline bool elected() {
+    __syncwarp();
+    return threadIdx.x % 32 == 0;
+}
 inline void barrier_expect(u32 barrier, u32 bytes) {
     counter(barrier).bytes += bytes;
     barrier_arrive(barrier);
@@ -234,6 +244,7 @@ HOPPER = """
 #include "boxes.cuh"
 
 namespace tenpak {
+inline const u8* keep_pointer(const u8* pointer) { return pointer; }
 inline uint4 load_matrices(u32 row) {
     auto all = share<1>({(u64)row});
     const int lane = threadIdx.x % 32;
@@ -277,11 +288,11 @@ inline float4 read_there(u32 at) {
 }
 
 template <int MOST>
-void copy_run(u32 to, const u8* from, u32 bytes, int lane, int place) {
+void copy_run(u32 to, const u8* from, u32 on, u32 bytes, int lane, int place) {
     check(bytes <= MOST, "a run is longer than its most");
     for (u32 at = 16 * lane; at < bytes; at += 16 * 32) {
         check(to % 16 == 0 && (u64)from % 16 == 0 && bytes % 16 == 0, "a copy is not made of sixteen bytes");
-        asked_for[threadIdx.x].push_back({to + at + 16 * (place - lane), from + at, 16});
+        asked_for[threadIdx.x].push_back({to + at + 16 * (place - lane), from + on + at - 16 * lane, 16});
     }
 }
 inline void copies_arrive(u32 barrier) {
