@@ -169,7 +169,11 @@ struct Products {
         }
         return total;
     }
-    static __device__ __forceinline__ float4 finished(const float4& sum, int) { return sum; }
+    template <class Output>
+    static __device__ __forceinline__ void store(const Output& out, const float4& sum, int strip, int token, int tokens, float low,
+                                                 float high, int lane) {
+        out.store(sum, strip, token, tokens, low, high, lane);
+    }
 };
 
 }  // namespace tenpak

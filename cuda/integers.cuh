@@ -495,17 +495,18 @@ struct Products : Digits {
     __device__ __forceinline__ float4 sum(int strip, int) const {
         return make_float4(sums[strip][0], sums[strip][1], 0.0f, 0.0f);
     }
-    // Of all lanes, as halves.cuh has them: rows g and g + 8 of a strip times tokens 2t and 2t + 1.
-    static __device__ __forceinline__ float4 finished(const float4& sum, int lane) {
+    // To y. Of a quad's lanes, each TOKENS-th has sums of one token, of other parts of K or the same.
+    template <class Output>
+    static __device__ __forceinline__ void store(const Output& out, const float4& sum, int strip, int, int tokens, float low, float high,
+                                                 int lane) {
         float upper = sum.x, lower = sum.y;
 #pragma unroll
         for (int lanes = TOKENS; lanes < TOKENS * SPLITS; lanes *= 2) {
             upper += __shfl_xor_sync(~0u, upper, lanes);
             lower += __shfl_xor_sync(~0u, lower, lanes);
         }
-        const int even = lane / 4 * 4 + lane % 2 * 2;
-        return make_float4(__shfl_sync(~0u, upper, even), __shfl_sync(~0u, upper, even + 1),
-                           __shfl_sync(~0u, lower, even), __shfl_sync(~0u, lower, even + 1));
+        const int token = lane % TOKENS;
+        if (token < tokens) out.store_rows(upper * low, lower * high, strip, token, lane % 4 / TOKENS, lane);
     }
 };
 

@@ -215,8 +215,6 @@ skinny(const unsigned char* codes, const unsigned char* params, const unsigned c
                     for (int other = 1; other < WARPS; ++other) add(sums[part], from[other * PARTS * LANES]);
                 }
                 buffers.read(buffer, lane);
-#pragma unroll
-                for (int part = 0; part < PARTS; ++part) sums[part] = Products::finished(sums[part], lane);
                 if (slices > 1) {
                     const size_t step = (size_t)strips * PARTS * LANES;
                     float4* all = partial + (slot * slices * strips + strip) * PARTS * LANES + lane;
@@ -240,8 +238,8 @@ skinny(const unsigned char* codes, const unsigned char* params, const unsigned c
                 for (int part = 0; part < PARTS; ++part) {
                     const int i = part / COLUMNS, column = part % COLUMNS * 8;
                     if (column < tokens && strip + i < strips)
-                        out.store(sums[part], strip + i, column, tokens, Layout::row_scale(rows[i], false),
-                                  Layout::row_scale(rows[i], true), lane);
+                        Products::store(out, sums[part], strip + i, column, tokens, Layout::row_scale(rows[i], false),
+                                        Layout::row_scale(rows[i], true), lane);
                 }
             }
         }
