@@ -336,11 +336,11 @@ struct Products : Digits {
         constexpr int PARTS_OF_HALF = UNITS > 1 ? UNITS / 2 : 1;
         if (VERSIONS == 2) {
             x += part / PARTS_OF_HALF * (2 * TILE_COLS);
-            keep[0] = t / (4 / PARTS_OF_HALF) == part % PARTS_OF_HALF;
+            keep[0] = keep_address(t / (4 / PARTS_OF_HALF) == part % PARTS_OF_HALF);
         } else if (SPLITS > 1) {
 #pragma unroll
             for (int half = 0; half < 2; ++half)
-                keep[half] = t / 2 == part % 2 && (SETS == 2 || part / 2 == half);
+                keep[half] = keep_address(t / 2 == part % 2 && (SETS == 2 || part / 2 == half));
         }
 #pragma unroll
         for (int j = 0; j < STAGE_TILES; ++j)
