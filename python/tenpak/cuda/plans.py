@@ -179,10 +179,6 @@ class Form:
     even: bool = False
 
 
-#: Layouts of which one token was measured with two groups of eight warps, where blocks have two strips or fewer.
-IN_GROUPS = TABLES | {"int4_g32_fp16", "int4_g128_fp16"}
-
-
 def _forms(device: Device, layout: str, n: int, k: int, m: int, integer: int, overlaps: bool) -> list[Form]:
     """What `skinny_plans` tries, the best first, as measured."""
     large, tables = n * k >= LARGE, layout in TABLES
@@ -201,27 +197,25 @@ def _forms(device: Device, layout: str, n: int, k: int, m: int, integer: int, ov
     # Strips of a multiprocessor.
     strips = divide_up(n, TILE_ROWS) / device.multiprocessors
     if integer:
-        if overlaps and not large:
-            # Of two blocks the first to end makes room for the launch that waits.
-            first = engine(8, 3, 2) if 2 < strips <= 8 and k <= 8192 else engine(16, 3 if k <= 8192 else 4, 1)
-        elif large and integer == 2:
-            first = engine(16, 2, 1, 2, 4)
-        elif large and not tables:
-            first = engine(16, 4, 1, 1, 2)
-        elif strips > 2:
-            first = engine(8, 4, 1, 2, 2 if tables else 4)
-        elif layout in IN_GROUPS:
+        if large:
+            first = engine(16, 2, 1, 2, 2) if integer == 2 else engine(16, 4, 1, 2, 2, 8)
+        elif overlaps or k > 8192:
             first = engine(16, 8, 1, 1, 2, 8)
         else:
-            first = engine(12, 5, 1, 1, 2)
+            # Small blocks have multiplied the sooner, and two of them wait at different times.
+            first = engine(8, 4 if strips <= 2 else 3, 2)
         forms[:0] = [first, engine(16, 4, 1), engine(16, 3, 1), engine(12, 3, 1)]
     elif large and m > 1:
-        first = engine(16, 2, 1, 2, 4) if tables and m <= 4 else engine(8, 4, 1, 2, 4)
-        forms[:0] = [first, engine(8, 3, 1, 2, 4), engine(16, 3, 1), engine(12, 3, 1), engine(12, 2, 1)]
+        first = (
+            engine(16, 2, 1, 2, 2) if tables and m <= 4 else engine(8, 3 if STAGE_BYTES[layout] > 1184 else 4, 1, 2, 2)
+        )
+        forms[:0] = [first, engine(8, 3, 1, 2, 2), engine(16, 3, 1), engine(12, 3, 1), engine(12, 2, 1)]
     elif m > 4:
-        forms[:0] = [engine(8, 3, 1, 2, 4), engine(12, 3, 1), engine(12, 2, 1)]
+        forms[:0] = [engine(8, 3, 1, 2, 2), engine(12, 3, 1), engine(12, 2, 1)]
     elif m > 1:
-        forms.insert(0, engine(8, 3, 2))
+        forms.insert(0, engine(8, 3, 2) if overlaps else engine(8, 3, 1, 2, 2))
+    elif layout == "int4_g8_u8":
+        forms.insert(0, engine(8, 2, 2))
     return forms
 
 
