@@ -94,10 +94,6 @@ struct Products {
 #endif
     }
 
-    __device__ __forceinline__ void move_x(u32 by) {
-#pragma unroll
-        for (int column = 0; column < COLUMNS; ++column) x[column] += by;
-    }
     __device__ __forceinline__ void clear() {
 #pragma unroll
         for (int s = 0; s < STRIPS; ++s)
@@ -173,7 +169,11 @@ struct Products {
         }
         return total;
     }
-    static __device__ __forceinline__ float4 finished(const float4& sum, int) { return sum; }
+    template <class Output>
+    static __device__ __forceinline__ void store(const Output& out, const float4& sum, int strip, int token, int tokens, float low,
+                                                 float high, int lane) {
+        out.store(sum, strip, token, tokens, low, high, lane);
+    }
 };
 
 }  // namespace tenpak

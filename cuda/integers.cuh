@@ -19,9 +19,6 @@
 
 namespace tenpak {
 
-#ifndef LUTGROUP
-#define LUTGROUP 0
-#endif
 constexpr int TOKENS = INTEGER;
 #ifdef LUT16_TABLES
 constexpr bool TABLES = true;
@@ -129,11 +126,7 @@ struct Digits {
 #pragma unroll
             for (int j = 0; j < COUNT; ++j) sum[j] += __shfl_xor_sync(~0u, sum[j], lanes);
 #endif
-#if LUTGROUP
-        const int tile = lane / 16, half = lane / 2 % 2, t = lane % 16 / 4, upper = lane % 2;
-#else
         const int tile = lane / 16, half = lane / 8 % 2, t = lane % 8 / 2, upper = lane % 2;
-#endif
         const int place = tile * TILE_BYTES + t * 16 +
                           (TABLES ? half * 8 + upper * 4 : VERSIONS == 1 ? upper * 8 + half * 4 : half * (2 * TILE_COLS) + upper * 8);
 #pragma unroll
@@ -327,23 +320,13 @@ struct Products : Digits {
     u32 keep[2];               // whether this lane has x, in both halves of a tile
     u32 b[STAGE_TILES][4];     // x; zeros stay
     float sums[STRIPS][2];     // rows g and g + 8
-    static constexpr int SWAPS = LUTGROUP == 3;
-    bool swap;
-    u32 other_codes;
 
     __device__ __forceinline__ Products(const PairAt& stage, u32 staged, int row_bytes, int tokens, int tiles, int lane)
-#if LUTGROUP >= 2
-        : at{keep_address(stage.codes + lane / 4 * 64 + lane % 2 * 32 + lane / 2 % 2 * 8 + SWAPS * (lane / 8 % 2) * 16),
-#else
-        : at{keep_address(stage.codes + 16 * lane),
-#endif
-             keep_address(stage.params + Group::offset(lane)),
+        : at{keep_address(stage.codes + 16 * lane), keep_address(stage.params + Group::offset(lane)),
              keep_address(stage.supers + lane / 4 * 2)},
           tables_of(keep_address(stage.params + lane / 4 * 8 + lane % 4 / 2 * 4)) {
         // As an operand this lane holds columns of x for column n of the instruction; as a result it gets columns 2t and
         // 2t + 1. Column n is h (even) or l (odd) of a token, in the part of K that `keep` lets through.
-        swap = lane / 8 % 2;
-        other_codes = keep_address(stage.codes + lane / 4 * 64 + lane % 2 * 32 + lane / 2 % 2 * 8 + (lane / 8 % 2 ? 0 : 16));
         const int n = lane / 4, t = lane % 4;
         const int token = n / 2 % TOKENS, part = n / 2 / TOKENS % SPLITS, columns = tiles * TILE_COLS;
         x = staged + min(token, tokens - 1) * row_bytes + n % 2 * TILE_COLS + t * 16;
@@ -353,11 +336,11 @@ struct Products : Digits {
         constexpr int PARTS_OF_HALF = UNITS > 1 ? UNITS / 2 : 1;
         if (VERSIONS == 2) {
             x += part / PARTS_OF_HALF * (2 * TILE_COLS);
-            keep[0] = t / (4 / PARTS_OF_HALF) == part % PARTS_OF_HALF;
+            keep[0] = keep_address(t / (4 / PARTS_OF_HALF) == part % PARTS_OF_HALF);
         } else if (SPLITS > 1) {
 #pragma unroll
             for (int half = 0; half < 2; ++half)
-                keep[half] = LUTGROUP ? t == part : t / 2 == part % 2 && (SETS == 2 || part / 2 == half);
+                keep[half] = keep_address(t / 2 == part % 2 && (SETS == 2 || part / 2 == half));
         }
 #pragma unroll
         for (int j = 0; j < STAGE_TILES; ++j)
@@ -365,7 +348,6 @@ struct Products : Digits {
             for (int i = 0; i < 4; ++i) b[j][i] = 0;
     }
 
-    __device__ __forceinline__ void move_x(u32 by) { x += by, x_scales += by, x_units += by; }
     __device__ __forceinline__ void clear() {
 #pragma unroll
         for (int s = 0; s < STRIPS; ++s) sums[s][0] = sums[s][1] = 0.0f;
@@ -373,15 +355,10 @@ struct Products : Digits {
 
     template <int J>
     __device__ __forceinline__ void load_tile(OfStrip& pair, u32 on) const {
-#if LUTGROUP >= 2
-        const uint2 first = read<uint2>(at.codes + on + J * Layout::CODE_BYTES), second = read<uint2>((SWAPS ? other_codes : at.codes + 16) + on + J * Layout::CODE_BYTES);
-        pair.codes[J] = SWAPS && swap ? make_uint4(second.x, second.y, first.x, first.y) : make_uint4(first.x, first.y, second.x, second.y);
-#else
         pair.codes[J] = read<uint4>(at.codes + on + J * Layout::CODE_BYTES);
-#endif
         if (J == 0 || !WHOLE) Group::template hold<J>(pair.held[J], at.params + on);
 #ifdef LUT16_TABLES
-        if (!LUTGROUP) pair.held[J].tables = read<u32>(tables_of + on + J * Lut16::SCALE_BYTES);
+        pair.held[J].tables = read<u32>(tables_of + on + J * Lut16::SCALE_BYTES);
         if (J == 0) {
             pair.supers[0] = read<u16>(at.supers + on);
             pair.supers[1] = read<u16>(at.supers + on + 16);
@@ -401,9 +378,7 @@ struct Products : Digits {
     __device__ __forceinline__ void load_x(int j, u32 tile) {
         const u32 from = x + (tile + j) * TILE_BYTES;
         u32(&v)[4] = b[j];
-        if constexpr (TABLES && LUTGROUP) {
-            read_if(keep[0], from, v[0], v[1], v[2], v[3]);
-        } else if constexpr (TABLES) {
+        if constexpr (TABLES) {
             read_if(keep[0], from, v[0], v[1]);
             read_if(keep[1], from + 8, v[2], v[3]);
         } else if constexpr (SPLITS > 2) {
@@ -425,10 +400,7 @@ struct Products : Digits {
 
     template <int WORD>
     __device__ __forceinline__ void look_up(const uint4& words, u32 places, u32 (&one)[2], u32 (&other)[2]) const {
-        look_up<WORD>(words, read<uint4>(tables_at + (WORD == 3 ? places >> 24 : permute(places, 0, 0x4440 + WORD))), one, other);
-    }
-    template <int WORD>
-    __device__ __forceinline__ void look_up(const uint4& words, const uint4& table, u32 (&one)[2], u32 (&other)[2]) const {
+        const uint4 table = read<uint4>(tables_at + (WORD == 3 ? places >> 24 : permute(places, 0, 0x4440 + WORD)));
         const u32 codes = FourBit::word(words, WORD), upper = codes >> 16;
         one[0] = permute(table.x, table.y, codes);
         one[1] = permute(table.x, table.y, upper);
@@ -441,21 +413,12 @@ struct Products : Digits {
     // The sum of what both half tables give is the entry: both go through the tensor cores.
     template <int J>
     __device__ __forceinline__ void multiply_tile(const OfStrip& pair, int (&block)[4]) {
-        u32 one[4][2], other[4][2];
-#if LUTGROUP
-        const u32 params = pair.held[J].scales[0];
-        const uint4 upper_table = read<uint4>(tables_at + (params >> 2 & 0x30)), lower_table = read<uint4>(tables_at + (params >> 10 & 0x30));
-        look_up<0>(pair.codes[J], upper_table, one[0], other[0]);
-        look_up<1>(pair.codes[J], lower_table, one[1], other[1]);
-        look_up<2>(pair.codes[J], upper_table, one[2], other[2]);
-        look_up<3>(pair.codes[J], lower_table, one[3], other[3]);
-#else
         const u32 places = pair.held[J].tables >> 2 & 0x30303030;
+        u32 one[4][2], other[4][2];
         look_up<0>(pair.codes[J], places, one[0], other[0]);
         look_up<1>(pair.codes[J], places, one[1], other[1]);
         look_up<2>(pair.codes[J], places, one[2], other[2]);
         look_up<3>(pair.codes[J], places, one[3], other[3]);
-#endif
         int d[SETS][4] = {};
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
@@ -532,17 +495,18 @@ struct Products : Digits {
     __device__ __forceinline__ float4 sum(int strip, int) const {
         return make_float4(sums[strip][0], sums[strip][1], 0.0f, 0.0f);
     }
-    // Of all lanes, as halves.cuh has them: rows g and g + 8 of a strip times tokens 2t and 2t + 1.
-    static __device__ __forceinline__ float4 finished(const float4& sum, int lane) {
+    // To y. Of a quad's lanes, each TOKENS-th has sums of one token, of other parts of K or the same.
+    template <class Output>
+    static __device__ __forceinline__ void store(const Output& out, const float4& sum, int strip, int, int tokens, float low, float high,
+                                                 int lane) {
         float upper = sum.x, lower = sum.y;
 #pragma unroll
         for (int lanes = TOKENS; lanes < TOKENS * SPLITS; lanes *= 2) {
             upper += __shfl_xor_sync(~0u, upper, lanes);
             lower += __shfl_xor_sync(~0u, lower, lanes);
         }
-        const int even = lane / 4 * 4 + lane % 2 * 2;
-        return make_float4(__shfl_sync(~0u, upper, even), __shfl_sync(~0u, upper, even + 1),
-                           __shfl_sync(~0u, lower, even), __shfl_sync(~0u, lower, even + 1));
+        const int token = lane % TOKENS;
+        if (token < tokens) out.store_rows(upper * low, lower * high, strip, token, lane % 4 / TOKENS, lane);
     }
 };
 

@@ -8,23 +8,21 @@
 
 namespace tenpak {
 
+// The barrier of those who multiply, apart from others that a block has.
+constexpr int SUMMED = 3;
+
 // The same sum in all threads that multiply.
 __device__ __forceinline__ float sum_of_threads(float x, float* parts) {
 #pragma unroll
     for (int mask = 1; mask < LANES; mask *= 2) x += __shfl_xor_sync(~0u, x, mask);
     // What was summed last has been read.
-    __syncthreads();
+    wait_at_barrier<THREADS>(SUMMED);
     if (threadIdx.x % LANES == 0) parts[threadIdx.x / LANES] = x;
-    __syncthreads();
+    wait_at_barrier<THREADS>(SUMMED);
     float sum = 0.0f;
 #pragma unroll
     for (int i = 0; i < WARPS; ++i) sum += parts[i];
     return sum;
-}
-
-// What threads that do not multiply wait for meanwhile: two barriers for each sum.
-__device__ __forceinline__ void wait_for_norms(int tokens) {
-    for (int i = 0; i < tokens * (NORM == 2 ? 4 : 2); ++i) __syncthreads();
 }
 
 // Products is what multiplies: it has put(row, columns, column, values, lane), several times four values of one token.

@@ -37,6 +37,16 @@ struct Output {
         to = __ldcg(&to) + x;
 #endif
     }
+    // A token's rows g and g + 8 of the strip, which several lanes have: lane `which` of them, 0 or 1, stores that row; gated, the first.
+    __device__ __forceinline__ void store_rows(float upper, float lower, int strip, int token, int which, int lane) const {
+        const int row = strip * TILE_ROWS + lane / 4 + (GATED ? 0 : which * 8);
+#if GATED
+        if (which == 0 && row + 8 < n)
+            put(y[(size_t)token * (n / 2) + strip * 8 + lane / 4], activate(finished(upper, row)) * finished(lower, row + 8));
+#else
+        if (which < 2 && row < n) put(y[(size_t)token * n + row], activate(finished(which ? lower : upper, row)));
+#endif
+    }
     // One lane's four sums: rows g and g + 8 of the strip, tokens 2t and 2t + 1.
     __device__ __forceinline__ void store(const float4& sum, int strip, int token, int tokens, float low, float high, int lane) const {
         const int row = strip * TILE_ROWS + lane / 4;

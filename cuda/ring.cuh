@@ -9,35 +9,17 @@
 
 namespace tenpak {
 
-// What a block multiplies, in order: STRIPS strips from strip(turn) on for each turn there is, and of each the tiles from first_tile
-// on, in steps. With -DSHARES=1 blocks have equal shares of all turns' steps, so that one's first turn and its last may be parts.
+// What a block multiplies, in order: STRIPS strips from strip(turn) on for each turn that it has, and of each the tiles from
+// first_tile on. (How many turns there are takes a division, which is not made before the first copies.)
 struct Walk {
     int strips, first, every;
     int first_tile, count;  // of this block's slice
     int steps;              // of a turn
-    int turns, begin, end;  // with SHARES: those of this block, the first step of its first turn, and that after its last
 
-    static __device__ __forceinline__ int steps_of(int count) {
-        return ((count + STEP_TILES - 1) / STEP_TILES + UNROLL - 1) / UNROLL * UNROLL;
-    }
-    // Tiles of a slice; or steps of a share. The last share is the first block's, so that who waits for sums waits for blocks that
-    // have begun before it.
     __device__ __forceinline__ Walk(int strips, int tiles, int slice)
-        : strips(strips), first(blockIdx.x), every(gridDim.x), first_tile(SHARES ? 0 : blockIdx.y * slice),
-          count(SHARES ? tiles : min(slice, tiles - first_tile)), steps(steps_of(count)), turns(0), begin(0), end(0) {
-        if (SHARES) {
-            const int from = share() * slice, to = min(from + slice, (strips + STRIPS - 1) / STRIPS * steps);
-            first = from / steps;
-            every = 1;
-            begin = from - first * steps;
-            turns = (to - 1) / steps + 1 - first;
-            end = to - (first + turns - 1) * steps;
-        }
-    }
-    static __device__ __forceinline__ int share() { return gridDim.x - 1 - blockIdx.x; }
-    __device__ __forceinline__ bool has(int turn) const { return SHARES ? turn < turns : strip(turn) < strips; }
-    __device__ __forceinline__ int steps_begin(int turn) const { return SHARES && turn == 0 ? begin : 0; }
-    __device__ __forceinline__ int steps_end(int turn) const { return SHARES && turn == turns - 1 ? end : steps; }
+        : strips(strips), first(blockIdx.x), every(gridDim.x), first_tile(blockIdx.y * slice), count(min(slice, tiles - first_tile)),
+          steps(((count + STEP_TILES - 1) / STEP_TILES + UNROLL - 1) / UNROLL * UNROLL) {}
+    __device__ __forceinline__ bool has(int turn) const { return strip(turn) < strips; }
     __device__ __forceinline__ int strip(int turn) const { return (first + turn * every) * STRIPS; }
     // One of a turn's; beyond the last the last again.
     __device__ __forceinline__ int strip(int turn, int i) const { return min(strip(turn) + i, strips - 1); }

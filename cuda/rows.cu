@@ -10,9 +10,7 @@
 // warps that ask for copies. Compute capability 9.0.
 #define ENGINE 1
 #define BOXED 1
-#ifndef RAW
 #define RAW 1
-#endif
 #include "activation.cuh"
 #include "layouts.cuh"
 #include "overlap.cuh"
@@ -21,13 +19,6 @@
 #include "halves.cuh"
 #include "boxes.cuh"
 #include "output.cuh"
-
-#ifndef ROTATE
-#define ROTATE 0
-#endif
-#ifndef WARM
-#define WARM 0
-#endif
 
 namespace tenpak {
 
@@ -38,30 +29,30 @@ constexpr int PARTS = STRIPS * COLUMNS;
 constexpr int X_TILE_BYTES = TOKENS * TILE_COLS * 2, X_BYTES = STEP_TILES * X_TILE_BYTES;
 constexpr int BYTES_OF_STAGE = (X_BYTES + ROWS * BLOCK_STAGE_BYTES + 1023) / 1024 * 1024;
 static_assert(WARPS % SHARERS == 0, "warps share strips evenly");
-// Barriers of a block: where copiers meet, and where the others do.
-constexpr int READY = 1, SUMS = 2;
+// A block's barriers: those in shared memory are made, for copiers and the warp that makes them; and what others have written may be
+// read, for all but copiers, who wait for nobody else.
+constexpr int READY = 1, WRITTEN = 2;
 
 // One of the warps that ask for copies: of each step every COPIERS-th of the strips, and the first the box. (One warp asks for a
 // copy in 64 cycles or so, however few its instructions are.)
 struct Copier {
     u32 stages, full, empty;
     int index;  // among the copiers
-    int slot = 0, early = DEPTH;  // steps that it asks for before it meets the others
+    int slot = 0;
     u32 phase = 0;
 
     __device__ __forceinline__ Copier(u32 stages, u32 full, int index)
         : stages(stages), full(full), empty(full + 8 * DEPTH), index(index) {}
 
-    // `count` of a turn's steps, from `first` on, and from the first of all on after the last: strips from `strip` on, and x as
-    // box(to, tile, barrier) brings it.
+    // A turn: strips from `strip` on, and x as box(to, tile, barrier) brings it. What is asked for first is so by the same few
+    // instructions as the rest: those that are new come from far.
     template <class Box>
-    __device__ __forceinline__ void copy(const Weight& weight, int strip, int strips, int first, int count, int steps, Box box) {
+    __device__ __forceinline__ void copy(const Weight& weight, int strip, int strips, Box box) {
         const int there = min(ROWS, strips - strip), mine = (there - index + COPIERS - 1) / COPIERS;
 #pragma unroll 1
-        for (int i = 0, step = first; i < count; ++i) {
-            if (early-- == 0) __syncthreads();
+        for (int tile = 0; tile < weight.tiles; tile += STEP_TILES) {
             barrier_wait(empty + 8 * slot, phase ^ 1);
-            const int tile = step * STEP_TILES, here = min(STEP_TILES, weight.tiles - tile);
+            const int here = min(STEP_TILES, weight.tiles - tile);
             const u32 barrier = full + 8 * slot, to = stages + slot * BYTES_OF_STAGE;
             const u32 of_codes = here * Layout::CODE_BYTES, of_params = Layout::param_run(weight, 0, tile, here).bytes;
             const u32 of_supers = Layout::super_run(weight, 0, tile, here).bytes;
@@ -79,55 +70,53 @@ struct Copier {
                         copy_bulk_once(at + Ring::SUPERS_AT, Layout::super_run(weight, strip + row, tile, here).from, of_supers, barrier);
                 }
             }
-            if (++step == steps) step = 0;
             if (++slot == DEPTH) {
                 slot = 0;
                 phase ^= 1;
             }
         }
     }
-    __device__ __forceinline__ void meet() const {
-        if (early >= 0) __syncthreads();
-    }
 };
 
 }  // namespace tenpak
 
-// x: a map of [batch, k / 64, m, 64] with boxes of STEP_TILES tiles of TOKENS tokens, swizzled by 128 bytes. Otherwise as skinny's, but
-// those of experts. partial: [batch, gridDim.x, ROWS * COLUMNS, lanes] float4; arrived: [batch, gridDim.x], zero before and after.
+// x: a map of [batch, k / 64, m, 64] with boxes of STEP_TILES tiles of TOKENS tokens, swizzled by 128 bytes; k is a multiple of 64.
+// Otherwise as skinny's; arguments that are not used are those of slices of K.
 extern "C" __global__ void __launch_bounds__(tenpak::ALL_WARPS * 32, 1)
 rows(const __grid_constant__ tenpak::TensorMap x, const unsigned char* codes, const unsigned char* params,
-     const unsigned char* row_params, tenpak::Out* y, const unsigned short* bias, float4* partial, unsigned int* arrived,
-     long long codes_step, long long params_step, long long row_params_step, int m, int n, int k, int tiles, int supers,
-     int share_steps, float scale) {
+     const unsigned char* row_params, tenpak::Out* y, const unsigned short* bias, float4*, unsigned int*, long long codes_step,
+     long long params_step, long long row_params_step, int m, int n, int, int tiles, int supers, int, float scale) {
     using namespace tenpak;
     extern __shared__ __align__(128) uint4 dynamic[];
     __shared__ u64 barriers[2 * DEPTH];
     const int warp = __shfl_sync(~0u, threadIdx.x / LANES, 0), lane = threadIdx.x % LANES;
-    const int matrix = blockIdx.z;
-    const int strips = (n + TILE_ROWS - 1) / TILE_ROWS, turns = (strips + ROWS - 1) / ROWS;
-    const int steps = (tiles + STEP_TILES - 1) / STEP_TILES;
+    const int matrix = blockIdx.z, strips = (n + TILE_ROWS - 1) / TILE_ROWS;
     const Weight weight{codes + matrix * codes_step, params + matrix * params_step, row_params + matrix * row_params_step,
                         tiles, supers};
-    const u32 stages = keep_address((shared_address(dynamic) + 1023) / 1024 * 1024), full = keep_address(shared_address(barriers)), empty = full + 8 * DEPTH;
-    // Each turn for each of the chunks of tokens, so many steps in all, of which a block does an equal share. The last share is the
-    // first block's, so that who waits for sums waits for blocks that have begun before it.
-    const int share = gridDim.x - 1 - blockIdx.x, from = share * share_steps;
-    int left = min(share_steps, turns * ((m + TOKENS - 1) / TOKENS) * steps - from);
-    int turn = from / steps, first = from - turn * steps, token = 0;
-    for (; turn >= turns; turn -= turns) token += TOKENS;
-    // What follows for each turn of these, as use(strip, first, start, count, token): `count` steps from `start` on.
-    auto each = [&](auto use) {
-        for (int count; left > 0; left -= count, first = 0, ++turn) {
-            if (turn == turns) turn = 0, token += TOKENS;
-            count = min(steps - first, left);
-            // Blocks that have all columns of their strips begin at different ones, for the same ones of x come from one place.
-            use(turn * ROWS, first, ROTATE && count == steps ? (int)blockIdx.x % steps : first, count, token);
-        }
+    const u32 stages = keep_address((shared_address(dynamic) + 1023) / 1024 * 1024);
+    const u32 full = keep_address(shared_address(barriers)), empty = full + 8 * DEPTH;
+    // This block's turns of ROWS strips, for each of the chunks of tokens, as use(strip, token).
+    auto each_turn = [&](auto use) {
+        const int turns = (strips + ROWS - 1) / ROWS;
+        int turn = blockIdx.x;
+        for (int token = 0; token < m; token += TOKENS, turn -= turns)
+            for (; turn < turns; turn += gridDim.x) use(turn * ROWS, token);
     };
 
     if (warp >= WARPS) {
-        if (threadIdx.x == WARPS * LANES) {
+        wait_at_barrier<(COPIERS + 1) * LANES>(READY);
+        Copier copier(stages, full, warp - WARPS);
+        each_turn([&](int strip, int token) {
+            copier.copy(weight, strip, strips,
+                        [&](u32 to, int tile, u32 barrier) { copy_tiles(to, x, token, tile, matrix, barrier, KEEP_LONG); });
+        });
+        // Once warps have ended, racecheck does not follow the others' barriers.
+        if (RACECHECK) __syncthreads();
+        return;
+    }
+
+    if (warp == 0) {
+        if (lane == 0) {
             prefetch_map(x);
             for (int i = 0; i < DEPTH; ++i) {
                 barrier_init(full + 8 * i, COPIERS);
@@ -135,54 +124,31 @@ rows(const __grid_constant__ tenpak::TensorMap x, const unsigned char* codes, co
             }
             barriers_ready();
         }
-        if (COPIERS > 1) wait_at_barrier<COPIERS * LANES>(READY);
-        else __syncwarp();
-        Copier copier(stages, full, warp - WARPS);
-        each([&](int strip, int, int start, int count, int token) {
-            copier.copy(weight, strip, strips, start, count, steps,
-                        [&](u32 to, int tile, u32 barrier) { copy_tiles(to, x, token, tile, matrix, barrier, KEEP_LONG); });
-        });
-        copier.meet();
-        return;
+        __syncwarp();
+        wait_at_barrier<(COPIERS + 1) * LANES>(READY);
     }
-
     Products::prepare(threadIdx.x);
     const u32 sums_at = keep_address(stages + DEPTH * BYTES_OF_STAGE);
     const int group = warp / SHARERS * STRIPS, sharer = warp % SHARERS;
-    constexpr int PART = ROWS * COLUMNS * LANES;
-    partial += (size_t)matrix * gridDim.x * PART;
-    arrived += matrix * gridDim.x;
+    Products products(Ring::place(stages + X_BYTES + group * BLOCK_STAGE_BYTES, sharer), stages + sharer * (STAGE_TILES * X_TILE_BYTES), lane);
     int slot = 0;
     u32 phase = 0;
-    Products products(Ring::place(stages + X_BYTES + group * BLOCK_STAGE_BYTES, sharer), stages + sharer * (STAGE_TILES * X_TILE_BYTES), lane);
-    // Some warps go once through what a step does, with whatever a stage holds, while the first is on its way, as its instructions then are.
-    bool warms = WARM && warp < 4;
-    if (!warms) __syncthreads();
-    each([&](int strip, int first, int start, int count, int token) {
-        const int tokens = min(TOKENS, m - token);
+    wait_at_barrier<THREADS>(WRITTEN);
+    each_turn([&](int strip, int token) {
         Layout::Rows of_rows[STRIPS];
 #pragma unroll
         for (int i = 0; i < STRIPS; ++i) of_rows[i] = Layout::rows(weight, min(strip + group + i, strips - 1), lane);
         products.clear();
 #pragma unroll 1
-        for (int i = 0, step = start; i < count; ++i) {
-            const int tile = step * STEP_TILES + sharer * STAGE_TILES;
-            if (!warms) barrier_wait(full + 8 * slot, phase);
+        for (int tile = sharer * STAGE_TILES; tile - sharer * STAGE_TILES < tiles; tile += STEP_TILES) {
+            barrier_wait(full + 8 * slot, phase);
             const u32 on = slot * BYTES_OF_STAGE;
             if (tile < tiles) {
                 Products::Pair pair;
                 products.load(pair, on, lane);
                 products.multiply_at(pair, of_rows, on, tile + 1 < tiles);
             }
-            if (warms) {
-                products.clear();
-                warms = false;
-                --i;
-                __syncthreads();
-                continue;
-            }
             warp_arrives(empty + 8 * slot, lane);
-            if (++step == steps) step = 0;
             if (++slot == DEPTH) {
                 slot = 0;
                 phase ^= 1;
@@ -191,34 +157,22 @@ rows(const __grid_constant__ tenpak::TensorMap x, const unsigned char* codes, co
 #pragma unroll
         for (int part = 0; part < PARTS; ++part)
             write(sums_at + ((warp * PARTS + part) * LANES + lane) * 16, products.sum(part, lane));
-        wait_at_barrier<THREADS>(SUMS);
-        // Blocks that go on with these strips' columns, of the next shares.
-        const int others = first || count == steps ? 0 : (steps - count + share_steps - 1) / share_steps;
-        if (others) {
-            if (lane < others)
-                while (load_acquire(arrived + share + 1 + lane) == 0) {}
-            __syncwarp();
-        }
+        wait_at_barrier<THREADS>(WRITTEN);
+        const int tokens = min(TOKENS, m - token);
         const Output out{y + ((size_t)matrix * m + token) * (GATED ? n / 2 : n), bias ? bias + (size_t)matrix * n : nullptr, n, scale};
         for (int i = warp; i < ROWS * COLUMNS; i += WARPS) {
             const int row = i / COLUMNS, column = i % COLUMNS * 8;
             if (strip + row >= strips || column >= tokens) continue;
-            float4* const mine = partial + ((size_t)share * ROWS * COLUMNS + i) * LANES + lane;
             // Of the warps that share this strip, in order.
-            const u32 at = sums_at + ((row / STRIPS * SHARERS * PARTS + row % STRIPS * COLUMNS + i % COLUMNS) * LANES + lane) * 16;
-            float4 sum = read<float4>(at);
+            const u32 from = sums_at + ((row / STRIPS * SHARERS * PARTS + row % STRIPS * COLUMNS + i % COLUMNS) * LANES + lane) * 16;
+            float4 sum = read<float4>(from);
 #pragma unroll
-            for (int other = 1; other < SHARERS; ++other) add(sum, read<float4>(at + other * (PARTS * LANES * 16)));
-            if (first) {
-                __stcg(mine, sum);
-                continue;
-            }
-            for (int other = 1; other <= others; ++other) add(sum, __ldcg(mine + other * PART));
+            for (int other = 1; other < SHARERS; ++other) add(sum, read<float4>(from + other * (PARTS * LANES * 16)));
             const Layout::Rows of_row = Layout::rows(weight, strip + row, lane);
             out.store(sum, strip + row, column, tokens, Layout::row_scale(of_row, false), Layout::row_scale(of_row, true), lane);
         }
-        wait_at_barrier<THREADS>(SUMS);
-        if (first && threadIdx.x == 0) add_release(arrived + share, 1);
-        if ((int)threadIdx.x < others) arrived[share + 1 + threadIdx.x] = 0;
+        // What has been written has been read.
+        wait_at_barrier<THREADS>(WRITTEN);
     });
+    if (RACECHECK) __syncthreads();
 }

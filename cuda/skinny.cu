@@ -17,11 +17,8 @@
 // writes the activations' type, 1 FP32, 2 adds to FP32; -DACTIVATION (activation.cuh); -DGATED=1 where each strip has eight
 // rows of gates and then the eight rows that they multiply. With -DOVERLAP=1 the first weights are on their way before the
 // previous kernel has ended (overlap.cuh).
-#ifndef INTEGER
-#define INTEGER 0
-#endif
-#ifndef RAW
-#define RAW (!INTEGER)
+#if !INTEGER
+#define RAW 1
 #endif
 #include "activation.cuh"
 #include "layouts.cuh"
@@ -52,11 +49,9 @@ constexpr int FIRST_COPIER = WARPS + BUFFERS, ALL_WARPS = FIRST_COPIER + ENGINE 
 // Tiles of sums, of a strip's 16 rows by eight tokens each.
 constexpr int PARTS = STRIPS * COLUMNS;
 static_assert(DEPTH >= GROUPS, "every group of warps has a step");
-#ifndef WARM
-#define WARM 0
-#endif
-// The barrier where copiers meet (of a block's; the others are in shared memory).
-constexpr int READY = 1;
+// A block's barriers: those in shared memory are made, for copiers; x is staged, for those who multiply and who add. Copiers wait for
+// nobody else, and nobody for them.
+constexpr int READY = 1, STAGED = 2;
 // Steps of x that the copy engine may bring one by one.
 constexpr int X_STEPS = ENGINE && !INTEGER && !NORM ? 32 : 0;
 
@@ -84,13 +79,7 @@ struct SumsBarriers {
         phases ^= 1 << buffer;
     }
 };
-// What a thread that does not stage x waits for while others do.
-__device__ __forceinline__ void wait_for_staging(int tokens) {
-#if NORM
-    wait_for_norms(tokens);
-#endif
-    __syncthreads();
-}
+__device__ __forceinline__ void wait_for_staging() { wait_at_barrier<FIRST_COPIER * LANES>(STAGED); }
 
 #if ENGINE
 // The columns of x of one step: of one copier's tokens.
@@ -139,7 +128,7 @@ skinny(const unsigned char* codes, const unsigned char* params, const unsigned c
     if (OVERLAP) let_next_begin();
     if (total <= 0) return;
 
-    const int row_bytes = Products::row_bytes(SHARES ? tiles : slice);
+    const int row_bytes = Products::row_bytes(slice);
     float4* sums_of_warps = reinterpret_cast<float4*>(dynamic);
     u8* stages = reinterpret_cast<u8*>(sums_of_warps + BUFFERS * WARPS * PARTS * LANES);
     u8* staged_x = stages + DEPTH * STRIPS * BLOCK_STAGE_BYTES;
@@ -161,38 +150,24 @@ skinny(const unsigned char* codes, const unsigned char* params, const unsigned c
         const int copier = warp - FIRST_COPIER;
         Ring ring(keep_address(shared_address(stages)), ring_barriers);
         const u32 to = keep_address(shared_address(staged_x));
-        if (threadIdx.x == FIRST_COPIER * LANES) {
-            Ring::init(ring_barriers);
-            if (x_by_engine)
-                for (int i = 0; i < walk.steps; ++i) barrier_init(x_full + 8 * i, COPIERS);
-            barriers_ready();
-        }
-        if (COPIERS > 1) wait_at_barrier<COPIERS * LANES>(READY);
-        else __syncwarp();
         const Weight weight = weight_of();
+        wait_at_barrier<(COPIERS + 1) * LANES>(READY);
         for (int chunk = 0; chunk < chunks; ++chunk) {
             const XSlice here = slice_of_x(chunk);
             if (chunk) __syncthreads();
-            // Of each step x, where it is there, and then the weights: some before others have come so far, and all by the same few
-            // instructions, for those that are new come from far.
-            bool met = false;
-            int turn = 0, step = walk.steps_begin(0), x_steps = x_by_engine ? 0 : walk.steps;
+            // Of each step x, where it is there, and then the weights: all by the same few instructions, for those that are new come from
+            // far.
+            int turn = 0, step = 0, x_steps = x_by_engine ? 0 : walk.steps;
 #pragma unroll 1
-            for (int asked = chunk ? DEPTH : 0;; ++asked) {
-                const bool more = walk.has(turn);
-                if (!met && (asked >= DEPTH || !more)) {
-                    wait_for_staging(here.tokens);
-                    if (x_by_engine && OVERLAP && chunk == 0) wait_for_previous();
-                    met = true;
-                }
-                if (!more && (!X_STEPS || x_steps == walk.steps)) break;
-                if (X_STEPS && x_steps < walk.steps && (met || !OVERLAP)) {
+            for (int asked = chunk ? DEPTH : 0; walk.has(turn) || (X_STEPS && x_steps < walk.steps); ++asked) {
+                if (X_STEPS && OVERLAP && asked == DEPTH) wait_for_previous();
+                if (X_STEPS && x_steps < walk.steps && (!OVERLAP || asked >= DEPTH)) {
                     copy_x(here, to, row_bytes, x_steps, x_full + 8 * x_steps, copier);
                     ++x_steps;
                 }
-                if (more) {
+                if (walk.has(turn)) {
                     ring.copy(walk, weight, turn, step, copier);
-                    if (++step == walk.steps_end(turn)) step = 0, ++turn;
+                    if (++step == walk.steps) step = 0, ++turn;
                 }
             }
         }
@@ -202,7 +177,21 @@ skinny(const unsigned char* codes, const unsigned char* params, const unsigned c
 
     if (warp >= WARPS) {
         const int buffer = warp - WARPS;
-        if (threadIdx.x == WARPS * LANES) buffers.init();
+        if (threadIdx.x == WARPS * LANES) {
+            buffers.init();
+#if ENGINE
+            Ring::init(ring_barriers);
+            if (x_by_engine)
+                for (int i = 0; i < walk.steps; ++i) barrier_init(x_full + 8 * i, COPIERS);
+            barriers_ready();
+#endif
+        }
+#if ENGINE
+        if (warp == WARPS) {
+            __syncwarp();
+            wait_at_barrier<(COPIERS + 1) * LANES>(READY);
+        }
+#endif
         Products::prepare(threadIdx.x - WARPS * LANES);
         const Weight weight = weight_of();
         for (int chunk = 0; chunk < chunks; ++chunk) {
@@ -210,7 +199,7 @@ skinny(const unsigned char* codes, const unsigned char* params, const unsigned c
             const Output out{y + (begin + token) * (GATED ? n / 2 : n), bias ? bias + (size_t)matrix * n : nullptr, n, scale};
             const size_t slot = begin / TOKENS + matrix + chunk;
             if (chunk) __syncthreads();
-            wait_for_staging(tokens);
+            wait_for_staging();
             for (int turn = buffer; walk.has(turn); turn += BUFFERS) {
                 const int strip = walk.strip(turn);
                 Layout::Rows rows[STRIPS];
@@ -226,33 +215,6 @@ skinny(const unsigned char* codes, const unsigned char* params, const unsigned c
                     for (int other = 1; other < WARPS; ++other) add(sums[part], from[other * PARTS * LANES]);
                 }
                 buffers.read(buffer, lane);
-#pragma unroll
-                for (int part = 0; part < PARTS; ++part) sums[part] = Products::finished(sums[part], lane);
-#if SHARES
-                {
-                    constexpr int PART = PARTS * LANES;
-                    const int share = Walk::share(), others = ((walk.first + turn + 1) * walk.steps - 1) / slice - share;
-                    float4* left = partial + ((size_t)matrix * gridDim.x + share) * PART + lane;
-                    unsigned int* const counter = arrived + matrix * gridDim.x + share;
-                    if (walk.steps_begin(turn)) {
-#pragma unroll
-                        for (int part = 0; part < PARTS; ++part) __stcg(left + part * LANES, sums[part]);
-                        __syncwarp();
-                        if (lane == 0) add_release(counter, 1);
-                        continue;
-                    }
-                    // What blocks have left that go on with these strips.
-                    for (int other = 1; other <= others; ++other) {
-                        if (lane == 0) {
-                            while (load_acquire(counter + other) == 0) {}
-                            counter[other] = 0;
-                        }
-                        __syncwarp();
-#pragma unroll
-                        for (int part = 0; part < PARTS; ++part) add(sums[part], __ldcg(left + other * PART + part * LANES));
-                    }
-                }
-#else
                 if (slices > 1) {
                     const size_t step = (size_t)strips * PARTS * LANES;
                     float4* all = partial + (slot * slices * strips + strip) * PARTS * LANES + lane;
@@ -272,13 +234,12 @@ skinny(const unsigned char* codes, const unsigned char* params, const unsigned c
                         for (int part = 0; part < PARTS; ++part) add(sums[part], __ldcg(all + other * step + part * LANES));
                     if (lane == 0) *counter = 0;
                 }
-#endif
 #pragma unroll
                 for (int part = 0; part < PARTS; ++part) {
                     const int i = part / COLUMNS, column = part % COLUMNS * 8;
                     if (column < tokens && strip + i < strips)
-                        out.store(sums[part], strip + i, column, tokens, Layout::row_scale(rows[i], false),
-                                  Layout::row_scale(rows[i], true), lane);
+                        Products::store(out, sums[part], strip + i, column, tokens, Layout::row_scale(rows[i], false),
+                                        Layout::row_scale(rows[i], true), lane);
                 }
             }
         }
@@ -303,8 +264,8 @@ skinny(const unsigned char* codes, const unsigned char* params, const unsigned c
     Staging staging = staging_of(0);
 #if ENGINE
     // Steps before the next of this warp's group.
-    int ahead = walk.steps_begin(0) + warp / SHARERS;
-    Ring ring(keep_address(shared_address(stages)), ring_barriers, warp / SHARERS);
+    int ahead = warp / SHARERS;
+    Ring ring(keep_address(shared_address(stages)), ring_barriers, ahead);
 #endif
     const Weight weight = weight_of();
     const u32 staged_address = keep_address(shared_address(staged_x));
@@ -320,46 +281,37 @@ skinny(const unsigned char* codes, const unsigned char* params, const unsigned c
         Layout::Rows rows[STRIPS];
 #pragma unroll
         for (int i = 0; i < STRIPS; ++i) rows[i] = Layout::rows(weight, walk.strip(0, i), lane);
-        // Some warps go once through what a step does, with whatever a stage holds, while x is on its way, as its instructions then are.
-        const bool warms = WARM && warp < 4 && chunk == 0;
-        Products products(Ring::place(shared_address(stages), warp % SHARERS), warms ? keep_address(shared_address(stages)) : staged_address,
-                          row_bytes, staging.from.tokens, walk.count, lane);
-        auto stage = [&] {
-            if (warms) products.move_x(staged_address - shared_address(stages));
-            if (OVERLAP) wait_for_previous();
+        Products products(Ring::place(shared_address(stages), warp % SHARERS), staged_address, row_bytes, staging.from.tokens,
+                          walk.count, lane);
+        if (OVERLAP) wait_for_previous();
 #if NORM
-            staging.stage(staged_x, row_bytes);
+        staging.stage(staged_x, row_bytes);
 #else
-            if (!x_by_engine) {
-                if (OVERLAP) staging.begin(staged_x, row_bytes);
-                staging.end(staged_x, row_bytes);
-                if (!OVERLAP) wait_for_copies<ENGINE ? 0 : DEPTH>();
-            }
+        if (!x_by_engine) {
+            if (OVERLAP) staging.begin(staged_x, row_bytes);
+            staging.end(staged_x, row_bytes);
+            if (!OVERLAP) wait_for_copies<ENGINE ? 0 : DEPTH>();
+        }
 #endif
-            __syncthreads();
-        };
-        if (!WARM) stage();
+        wait_for_staging();
 
-        for (int turn = warms ? -1 : 0; turn < 0 || walk.has(turn); ++turn) {
-            if (WARM && turn == 0) stage();
+        for (int turn = 0; walk.has(turn); ++turn) {
             Layout::Rows rows_after[STRIPS];
 #pragma unroll
             for (int i = 0; i < STRIPS; ++i) rows_after[i] = Layout::rows(weight, walk.strip(turn + 1, i), lane);
             products.clear();
 #if ENGINE
             int step = ahead, tile = STAGE_TILES * (warp % SHARERS) + step * STEP_TILES;
-            const int steps_end = turn < 0 ? step + 1 : walk.steps_end(turn);
 #pragma unroll 1
-            for (; step < steps_end; step += GROUPS, tile += GROUPS * STEP_TILES) {
+            for (; step < walk.steps; step += GROUPS, tile += GROUPS * STEP_TILES) {
                 Products::Pair pair;
-                if (x_by_engine && turn >= 0 && turn < GROUPS) barrier_wait(x_full + 8 * step, chunk % 2);
-                products.load(pair, turn < 0 ? 0 : ring.wait(), lane);
-                if (turn >= 0) ring.release(lane);
+                if (x_by_engine && turn < GROUPS) barrier_wait(x_full + 8 * step, chunk % 2);
+                products.load(pair, ring.wait(), lane);
+                ring.release(lane);
                 products.multiply(pair, rows, tile, walk.count);
             }
-            if (turn < 0) continue;
             // The groups take turns across the ends of strips, too.
-            ahead = step - steps_end;
+            ahead = step - walk.steps;
 #else
             int tile = STAGE_TILES * warp;
 #pragma unroll 1

@@ -13,9 +13,6 @@
 #ifndef INTEGER
 #define INTEGER 0
 #endif
-#ifndef SHARES
-#define SHARES 0
-#endif
 
 namespace tenpak {
 

@@ -216,7 +216,7 @@ namespace tenpak {
 constexpr u64 KEEP_LONG = 2;
 struct TensorMap { u64 x, stride; int columns, rows, matrices, unused; u64 more[12]; };
 inline void prefetch_map(const TensorMap&) {}
-// A tile of a box, in sixteen bytes each; those that reach beyond the matrix are zeros (the test's rows end between two).
+// A tile of a box, in sixteen bytes each; those beyond the matrix are zeros (the test's rows end between two).
 inline void copy_tile(u32 to, const TensorMap& map, int column, int row, int matrix, u32 barrier) {
     check(to % 1024 == 0, "a box is not aligned");
     for (int r = 0; r < TOKENS; ++r)
@@ -377,7 +377,8 @@ FLAGS = ["-fno-gnu-unique", "-DASCENDING=1"]
 
 @functools.cache
 def _library(defines: tuple[tuple[str, object], ...]) -> ctypes.CDLL:
-    stand_ins = {"warp.cuh": WARP, "layouts.cuh": layouts_on_cpu(), "engine.cuh": ENGINE, "boxes.cuh": BOXES, "hopper.cuh": HOPPER}
+    stand_ins = {"warp.cuh": WARP, "layouts.cuh": layouts_on_cpu(), "engine.cuh": ENGINE}
+    stand_ins |= {"boxes.cuh": BOXES, "hopper.cuh": HOPPER}
     dynamic = "extern __shared__ __align__(1024) u8 dynamic[];", "u8* const dynamic = dynamic_memory();"
     return built("wide.cu", "wide", defines, "sm_90a", stand_ins, [*FLAGS, "-DSKIPS=1"], dynamic)
 
@@ -414,7 +415,7 @@ def wide(
     band: int = 1 << 16,
 ) -> NDArray[np.uint16]:
     """y [batch, m, n] of x [batch, m, at least k], as bits; poisoned before. `packed`: codes, params, row_params."""
-    batch, m, stride = x.shape
+    batch, m, _ = x.shape
     x = aligned(x)
     arrays = [aligned(part) for part in packed]
     y = aligned(np.full((batch, m, n), 0x7FFF, np.uint16))

@@ -108,15 +108,6 @@ def test_two_strips_and_more_tokens_than_a_chunk(layout):
     check(layout, plans.Form(2, 3, 1, 2, True, copiers=2), (19, 70, 640))
 
 
-@pytest.mark.parametrize("layout", ["int4_g32_fp16", "int4_lut16"])
-def test_equal_shares(layout):
-    # Blocks begin and end amid strips; several go on with the same ones.
-    for form in (plans.Form(2, 2, 1, 2, True, shares=True), plans.Form(4, 4, 1, 1, True, 2, 2, shares=True)):
-        check(layout, form, (1, 90, 576), device=plans.Device(3, 225 << 10, 228 << 10, 90))
-        check(layout, form, (1, 70, 1300), device=plans.Device(7, 225 << 10, 228 << 10, 90))
-        check(layout, form, (1, 40, 640), batch=2, device=plans.Device(8, 225 << 10, 228 << 10, 90))
-
-
 @pytest.mark.parametrize("layout", ["int4_g32_fp16", "int4_g128_fp16", "int4_g8_u8", "int4_lut16", "int8_sym"])
 def test_blocks_of_many_rows(layout):
     # One turn and several, also of tokens; an odd number of tiles; strips that are not there.

@@ -146,8 +146,8 @@ class Plan:
     scalars: tuple[Any, ...]
     partial_bytes: int
     counters: int
-    #: Tokens of a box, where the kernel takes a map of x (tensormap.py) and not its address, and its tiles of 64 columns
-    #: where it has several.
+    #: Tokens of a box, where the kernel takes a map of x (tensormap.py) and not its address; and its tiles of 64
+    #: columns, where it has several.
     box: int = 0
     box_tiles: int = 0
 
@@ -175,7 +175,6 @@ class Form:
 
     `strips` at a time. `engine`: the copy engine brings weights, asked for by `copiers`. `sharers`: warps that take a
     step together, of whom there are several groups in turn (0: all). `even`: no more blocks than as many turns need.
-    `shares`: blocks do equal shares of all steps (of integers, with the copy engine).
     """
 
     warps: int
@@ -186,11 +185,6 @@ class Form:
     copiers: int = 1
     sharers: int = 0
     even: bool = False
-    shares: bool = False
-
-
-#: Layouts of which one token was measured with two groups of eight warps, where blocks have two strips or fewer.
-IN_GROUPS = TABLES | {"int4_g32_fp16", "int4_g128_fp16"}
 
 
 def _forms(device: Device, layout: str, n: int, k: int, m: int, integer: int, overlaps: bool) -> list[Form]:
@@ -211,27 +205,25 @@ def _forms(device: Device, layout: str, n: int, k: int, m: int, integer: int, ov
     # Strips of a multiprocessor.
     strips = divide_up(n, TILE_ROWS) / device.multiprocessors
     if integer:
-        if overlaps and not large:
-            # Of two blocks the first to end makes room for the launch that waits.
-            first = engine(8, 3, 2) if 2 < strips <= 8 and k <= 8192 else engine(16, 3 if k <= 8192 else 4, 1)
-        elif large and integer == 2:
-            first = engine(16, 2, 1, 2, 4)
-        elif large and not tables:
-            first = engine(16, 4, 1, 1, 2)
-        elif strips > 2:
-            first = engine(8, 4, 1, 2, 2 if tables else 4)
-        elif layout in IN_GROUPS:
+        if large:
+            first = engine(16, 2, 1, 2, 2) if integer == 2 else engine(16, 4, 1, 2, 2, 8)
+        elif overlaps or k > 8192:
             first = engine(16, 8, 1, 1, 2, 8)
         else:
-            first = engine(12, 5, 1, 1, 2)
+            # Small blocks have multiplied the sooner, and two of them wait at different times.
+            first = engine(8, 4 if strips <= 2 else 3, 2)
         forms[:0] = [first, engine(16, 4, 1), engine(16, 3, 1), engine(12, 3, 1)]
     elif large and m > 1:
-        first = engine(16, 2, 1, 2, 4) if tables and m <= 4 else engine(8, 4, 1, 2, 4)
-        forms[:0] = [first, engine(8, 3, 1, 2, 4), engine(16, 3, 1), engine(12, 3, 1), engine(12, 2, 1)]
+        first = (
+            engine(16, 2, 1, 2, 2) if tables and m <= 4 else engine(8, 3 if STAGE_BYTES[layout] > 1184 else 4, 1, 2, 2)
+        )
+        forms[:0] = [first, engine(8, 3, 1, 2, 2), engine(16, 3, 1), engine(12, 3, 1), engine(12, 2, 1)]
     elif m > 4:
-        forms[:0] = [engine(8, 3, 1, 2, 4), engine(12, 3, 1), engine(12, 2, 1)]
+        forms[:0] = [engine(8, 3, 1, 2, 2), engine(12, 3, 1), engine(12, 2, 1)]
     elif m > 1:
-        forms.insert(0, engine(8, 3, 2))
+        forms.insert(0, engine(8, 3, 2) if overlaps else engine(8, 3, 1, 2, 2))
+    elif layout == "int4_g8_u8":
+        forms.insert(0, engine(8, 2, 2))
     return forms
 
 
@@ -299,13 +291,6 @@ def skinny_plans(
         width = min(turns, per_matrix)
         if form.even:
             width = divide_up(turns, divide_up(turns, width))
-        last, places = slice_tiles, 0
-        if form.shares:
-            if slices > 1 or not integer:
-                return None
-            steps = turns * divide_up(tiles, 2 * sharers)
-            last = divide_up(steps, per_matrix)
-            width = places = divide_up(steps, last)
         defines = {
             "LAYOUT": layout,
             "BF16": int(bf16),
@@ -318,7 +303,6 @@ def skinny_plans(
             "ENGINE": int(form.engine),
             "COPIERS": form.copiers,
             "SHARERS": sharers,
-            **({"SHARES": 1} if form.shares else {}),
             **fused.defines,
         }
         if fused.norm != "none":
@@ -336,9 +320,9 @@ def skinny_plans(
             (width, slices, batch),
             (32 * warps,),
             shared,
-            (int32(m), int32(n), int32(k), int32(tiles), int32(divide_up(k, 256)), int32(last)),
-            (slots * slices * strips + batch * places) * form.strips * columns * 512,
-            slots * strips + batch * places,
+            (int32(m), int32(n), int32(k), int32(tiles), int32(divide_up(k, 256)), int32(slice_tiles)),
+            slots * slices * strips * form.strips * columns * 512,
+            slots * strips,
         )
 
     forms = _forms(device, layout, n, k, average, integer, fused.overlaps)
@@ -368,7 +352,7 @@ def rows_plan(device: Device, layout: str, n: int, k: int, m: int, batch: int = 
     turns = divide_up(strips, per_matrix * max(ROWS_FORMS))
     rows = min(r for r in ROWS_FORMS if r * per_matrix * turns >= strips)
     warps, sharers = ROWS_FORMS[rows]
-    copiers = 2
+    copiers = columns
     of_x = 8 * columns * sharers * 2 * TILE_COLS * 2
     of_stage = divide_up(rows * sharers * stage + of_x, 1024) * 1024
     # Stages begin at a multiple of 1024.
@@ -386,21 +370,17 @@ def rows_plan(device: Device, layout: str, n: int, k: int, m: int, batch: int = 
         "COLUMNS": columns,
         "COPIERS": copiers,
     }
-    # Steps of all turns, of which each block does an equal share.
-    steps = divide_up(strips, rows) * divide_up(m, 8 * columns) * divide_up(tiles, 2 * sharers)
-    share = divide_up(steps, per_matrix)
-    grid = divide_up(steps, share)
     int32 = np.int32
     return Plan(
         "rows.cu",
         "rows",
         defines,
-        (grid, 1, batch),
+        (min(divide_up(strips, rows) * divide_up(m, 8 * columns), per_matrix), 1, batch),
         (32 * (warps + copiers),),
         depth * of_stage + others,
-        (int32(m), int32(n), int32(k), int32(tiles), int32(divide_up(k, 256)), int32(share)),
-        batch * grid * rows * columns * 512,
-        batch * grid,
+        (int32(m), int32(n), int32(k), int32(tiles), int32(divide_up(k, 256)), int32(tiles)),
+        0,
+        0,
         8 * columns,
         2 * sharers,
     )
