@@ -48,7 +48,7 @@ constexpr int BUFFERS = COLUMNS <= 2 ? 2 : 1;
 constexpr int FIRST_COPIER = WARPS + BUFFERS, ALL_WARPS = FIRST_COPIER + ENGINE * COPIERS;
 // Tiles of sums, of a strip's 16 rows by eight tokens each.
 constexpr int PARTS = STRIPS * COLUMNS;
-static_assert(DEPTH >= GROUPS, "every group of warps has a step");
+static_assert(DEPTH % GROUPS == 0, "a stage is always the same group's: its barrier's parity tells one use from the next, no more");
 // A block's barriers: those in shared memory are made, for copiers; x is staged, for those who multiply and who add. Copiers wait for
 // nobody else, and nobody for them.
 constexpr int READY = 1, STAGED = 2;

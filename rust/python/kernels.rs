@@ -16,6 +16,7 @@ static SOURCES: &[(&str, &str)] = sources![
     "append.cu",
     "attention.cu",
     "attention_prefill.cu",
+    "boxes.cuh",
     "cache.cuh",
     "cluster.cuh",
     "columns.cuh",

@@ -227,18 +227,3 @@ def test_threads_are_a_sensible_number(tmp_path, threads):
     for call in calls:
         with pytest.raises(tenpak.UsageError, match="give a number from 1 to 1024"):
             call()
-
-
-@pytest.mark.parametrize("count", [0, 1, 3, 64])
-def test_work_that_is_shared_out_is_done_once(count):
-    from tenpak.threads import share_out
-
-    done = np.zeros(count, int)
-
-    def work(part: slice) -> None:
-        done[part] += 1
-
-    share_out(work, count)
-    assert (done == 1).all()
-    with pytest.raises(ZeroDivisionError):
-        share_out(lambda _: 1 / 0, 1)

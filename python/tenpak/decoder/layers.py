@@ -13,13 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tenpak.decoder.config import Activation, Rope
-from tenpak.threads import share_out
 
 #: Scores that exist at once: on a CPU what its cache holds, elsewhere enough to keep a device busy.
 _SCORES_CPU = 1 << 20
 _SCORES = 1 << 26
-#: Elements of keys from which on one token's attention is worth several threads.
-_SHARED = 1 << 18
 
 
 class RMSNorm:
@@ -207,17 +204,11 @@ def attention(q: Any, k: Any, v: Any, scale: float, window: int | None = None, *
     past, group = total - steps, heads // kv_heads
     out = xp.empty((batch, steps, kv_heads, group, head_dim), q.dtype)
     if steps == 1:
-        # All heads of a group at once, so that keys and values are read once.
+        # Values serve all heads of a group at once; scores, few rows of many columns, are faster head by head.
         low = 0 if window is None else max(0, total - window)
-        q = q.reshape(batch, kv_heads, group, head_dim) * np.float32(scale)
-
-        def attend(part: slice) -> None:
-            out[part, 0] = _mixed(q[part] @ k[part, :, low:].swapaxes(-1, -2), v[part, :, low:], xp)
-
-        if xp is np and k.size >= _SHARED:
-            share_out(attend, batch)
-        else:
-            attend(slice(None))
+        q = q.reshape(batch, kv_heads, group, 1, head_dim) * np.float32(scale)
+        scores = (q @ k[:, :, None, low:].swapaxes(-1, -2))[:, :, :, 0]
+        out[:, 0] = _mixed(scores, v[:, :, low:], xp)
         return out.reshape(batch, steps, heads * head_dim)
     q = q.reshape(batch, kv_heads, group, steps, head_dim) * np.float32(scale)
     k, v = k[:, :, None].swapaxes(-1, -2), v[:, :, None]
