@@ -199,7 +199,7 @@ def _forms(device: Device, layout: str, n: int, k: int, m: int, integer: int, ov
     if integer:
         if large:
             first = engine(16, 2, 1, 2, 2) if integer == 2 else engine(16, 4, 1, 2, 2, 8)
-        elif overlaps or k > 8192:
+        elif overlaps or k > 8192 or (layout == "int4_g16_u8" and strips <= 2):
             first = engine(16, 8, 1, 1, 2, 8)
         else:
             # Small blocks have multiplied the sooner, and two of them wait at different times.
