@@ -179,6 +179,10 @@ class Form:
     even: bool = False
 
 
+#: Layouts of which one token of a large weight is multiplied with two strips at a time.
+TWO_STRIPS = TABLES | {"int4_g32_fp16", "int4_g128_fp16"}
+
+
 def _forms(device: Device, layout: str, n: int, k: int, m: int, integer: int, overlaps: bool) -> list[Form]:
     """What `skinny_plans` tries, the best first, as measured."""
     large, tables = n * k >= LARGE, layout in TABLES
@@ -197,13 +201,15 @@ def _forms(device: Device, layout: str, n: int, k: int, m: int, integer: int, ov
     # Strips of a multiprocessor.
     strips = divide_up(n, TILE_ROWS) / device.multiprocessors
     if integer:
-        if large:
-            first = engine(16, 2, 1, 2, 2) if integer == 2 else engine(16, 4, 1, 2, 2, 8)
-        elif overlaps or k > 8192 or (layout == "int4_g16_u8" and strips <= 2):
+        if integer == 2:
+            first = engine(16, 2, 1, 2, 2)
+        elif large and layout in TWO_STRIPS:
+            first = engine(16, 4, 1, 2, 2, 8)
+        elif large or overlaps or k > 8192 or (layout == "int4_g16_u8" and strips <= 2):
             first = engine(16, 8, 1, 1, 2, 8)
         else:
             # Small blocks have multiplied the sooner, and two of them wait at different times.
-            first = engine(8, 4 if strips <= 2 else 3, 2)
+            first = engine(8, 4, 2)
         forms[:0] = [first, engine(16, 4, 1), engine(16, 3, 1), engine(12, 3, 1)]
     elif large and m > 1:
         first = (
