@@ -45,7 +45,6 @@ static SOURCES: &[(&str, &str)] = sources![
     "rows.cu",
     "sample.cu",
     "skinny.cu",
-    "sums.cuh",
     "tokens.cuh",
     "warp.cuh",
     "weights.cuh",
