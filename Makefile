@@ -59,7 +59,7 @@ pytest: ## the Python tests, on the installed wheel
 test-gpu: ## the tests that need an NVIDIA GPU, CuPy and torch, with PYTHON, which must have them, on the package in python/
 	PYTHONPATH=python TENPAK_REQUIRE=cuda,nvrtc,torch $(PYTHON) -m pytest -q \
 		tests/python/test_cuda_codec.py tests/python/test_cuda_matmul.py tests/python/test_cuda_attention.py \
-		tests/python/test_cuda_runner.py tests/python/test_torch_linear.py tests/python/test_tune.py
+		tests/python/test_cuda_runner.py tests/python/test_torch_linear.py tests/python/test_shrink.py tests/python/test_tune.py
 
 test-wgpu: ## the tests of wgpu, which need a GPU with a Vulkan driver, or Debian's mesa-vulkan-drivers
 	$(MAKE) dev FEATURES=gpu

@@ -55,14 +55,14 @@ struct Segment {
     int first, count;
 };
 
-// A block's segments, in order. To divide takes as long as a step of a small product, so it is done but once or twice.
+// A block's segments, in order. To divide takes as long as a part of a small product's step, so it is done seldom.
 struct Schedule {
     int steps;         // of a tile
     int head;          // those that a tile's own block does, or 0
     u32 tiles;
     u32 shared_tiles;  // the first so many are cut into units
     u32 share;
-    u32 each, more;    // units of a share, and how many of them have one more
+    u32 shares, each, more;  // units of a share, and how many of the shares have one more
     u32 unit, end;     // what is left of this block's share of those; where there are helpers, of this one's tiles
     u32 whole;         // the next tile that is this block's alone
 
@@ -86,13 +86,16 @@ struct Schedule {
             if (shared_tiles) divide(shared_tiles * steps, gridDim.x);
         }
     }
-    __device__ __forceinline__ void divide(u32 units, u32 shares) {
+    // So evenly that where tiles are those of as many shares, no share has parts of two.
+    __device__ __forceinline__ void divide(u32 units, u32 count) {
+        shares = count;
         each = units / shares;
         more = units - each * shares;
-        unit = begin(share);
-        end = begin(share + 1);
+        const u32 before = share * more / shares;
+        unit = share * each + before;
+        end = unit + each + (share * more - before * shares + more >= shares);
     }
-    __device__ __forceinline__ u32 begin(u32 share) const { return share * each + min(share, more); }
+    __device__ __forceinline__ u32 begin(u32 share) const { return share * each + share * more / shares; }
     // Where a block that did not begin a tile leaves its sums, and those who did so for a tile that this one begins: from one
     // place to another.
     __device__ __forceinline__ u32 left_at(u32 tile) const { return head ? tile : share; }

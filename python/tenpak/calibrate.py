@@ -18,7 +18,7 @@ import math
 import os
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -31,11 +31,10 @@ from tenpak.decoder import Block, Decoder, Head, Linear
 from tenpak.decoder.gradients import norm_backward
 from tenpak.errors import UsageError
 from tenpak.evaluate import POSITIONS, Device, array_module, tokens_of, windows_of
+from tenpak.progress import StageProgress
 from tenpak.sampling import checked_seed
+from tenpak.shrink import TOKENS
 from tenpak.statistics import StatisticsWriter
-
-#: Called with steps of work done and in all, and what is being done.
-Progress = Callable[[int, int, str], object]
 
 #: Windows of a text that statistics are gathered from, and windows that are sampled, which costs more: twice as many
 #: lowered the KL divergence of llama-books under int4_opt_v1 by half a per cent.
@@ -91,7 +90,7 @@ def calibrate(
     encoder: str = "gptq",
     device: Device = "cpu",
     force: bool = False,
-    progress: Progress | None = None,
+    progress: StageProgress | None = None,
 ) -> CalibrationReport:
     """Writes the statistics of every linear layer's input to a file, for `tenpak.compress(…, calibration=…)`.
 
@@ -137,6 +136,7 @@ def calibrate(
             writer.add(*gathered)
             inputs += 1
             weights += len(gathered[0])
+        writer.add_tokens(_spread(tokens, max(1, TOKENS // tokens.shape[1])))
         about = {
             "model": decoder.source.digest(),
             "text": hashlib.blake2b(np.ascontiguousarray(tokens, "<i8").tobytes(), digest_size=32).hexdigest(),
@@ -161,7 +161,7 @@ def calibrate(
 
 
 def sample(
-    decoder: Decoder, windows: int, context: int, seed: int = 0, progress: Progress | None = None
+    decoder: Decoder, windows: int, context: int, seed: int = 0, progress: StageProgress | None = None
 ) -> NDArray[np.int64]:
     """Text that the model writes itself at temperature 1, [windows, context].
 
@@ -199,7 +199,7 @@ def _walk(
     diagonal: bool,
     sequential: str | None,
     encoder: str,
-    progress: Progress | None,
+    progress: StageProgress | None,
 ) -> Any:
     """Yields the statistics of one input after another."""
     layers, at_once = decoder.config.layers, max(1, TOKENS_AT_ONCE // tokens.shape[1])
@@ -240,7 +240,7 @@ def _walk(
 
 
 def _walk_backward(
-    decoder: Decoder, tokens: NDArray[np.int64], seed: int, folder: Path, progress: Progress | None
+    decoder: Decoder, tokens: NDArray[np.int64], seed: int, folder: Path, progress: StageProgress | None
 ) -> Any:
     """Yields the statistics of one input after another, and of the outputs of what reads it, the last layer's first."""
     xp, layers, at_once = decoder.xp, decoder.config.layers, max(1, TOKENS_AT_ONCE // tokens.shape[1])
@@ -455,7 +455,7 @@ def windows_to_learn(
     windows: int | None,
     context: int | None,
     seed: int,
-    progress: Progress | None,
+    progress: StageProgress | None,
 ) -> NDArray[np.int64]:
     """Windows [count, context] of a text, or, for None, of text that the model samples; arguments as `calibrate`'s.
 

@@ -18,7 +18,8 @@ from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from tenpak import _core, dtypes
 from tenpak.errors import UsageError
-from tenpak.models import PathLike, Progress, source_of
+from tenpak.models import PathLike, source_of
+from tenpak.progress import Progress
 from tenpak.threads import checked_threads
 
 #: A model or artifact, or one followed by the deltas on it.

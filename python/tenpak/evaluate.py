@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -20,12 +20,11 @@ from numpy.typing import NDArray
 from tenpak.decoder import Decoder
 from tenpak.decoder.kv import KVType, checked_kv
 from tenpak.errors import InputError, StorageError, UsageError
+from tenpak.progress import Progress
 
 #: Positions whose logits exist at once: with a vocabulary of 128k, 256 of them are 134 MB.
 POSITIONS = 256
 
-#: Called with tokens done and in all, after each batch.
-Progress = Callable[[int, int], object]
 Device = Literal["cpu", "cuda"]
 
 

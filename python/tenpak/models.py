@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -14,11 +15,12 @@ from numpy.typing import ArrayLike, DTypeLike
 
 from tenpak import _core, dtypes
 from tenpak import artifact as _artifact
-from tenpak.errors import UsageError
+from tenpak.errors import InputError, UnsupportedError, UsageError
+from tenpak.evaluate import Device, array_module
+from tenpak.progress import Progress, StageProgress
+from tenpak.statistics import tokens_of
 from tenpak.threads import checked_threads
 
-#: Called with weights done and in all, several times a second.
-Progress = Callable[[int, int], object]
 PathLike = str | os.PathLike[str]
 
 
@@ -99,6 +101,8 @@ class CompressReport:
     simd: str
     #: Advice, a sentence each.
     notes: tuple[str, ...]
+    #: What norms' gains were multiplied by, on average; None where they stayed.
+    norm_factor: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """As plain dictionaries and lists, for JSON."""
@@ -140,9 +144,14 @@ def compress(
     dry_run: bool = False,
     calibration: PathLike | None = None,
     encoder: str = "gptq",
+    device: Device = "cpu",
     progress: Progress | None = None,
+    stages: StageProgress | None = None,
 ) -> CompressReport:
     """Compresses a model into one `.tenpak` file. The bytes do not depend on the number of threads.
+
+    With statistics, norms are shrunk last (`tenpak.shrink`), where the statistics hold some of their text and the model
+    can be run.
 
     Args:
         src: A Hugging Face folder, a `.safetensors`, `.gguf` or JSON bundle file, or a mapping of names to arrays.
@@ -163,7 +172,9 @@ def compress(
             family, in no time; `none` leaves that out.
         encoder: What to do with them: `diag` weights squared errors with E[x_j²], `gptq` also lets each column
             make good what those before it have lost.
+        device: Where the model runs for `self`, and for the norms; `cuda` needs CuPy. Encoding is the CPU's.
         progress: Called with weights done and in all.
+        stages: Called with steps done and in all, and what they are, while the model runs.
 
     Raises:
         UsageError: A wrong option, an existing output, or an output that is the input.
@@ -173,6 +184,8 @@ def compress(
     """
     if encoder not in ("gptq", "diag"):
         raise UsageError(f"unknown encoder {encoder!r}; choose gptq or diag")
+    # Before the minutes that encoding takes.
+    array_module(device)
     if calibration == "self":
         return _compress_with_own_text(
             src,
@@ -186,8 +199,12 @@ def compress(
             strict=strict,
             dry_run=dry_run,
             encoder=encoder,
+            device=device,
             progress=progress,
+            stages=stages,
         )
+    statistics = None if calibration in (None, "none") else os.fspath(calibration)
+    existed = os.path.lexists(dst)
     report = json.loads(
         _core.compress(
             source_of(src),
@@ -200,7 +217,7 @@ def compress(
             force,
             strict,
             dry_run,
-            None if calibration in (None, "none") else (os.fspath(calibration), encoder),
+            None if statistics is None else (statistics, encoder),
             calibration is None,
             progress,
         )
@@ -208,7 +225,15 @@ def compress(
     report["tensors"] = tuple(TensorReport(**{**t, "shape": tuple(t["shape"])}) for t in report["tensors"])
     report["groups"] = tuple(Group(**g) for g in report["groups"])
     report["files"], report["notes"] = tuple(report["files"]), tuple(report["notes"])
-    return CompressReport(**report)
+    done = CompressReport(**report)
+    if statistics is None or dry_run or isinstance(src, Mapping):
+        return done
+    try:
+        return _with_shrunk_norms(done, src, dst, statistics, device, stages)
+    except BaseException:
+        if not existed:
+            os.unlink(dst)
+        raise
 
 
 def source_of(src: PathLike | Mapping[str, ArrayLike]) -> Any:
@@ -229,6 +254,35 @@ def refuse_existing(output: PathLike, force: bool) -> None:
         raise UsageError(f"output {os.fspath(output)} exists; choose another, or replace it with --force")
 
 
+def _with_shrunk_norms(
+    report: CompressReport,
+    src: PathLike,
+    dst: PathLike,
+    statistics: str,
+    device: Device,
+    stages: StageProgress | None,
+) -> CompressReport:
+    """The norms of a new artifact shrunk, where the statistics hold some text and the model can be run."""
+    from tenpak.shrink import shrink_norms
+
+    start = time.perf_counter()
+    if (tokens := tokens_of(statistics)) is None:
+        return report
+    try:
+        shrunk = shrink_norms(dst, dst, src, tokens, device=device, force=True, progress=stages)
+    except (InputError, UnsupportedError) as error:
+        return replace(report, notes=(*report.notes, f"norms stay as they are: {error}"))
+    seconds = report.seconds + time.perf_counter() - start
+    return replace(
+        report,
+        root=shrunk.root,
+        file_bytes=shrunk.file_bytes,
+        norm_factor=float(np.mean(list(shrunk.factors.values()))) if shrunk.factors else None,
+        seconds=seconds,
+        gigabytes_per_second=report.gigabytes_per_second * report.seconds / seconds,
+    )
+
+
 def _compress_with_own_text(
     src: PathLike | Mapping[str, ArrayLike],
     dst: PathLike,
@@ -237,7 +291,8 @@ def _compress_with_own_text(
     encoder: str,
     dry_run: bool,
     force: bool,
-    progress: Progress | None,
+    device: Device,
+    stages: StageProgress | None,
     **options: Any,
 ) -> CompressReport:
     checked_threads(options.get("threads"))
@@ -246,18 +301,22 @@ def _compress_with_own_text(
     # Before the minutes that sampling takes.
     refuse_existing(dst, force or dry_run)
     if dry_run:
-        return compress(src, dst, codec, dry_run=True, force=force, progress=progress, **options)
+        return compress(src, dst, codec, dry_run=True, force=force, **options)
     from tenpak.calibrate import calibrate
-
-    def weights_done(done: int, total: int, _what: str) -> None:
-        if progress is not None:
-            progress(done, total)
 
     with tempfile.TemporaryDirectory(prefix="tenpak-") as folder:
         statistics = os.path.join(folder, "statistics.safetensors")
-        calibrate(src, statistics, diagonal=encoder == "diag", progress=weights_done)
+        calibrate(src, statistics, diagonal=encoder == "diag", device=device, progress=stages)
         return compress(
-            src, dst, codec, calibration=statistics, encoder=encoder, force=force, progress=progress, **options
+            src,
+            dst,
+            codec,
+            calibration=statistics,
+            encoder=encoder,
+            force=force,
+            device=device,
+            stages=stages,
+            **options,
         )
 
 

@@ -41,11 +41,24 @@ class Movable(Protocol):
 
 def of_linear(artifact: ArtifactFile, name: str, weight: Any, xp: Any) -> Movable | None:
     """What can move of a linear layer's tensor, now rebuilt to `weight` [out, in]; None where nothing can."""
+    if _is_shared(artifact, name):
+        return None
     info = artifact.info(name)
     kinds = {part.name: part.dtype for part in info.parts}
     if kinds.get("scales") == kinds.get("offsets") == "F16" and kinds.get("codes") == "U8":
         return _Affine(artifact, name, weight.shape, xp)
     return _Supers(artifact, name, weight, xp) if "supers" in kinds else None
+
+
+def gain_of(artifact: ArtifactFile, name: str, gain: Any, xp: Any) -> Gain | None:
+    """A norm's gain [width]; None where a rule asked for a codec, or another norm's is the same."""
+    info = artifact.info(name)
+    return None if info.codec != "keep" or _is_shared(artifact, name) else Gain(info.dtype, gain, xp)
+
+
+def _is_shared(artifact: ArtifactFile, name: str) -> bool:
+    """Whether two names have the tensor: it would have to move for both."""
+    return name in artifact.aliases or name in artifact.aliases.values()
 
 
 def _groups(x: Any, size: int, xp: Any) -> Any:

@@ -2,8 +2,9 @@
 
 An input NAME has `NAME.diagonal` ([in], E[x_j²]) and, unless only diagonals are wanted, `NAME.second_moment`
 ([in, in], E[x xᵀ]), both FP32; a weight NAME.weight may have `NAME.output_moment` ([out, out], E[g gᵀ] of the gradients
-at its layer's outputs). The metadata key `tenpak.calibration` holds JSON that says which weights read which input, how
-many tokens and gradients were seen, and of which model and text.
+at its layer's outputs). `tokens` ([windows, context], I32) are some of the text, for norms. The metadata key
+`tenpak.calibration` holds JSON that says which weights read which input, how many tokens and gradients were seen, and
+of which model and text.
 """
 
 from __future__ import annotations
@@ -14,15 +15,34 @@ import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tenpak.errors import StorageError, UsageError
+from tenpak.errors import InputError, StorageError, UsageError
 
 KEY = "tenpak.calibration"
 VERSION = 1
+
+_TOKENS = "tokens"
+
+
+def tokens_of(path: str | os.PathLike[str]) -> NDArray[np.int32] | None:
+    """The windows of text in statistics, [windows, context], or None; the core must have read the file before.
+
+    Raises:
+        InputError: They are no tokens.
+    """
+    with open(path, "rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        if (info := header.get(_TOKENS)) is None:
+            return None
+        shape, start = info["shape"], file.tell() + info["data_offsets"][0]
+        if info["dtype"] != "I32" or len(shape) != 2 or 0 in shape:
+            raise InputError(f"statistics {os.fspath(path)}: tensor {_TOKENS!r} holds no windows; gather them again")
+        file.seek(start)
+        return np.frombuffer(file.read(4 * shape[0] * shape[1]), "<i4").reshape(shape)
 
 
 class StatisticsWriter:
@@ -34,7 +54,7 @@ class StatisticsWriter:
 
     def __init__(self, path: str | os.PathLike[str], *, force: bool = False) -> None:
         self.path = Path(path)
-        if self.path.exists() and not force:
+        if os.path.lexists(self.path) and not force:
             raise UsageError(f"output {self.path} exists; choose another, or replace it with --force")
         self._temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}")
         self._tensors: dict[str, dict[str, Any]] = {}
@@ -76,6 +96,10 @@ class StatisticsWriter:
         for weight, moment in (output_moments or {}).items():
             self._append(f"{weight.removesuffix('.weight')}.output_moment", moment)
 
+    def add_tokens(self, tokens: NDArray[np.integer[Any]]) -> None:
+        """Adds some windows of the text, [windows, context]."""
+        self._append(_TOKENS, tokens, "I32")
+
     def finish(self, about: dict[str, Any]) -> None:
         """Writes the header, with `about` beside the inputs, and puts the file in its place."""
         if self._data is None:
@@ -99,15 +123,17 @@ class StatisticsWriter:
         finally:
             self._clean()
 
-    def _append(self, name: str, array: NDArray[np.float32]) -> None:
+    def _append(self, name: str, array: NDArray[Any], dtype: Literal["F32", "I32"] = "F32") -> None:
         if self._data is None:
             raise UsageError("the statistics are already written")
         try:
-            self._data.write(np.ascontiguousarray(array, "<f4").reshape(-1).view(np.uint8).data)
+            self._data.write(
+                np.ascontiguousarray(array, {"F32": "<f4", "I32": "<i4"}[dtype]).reshape(-1).view(np.uint8).data
+            )
         except OSError as error:
             raise self._storage_error(error) from error
         end = self._end + 4 * array.size
-        self._tensors[name] = {"dtype": "F32", "shape": list(array.shape), "data_offsets": [self._end, end]}
+        self._tensors[name] = {"dtype": dtype, "shape": list(array.shape), "data_offsets": [self._end, end]}
         self._end = end
 
     def _part(self, what: str) -> Path:

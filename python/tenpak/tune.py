@@ -20,14 +20,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tenpak import _core
-from tenpak.calibrate import TOKENS_AT_ONCE, Progress, windows_to_learn
+from tenpak.calibrate import TOKENS_AT_ONCE, windows_to_learn
 from tenpak.decoder import Decoder
 from tenpak.decoder.gradients import gain_backward, norm_backward
 from tenpak.decoder.source import ArtifactSource
 from tenpak.errors import UsageError
 from tenpak.evaluate import POSITIONS, Device, array_module
 from tenpak.models import refuse_existing
-from tenpak.movable import Gain, Movable, of_linear
+from tenpak.movable import Movable, gain_of, of_linear
+from tenpak.progress import StageProgress
 from tenpak.sampling import checked_seed
 
 #: How often every window is learned from.
@@ -83,7 +84,7 @@ def tune(
     seed: int = 0,
     device: Device = "cpu",
     force: bool = False,
-    progress: Progress | None = None,
+    progress: StageProgress | None = None,
 ) -> TuneReport:
     """Writes an artifact again, its scales, offsets and norms' gains moved so that the model loses less.
 
@@ -160,7 +161,7 @@ class _Tuner:
         teacher: Decoder,
         tokens: NDArray[np.int64],
         epochs: int,
-        progress: Progress | None,
+        progress: StageProgress | None,
     ) -> None:
         self.student, self.tokens, self._epochs, self._progress = student, tokens, epochs, progress
         self._xp, self._head = student.xp, teacher.head
@@ -174,12 +175,8 @@ class _Tuner:
         #: By the tensor's name.
         self.movables: dict[str, Movable] = {}
         self._norms: dict[str, Any] = {}
-        # What two layers share stays: it would have to move for both.
-        shared = {*source.artifact.aliases, *source.artifact.aliases.values()}
         for block in student.blocks:
             for name, linear in block.linears.items():
-                if name in shared:
-                    continue
                 if (movable := of_linear(source.artifact, name, linear.weight, self._xp)) is not None:
                     self.movables[name] = movable
             self._add_norms(source, block.attention_norm, block.mlp_norm, block.q_norm, block.k_norm)
@@ -190,11 +187,8 @@ class _Tuner:
         for norm in norms:
             if norm is None:
                 continue
-            info = source.artifact.info(norm.name)
-            # A rule may ask for a codec.
-            if info.codec == "keep":
-                self._norms[norm.name] = norm
-                self.movables[norm.name] = Gain(info.dtype, norm.weight, self._xp)
+            if (gain := gain_of(source.artifact, norm.name, norm.weight, self._xp)) is not None:
+                self._norms[norm.name], self.movables[norm.name] = norm, gain
 
     def run(self, random: np.random.Generator) -> tuple[float, float]:
         """Learns; the divergence before and after, of what will be stored."""

@@ -152,7 +152,8 @@ def multiply(w: Any, x: torch.Tensor, y: torch.Tensor) -> None:
 def time_ours(copies: list[Any], x: torch.Tensor, y: torch.Tensor) -> float:
     """Microseconds of the kernel that `matmul` takes for these tokens."""
     ring = [copies[i % len(copies)] for i in range(max(len(copies), 8))]
-    if x.shape[0] >= plans.dense_from(products.device_of(copies[0].device).hopper, in_boxes=True):
+    hopper = products.device_of(copies[0].device).hopper
+    if x.shape[0] >= plans.dense_from(copies[0].layout, hopper, in_boxes=True):
         arrays = cupy.asarray(x), cupy.asarray(y)
         stream = cupy.cuda.ExternalStream(torch.cuda.current_stream().cuda_stream)
         return eager_us([partial(products.matmul, arrays[0], w, None, arrays[1], stream) for w in ring])

@@ -103,7 +103,7 @@ class Bench:
         path = self.folder / f"{self.model.name}.{os.getpid()}.tenpak"
         kept = {} if whole else {"embeddings": "keep"}
         started = time.perf_counter()
-        done = tenpak.compress(self.model, path, codec, force=True, **kept, **options)
+        done = tenpak.compress(self.model, path, codec, device=self.args.device, force=True, **kept, **options)
         if tune is not None:
             text, windows = (None, None) if tune == "self" else (CALIBRATION, self.args.calibration_windows)
             # Not the one that remembers.

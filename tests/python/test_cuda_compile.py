@@ -30,8 +30,8 @@ ROWS = [
 PREFILL = [{"GROUPS": 4, "BLOCKS": 1, "TOKENS": 16, "DEPTH": 3, "STAGES": 3}]
 WIDE = [
     {"GROUPS": 2, "TOKENS": 256, "STEP": 1, "STAGES": 4},
-    {"GROUPS": 4, "TOKENS": 16, "STEP": 4, "STAGES": 3},
-    {"GROUPS": 3, "TOKENS": 128, "STEP": 2, "STAGES": 3, "CLUSTER": 2},
+    {"GROUPS": 4, "TOKENS": 32, "STEP": 4, "STAGES": 3},
+    {"GROUPS": 3, "TOKENS": 128, "STEP": 2, "STAGES": 3, "CLUSTER": 3},
 ]
 
 
@@ -270,7 +270,7 @@ def test_choices_made_ahead_are_those_of_products():
             here = ahead.device(*about, capability)
             for n, k in shapes:
                 for in_boxes in (False, True):
-                    last = min(plans.dense_from(here.hopper, in_boxes), 2100)
+                    last = min(plans.dense_from("int4_lut16", here.hopper, in_boxes), 2100)
                     for m in range(1, last):
                         plan = plans.choose(here, "int4_lut16", n, k, m, in_boxes=in_boxes)
                         chosen = (plan.source, tuple(sorted(plan.defines.items())))

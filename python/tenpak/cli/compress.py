@@ -13,7 +13,8 @@ The input is a Hugging Face folder, a .safetensors, .gguf or JSON bundle file. W
 tensor's name overrides all of that. `tenpak codecs` lists the codecs.
 
 With --calibration, four-bit codes are chosen so that the layers' outputs change least: by the statistics that
-`tenpak calibrate` has gathered, or (self) from text that the model samples itself, which takes minutes.
+`tenpak calibrate` has gathered, or (self) from text that the model samples itself, which takes minutes. Last, some
+of that text goes through both models, and norms' gains shrink by what the noise of quantised weights has added.
 """
 
 from __future__ import annotations
@@ -67,6 +68,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="gptq",
         help="what to do with the statistics: gptq loses least, diag is faster (%(default)s)",
     )
+    parser.add_argument(
+        "--device",
+        choices=("cpu", "cuda"),
+        default="cpu",
+        help="where the model runs for --calibration; encoding is the CPU's (%(default)s)",
+    )
     parser.add_argument("--threads", type=int, metavar="N", help="threads that encode (all cores)")
     parser.add_argument("--dry-run", action="store_true", help="decide, and show exact sizes, but write nothing")
     parser.add_argument("--strict", action="store_true", help="refuse to leave out a weight that no rule asks to keep")
@@ -78,7 +85,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     rules = [_pair("--rule", rule) for rule in arguments.rule]
     axes = [(pattern, _axis(text)) for pattern, text in (_pair("--input-axis", a) for a in arguments.input_axis)]
-    with progress.ProgressLine("looking" if arguments.dry_run else "compressing", arguments) as line:
+    with progress.Stages(arguments) as stages:
         report = tenpak.compress(
             arguments.input,
             arguments.output,
@@ -92,7 +99,9 @@ def run(arguments: argparse.Namespace) -> None:
             dry_run=arguments.dry_run,
             calibration=arguments.calibration,
             encoder=arguments.encoder,
-            progress=line,
+            device=arguments.device,
+            progress=stages.weights("looking" if arguments.dry_run else "compressing"),
+            stages=stages,
         )
     if not arguments.quiet:
         for note in report.notes:
@@ -153,6 +162,8 @@ def _text(report: CompressReport, arguments: argparse.Namespace) -> str:
                 f"{error(report.output_error)}, {error(report.output_error_before)} before gptq",
             )
         )
+    if report.norm_factor is not None:
+        summary.append(("gains of norms", f"times {report.norm_factor:.5f} on average, against noise"))
     speed = f"{duration(report.seconds)}, {report.gigabytes_per_second:.2f} GB/s as FP32"
     if report.dry_run:
         summary.append(

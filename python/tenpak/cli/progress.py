@@ -76,10 +76,17 @@ class Stages:
         self._stage = ""
 
     def __call__(self, done: int, total: int, stage: str) -> None:
+        self._draw(done, total, stage, lambda n: f"{n:.0f} steps")
+
+    def weights(self, stage: str) -> Callable[[int, int], None]:
+        """What is called with weights done and in all, for a stage that counts those."""
+        return lambda done, total: self._draw(done, total, stage, None)
+
+    def _draw(self, done: int, total: int, stage: str, amount: Callable[[float], str] | None) -> None:
         if self._line is None or stage != self._stage:
             self.__exit__()
             self._stage = stage
-            self._line = ProgressLine(stage, self._arguments, amount=lambda n: f"{n:.0f} steps")
+            self._line = ProgressLine(stage, self._arguments, amount=amount)
         self._line(done, total)
 
     def __enter__(self) -> Stages:

@@ -170,11 +170,11 @@ def _plans(
     for n, k in shapes:
         for bf16 in types:
             # Beyond, tokens come in tiles of 128.
-            for m in range(1, min(dense_from(here.hopper, False), 130)):
+            for m in range(1, min(dense_from(layout, here.hopper, False), 130)):
                 plan = choose(here, layout, n, k, m, bf16=bf16)
                 yield plan.source, plan.defines
             # `wide` has tiles of up to 256, and which of them fit best changes with their number.
-            more = range(FEW + 1, dense_from(here.hopper, True), 16)
+            more = range(FEW + 1, min(dense_from(layout, here.hopper, True), 8192), 16)
             for m in (ROWS_FROM, ROWS_FROM_LARGE, *more) if here.hopper else ():
                 plan = choose(here, layout, n, k, m, bf16=bf16, in_boxes=True)
                 yield plan.source, plan.defines

@@ -246,6 +246,8 @@ class G8Linear(torch.nn.Module):
             return
         name, each = halves
         bits = getattr(self, name)
+        if bits.is_meta:
+            return
         floats = bits.view(torch.float16).float().reshape(-1, each)
         power = layouts.power_of(*layouts.largest(floats))
         if power:

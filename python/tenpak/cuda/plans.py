@@ -7,7 +7,7 @@ tuned at run time.
   from `ROWS_FROM` tokens on `rows`, whose blocks have more rows for what they read of x;
 - more on Hopper: `wide`, whose tokens the copy engine brings, and `prefill` where it cannot bring them; both on the
   tensor cores' warpgroup instructions;
-- `dense_from` tokens and more: the weight is unpacked, a part at a time, for cuBLAS.
+- `dense_from` tokens and more, where neither is faster: the weight is unpacked, a part at a time, for cuBLAS.
 """
 
 from __future__ import annotations
@@ -156,9 +156,17 @@ def divide_up(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def dense_from(hopper: bool, in_boxes: bool) -> int:
+#: More tokens than a product may have.
+NEVER = 1 << 31
+
+
+def dense_from(layout: str, hopper: bool, in_boxes: bool) -> int:
     """Tokens from which unpacking the weight for cuBLAS is faster; `in_boxes`: the copy engine can read x."""
-    return (8192 if in_boxes else 512) if hopper else 64
+    if not hopper:
+        return 64
+    if not in_boxes:
+        return 512
+    return 8192 if layout in TABLES else NEVER
 
 
 @dataclass(frozen=True)

@@ -95,7 +95,7 @@ def plan_for(
 
 def is_dense(w: QuantizedWeight, x: int, stride: int, m: int) -> bool:
     """Whether `m` tokens at an address, rows `stride` elements apart, are for cuBLAS, the weight being unpacked."""
-    return m >= dense_from(device_of(w.device).hopper, tensormap.fits(x, stride))
+    return m >= dense_from(w.layout, device_of(w.device).hopper, tensormap.fits(x, stride))
 
 
 def launch(

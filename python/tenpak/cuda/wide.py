@@ -14,9 +14,9 @@ from tenpak.cuda.layouts import TILE_COLS
 
 #: (GROUPS, TOKENS, STEP) by the most tokens of a product that would take them: all fit in registers.
 SHAPES = (
-    (16, ((4, 16, 2), (3, 16, 2), (2, 16, 2), (4, 16, 4), (3, 16, 4))),
+    (16, ((3, 16, 2), (2, 16, 2))),
     (32, ((4, 32, 2), (3, 32, 2), (2, 32, 2), (4, 32, 4), (3, 32, 4))),
-    (64, ((4, 64, 2), (3, 64, 2), (2, 64, 2), (3, 64, 4), (2, 64, 4))),
+    (64, ((4, 64, 2), (3, 64, 2), (2, 64, 2))),
     (128, ((3, 128, 2), (2, 128, 2))),
     (192, ((2, 192, 1), (3, 128, 2), (2, 128, 2))),
     (1 << 31, ((2, 256, 1), (3, 128, 2), (2, 128, 2))),
@@ -31,16 +31,16 @@ CLUSTERS = {2: 1.0, 3: 0.88, 4: 0.9}
 #: Bytes of tokens of a band of tiles: a third of what L2 holds.
 BAND_BYTES = 17 << 20
 #: Bytes a cycle and multiprocessor: of weights from memory, of sums through L2, of shared memory.
-MEMORY_SPEED, L2_SPEED, SHARED_SPEED = 17.7, 79.0, 128.0
+MEMORY_SPEED, L2_SPEED, SHARED_SPEED = 19.0, 105.0, 128.0
 #: What tiles that are cut evenly take longer than whole ones, and, where memory is what takes the time, with helpers.
-CUT, HEAD = 1.03, 1.05
+CUT, HEAD = 1.07, 1.12
 #: Cycles to begin and end a tile, to wait for other blocks' sums, and for those of a cluster.
-TILE_CYCLES, SHARE_CYCLES, CLUSTER_CYCLES = 1720.0, 3620.0, 1240.0
+TILE_CYCLES, SHARE_CYCLES, CLUSTER_CYCLES = 1780.0, 4700.0, 1540.0
 #: What products of (GROUPS, TOKENS) reach of the tensor cores' speed; fewer tokens use an unpacked weight less often.
-PRODUCTS = {(2, 256): 0.8, (2, 192): 0.8, (3, 128): 0.81, (2, 128): 0.79}
-FEW_PRODUCTS = 0.596
+PRODUCTS = {(2, 256): 0.83, (2, 192): 0.83, (3, 128): 0.84, (2, 128): 0.82}
+FEW_PRODUCTS = 0.625
 #: Cycles of each step beside those, and of each strip's step of two tiles: what takes small tiles their time.
-STEP_CYCLES, STRIP_CYCLES = 254.0, 54.2
+STEP_CYCLES, STRIP_CYCLES = 240.0, 53.6
 
 
 @dataclass(frozen=True)

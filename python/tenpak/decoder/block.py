@@ -12,7 +12,7 @@ from tenpak.decoder.layers import LayerNorm, RMSNorm, Rotary, activation, attent
 from tenpak.decoder.linear import Linear
 from tenpak.decoder.weights import Weights
 
-#: Called with the names of the linear layers that share an input, and that input, [batch, T, in].
+#: Called with the names of the linear layers that share an input, and that input, [batch, T, in], which may be changed.
 Observe = Callable[[tuple[str, ...], Any], object]
 #: The same, and the gradients at the outputs of each of them, [batch, T, out].
 ObserveBackward = Callable[[tuple[str, ...], Any, list[Any]], object]

@@ -201,10 +201,17 @@ def attention(q: Any, k: Any, v: Any, scale: float, window: int | None = None, *
     """
     batch, heads, steps, head_dim = q.shape
     kv_heads, total = k.shape[1], k.shape[2]
-    past = total - steps
-    q = q.reshape(batch, kv_heads, heads // kv_heads, steps, head_dim) * np.float32(scale)
+    past, group = total - steps, heads // kv_heads
+    out = xp.empty((batch, steps, kv_heads, group, head_dim), q.dtype)
+    if steps == 1:
+        # Values serve all heads of a group at once; scores, few rows of many columns, are faster head by head.
+        low = 0 if window is None else max(0, total - window)
+        q = q.reshape(batch, kv_heads, group, 1, head_dim) * np.float32(scale)
+        scores = (q @ k[:, :, None, low:].swapaxes(-1, -2))[:, :, :, 0]
+        out[:, 0] = _mixed(scores, v[:, :, low:], xp)
+        return out.reshape(batch, steps, heads * head_dim)
+    q = q.reshape(batch, kv_heads, group, steps, head_dim) * np.float32(scale)
     k, v = k[:, :, None].swapaxes(-1, -2), v[:, :, None]
-    out = xp.empty((batch, steps, kv_heads, heads // kv_heads, head_dim), q.dtype)
     turned = out.transpose(0, 2, 3, 1, 4)
     at_once = queries_at_once(batch * heads * min(total, window or total), steps, xp)
     for start in range(0, steps, at_once):
@@ -214,12 +221,17 @@ def attention(q: Any, k: Any, v: Any, scale: float, window: int | None = None, *
         high = past + end
         scores = q[..., start:end, :] @ k[..., low:high]
         hide(scores, past + start, low, window, xp)
-        scores -= scores.max(axis=-1, keepdims=True)
-        xp.exp(scores, out=scores)
-        mixed = scores @ v[..., low:high, :]
-        mixed /= scores.sum(axis=-1, keepdims=True)
-        turned[..., start:end, :] = mixed
+        turned[..., start:end, :] = _mixed(scores, v[..., low:high, :], xp)
     return out.reshape(batch, steps, heads * head_dim)
+
+
+def _mixed(scores: Any, v: Any, xp: Any) -> Any:
+    """Values [..., keys, head_dim], by the softmax of scores [..., queries, keys], which are written over."""
+    scores -= scores.max(axis=-1, keepdims=True)
+    xp.exp(scores, out=scores)
+    mixed = scores @ v
+    mixed /= scores.sum(axis=-1, keepdims=True)
+    return mixed
 
 
 def queries_at_once(each: int, steps: int, xp: Any) -> int:
