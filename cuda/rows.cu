@@ -110,8 +110,6 @@ rows(const __grid_constant__ tenpak::TensorMap x, const unsigned char* codes, co
             copier.copy(weight, strip, strips,
                         [&](u32 to, int tile, u32 barrier) { copy_tiles(to, x, token, tile, matrix, barrier, KEEP_LONG); });
         });
-        // Once warps have ended, racecheck does not follow the others' barriers.
-        if (RACECHECK) __syncthreads();
         return;
     }
 
@@ -174,5 +172,4 @@ rows(const __grid_constant__ tenpak::TensorMap x, const unsigned char* codes, co
         // What has been written has been read.
         wait_at_barrier<THREADS>(WRITTEN);
     });
-    if (RACECHECK) __syncthreads();
 }
