@@ -155,7 +155,8 @@ def compress(
 
     Args:
         src: A Hugging Face folder, a `.safetensors`, `.gguf` or JSON bundle file, or a mapping of names to arrays.
-        dst: The artifact. A failure leaves what was there before, or nothing.
+        dst: The artifact. A failure leaves what was there before, or nothing; in the last seconds, when norms shrink,
+            in the place of an older file the artifact without that.
         codec: For the weights of linear layers; a name from `tenpak.codecs()`.
         embeddings: For embeddings and output heads: a codec, or `keep`.
         rules: Pairs of a regular expression, searched in tensor names, and a codec or `keep`; the first that
