@@ -45,6 +45,8 @@ SAMPLED_WINDOWS = 64
 TOKENS_AT_ONCE = 4096
 #: Of so many batches one goes backwards, which takes three times as long.
 BACKWARD_EVERY = 2
+#: Choices at most that are summed up before one of them is drawn.
+_RUN = 256
 #: Bytes of what is set aside in memory.
 MEMORY = 4 << 30
 #: Outputs of a layer above which no second moment of their gradients is gathered: it would be more than 1 GiB.
@@ -171,7 +173,7 @@ def sample(
     first = decoder.config.bos
     tokens = np.empty((windows, context), np.int64)
     tokens[:, 0] = random.integers(0, decoder.config.vocab, windows) if first is None else first
-    cache = decoder.cache()
+    cache = decoder.cache(room=context)
     for step in range(1, context):
         logits = decoder.logits(tokens[:, step - 1 : step], cache)[:, -1]
         logits -= logits.max(axis=-1, keepdims=True)
@@ -184,9 +186,16 @@ def sample(
 
 def _drawn(weights: Any, random: np.random.Generator, xp: Any) -> Any:
     """One index for each row of weights [n, choices], drawn with their probabilities."""
-    # The inverse of the distribution function, at one uniform number a row.
-    sums = xp.cumsum(weights, axis=-1, dtype=np.float64)
-    return (sums < xp.asarray(random.random(len(weights)))[:, None] * sums[:, -1:]).sum(axis=-1)
+    # The inverse of the distribution function, at one uniform number a row: first the run of choices, then in there.
+    count, choices = weights.shape
+    run = max(size for size in range(1, _RUN + 1) if choices % size == 0)
+    runs, rows = weights.reshape(count, -1, run), xp.arange(count)
+    sums = xp.cumsum(runs.sum(axis=-1, dtype=np.float64), axis=-1)
+    wanted = xp.asarray(random.random(count))[:, None] * sums[:, -1:]
+    chosen = (sums < wanted).sum(axis=-1)
+    before = xp.where(chosen > 0, sums[rows, chosen - 1], 0.0)
+    sums = before[:, None] + xp.cumsum(runs[rows, chosen], axis=-1, dtype=np.float64)
+    return chosen * run + xp.minimum((sums < wanted).sum(axis=-1), run - 1)
 
 
 #: Names of the weights that read an input, tokens seen, E[x_j²], and E[x xᵀ].

@@ -239,6 +239,16 @@ def test_few_tokens_and_missing_moments_fall_back_and_say_so(tmp_path, llama):
     assert {t.encoder for t in report.tensors if t.codec == "int4_opt_v1"} == {"diag"}
 
 
+@pytest.mark.parametrize("choices", [1, 7, 251, 509, 512, 2048])
+def test_draws_are_the_inverse_of_the_distribution_function(choices):
+    weights = np.random.default_rng(1).random((300, choices), np.float32) ** 8
+    weights[:, : choices // 2] = 0
+    drawn = sys.modules["tenpak.calibrate"]._drawn(weights, np.random.default_rng(2), np)
+    sums = np.cumsum(weights, axis=-1, dtype=np.float64)
+    wanted = np.random.default_rng(2).random(300) * sums[:, -1]
+    np.testing.assert_array_equal(drawn, [np.searchsorted(s, w) for s, w in zip(sums, wanted, strict=True)])
+
+
 def test_a_model_samples_its_own_text(model):
     decoder = Decoder.open(model)
     tokens = sample(decoder, 3, 20, seed=1)

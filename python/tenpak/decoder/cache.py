@@ -11,8 +11,9 @@ from tenpak.errors import UsageError
 class Cache:
     """Grows as blocks append to it; it belongs to one batch of sequences of equal length."""
 
-    def __init__(self, layers: int, *, xp: Any) -> None:
-        self._xp = xp
+    def __init__(self, layers: int, *, xp: Any, room: int = 0) -> None:
+        """`room` is how many positions it holds before it has to grow."""
+        self._xp, self._room = xp, max(room, 64)
         self._keys: list[Any] = [None] * layers
         self._values: list[Any] = [None] * layers
         self._lengths = [0] * layers
@@ -54,7 +55,7 @@ class Cache:
     def _grown(self, old: Any, new: Any, start: int, end: int) -> Any:
         # Doubling keeps the copies of a long generation below its own size.
         batch, heads, _, head_dim = new.shape
-        room = max(end, 64) if old is None else max(end, 2 * old.shape[2])
+        room = max(end, self._room) if old is None else max(end, 2 * old.shape[2])
         grown = self._xp.empty((batch, heads, room, head_dim), new.dtype)
         if old is not None:
             grown[:, :, :start] = old[:, :, :start]

@@ -171,14 +171,15 @@ class Decoder:
         self.head.linear = make(before)
         return count + (self.head.linear is not before)
 
-    def cache(self, kv: str | None = None) -> Cache:
+    def cache(self, kv: str | None = None, *, room: int = 0) -> Cache:
         """An empty cache for `hidden` and `logits`.
 
         Args:
             kv: "fp16", "int8" or "int4", to read what a `tenpak.cuda.KVCache` of that kind would hold; None for FP32.
+            room: Positions that an FP32 one makes room for from the first; it grows beyond them.
         """
         if kv is None:
-            return Cache(self.config.layers, xp=self.xp)
+            return Cache(self.config.layers, xp=self.xp, room=room)
         return QuantizedCache(self.config.layers, checked_kv(kv), xp=self.xp)
 
     def hidden(self, tokens: ArrayLike, cache: Cache | None = None) -> Any:
