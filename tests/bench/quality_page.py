@@ -41,7 +41,7 @@ def page(results: dict[str, Any]) -> str:
         "± are standard errors over windows. Statistics for *diag* and *gptq* came from 160 other windows, or, for "
         "*own text*, from 64 that the model sampled itself (as `--calibration self` does). Those for *gptq* also "
         "say how much tokens and outputs matter, except *inputs only* and *sequential* (statistics of each layer with "
-        "those before it quantised). "
+        "those before it quantised). With statistics, `compress` also shrinks the gains of norms. "
         + tuned
         + "Formats of other tools went through the same evaluation; *imatrix* means ggml's "
         "importance matrix, from the same 160 windows.",
