@@ -17,6 +17,7 @@ from tenpak import _core, dtypes
 from tenpak import artifact as _artifact
 from tenpak.errors import InputError, UnsupportedError, UsageError
 from tenpak.evaluate import Device, array_module
+from tenpak.outputs import refuse_existing
 from tenpak.progress import Progress, StageProgress
 from tenpak.statistics import tokens_of
 from tenpak.threads import checked_threads
@@ -247,12 +248,6 @@ def source_of(src: PathLike | Mapping[str, ArrayLike]) -> Any:
         data, dtype = dtypes.bytes_of(array)
         source.append((name, dtype, list(array.shape), data))
     return source
-
-
-def refuse_existing(output: PathLike, force: bool) -> None:
-    """Raises a UsageError where an output exists and may not be replaced: before what takes minutes."""
-    if os.path.lexists(output) and not force:
-        raise UsageError(f"output {os.fspath(output)} exists; choose another, or replace it with --force")
 
 
 def _with_shrunk_norms(

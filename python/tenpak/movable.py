@@ -6,6 +6,8 @@ learn, and tells what it is rebuilt to, how a loss's gradient reaches the moves,
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import numpy as np
@@ -13,6 +15,9 @@ from numpy.typing import NDArray
 
 from tenpak.artifact import ArtifactFile
 from tenpak.codecs import codecs
+from tenpak.decoder import Decoder
+from tenpak.decoder.source import ArtifactSource
+from tenpak.errors import UsageError
 
 #: How much an Adam step moves, at most, as a part of what is moved. Faster ones raised the divergence on other text.
 SCALE_RATE = 3e-4
@@ -54,6 +59,28 @@ def gain_of(artifact: ArtifactFile, name: str, gain: Any, xp: Any) -> Gain | Non
     """A norm's gain [width]; None where a rule asked for a codec, or another norm's is the same."""
     info = artifact.info(name)
     return None if info.codec != "keep" or _is_shared(artifact, name) else Gain(info.dtype, gain, xp)
+
+
+def open_artifact(path: str | os.PathLike[str], xp: Any) -> tuple[Decoder, ArtifactFile]:
+    """An artifact whose tensors are to move, as a decoder and as a file.
+
+    Raises:
+        UsageError: It is a model of another kind.
+        InputError, ArtifactError, UnsupportedError, StorageError: As for `Decoder.open`.
+    """
+    decoder = Decoder.open(path, xp=xp)
+    if not isinstance(decoder.source, ArtifactSource):
+        raise UsageError(f"{os.fspath(path)} is no .tenpak; compress the model first")
+    return decoder, decoder.source.artifact
+
+
+def parts_of(movables: Mapping[str, Movable]) -> list[tuple[str, str, NDArray[np.uint8]]]:
+    """What is to be stored of tensors by name: tensor, part and bytes, as `_core.replace_parts` takes them."""
+    return [
+        (name, part, np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+        for name, movable in movables.items()
+        for part, array in movable.parts().items()
+    ]
 
 
 def _is_shared(artifact: ArtifactFile, name: str) -> bool:

@@ -17,10 +17,8 @@ from numpy.typing import NDArray
 
 from tenpak import _core
 from tenpak.decoder import Decoder
-from tenpak.decoder.source import ArtifactSource
-from tenpak.errors import UsageError
 from tenpak.evaluate import Device, array_module
-from tenpak.movable import Gain, gain_of
+from tenpak.movable import Movable, gain_of, open_artifact, parts_of
 from tenpak.progress import StageProgress
 
 #: Tokens that are let through both models: one number a norm needs few.
@@ -72,10 +70,8 @@ def shrink_norms(
     """
     xp = array_module(device)
     teacher = original if isinstance(original, Decoder) else Decoder.open(original, xp=xp)
-    student = Decoder.open(artifact, xp=xp)
-    if not isinstance(student.source, ArtifactSource):
-        raise UsageError(f"{os.fspath(artifact)} is no .tenpak; compress the model first")
-    stored, gains, factors = student.source.artifact, dict[str, Gain](), dict[str, float]()
+    student, stored = open_artifact(artifact, xp)
+    gains, factors = dict[str, Movable](), dict[str, float]()
 
     def shrink(norm: Any, y: Any, wanted: Any) -> None:
         """Finds a norm's factor, and multiplies what it has put out, `y`, by it."""
@@ -106,8 +102,7 @@ def shrink_norms(
         if progress is not None:
             progress(index + 1, layers, "fitting norms")
     shrink(student.head.norm, student.head.norm(ours), teacher.head.norm(theirs))
-    parts = [(name, part, a.reshape(-1).view(np.uint8)) for name, g in gains.items() for part, a in g.parts().items()]
-    root, file_bytes = _core.replace_parts(os.fspath(artifact), os.fspath(output), parts, force)
+    root, file_bytes = _core.replace_parts(os.fspath(artifact), os.fspath(output), parts_of(gains), force)
     return Shrunk(factors, root, file_bytes)
 
 

@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tenpak.errors import InputError, StorageError, UsageError
+from tenpak.outputs import refuse_existing
 
 KEY = "tenpak.calibration"
 VERSION = 1
@@ -54,8 +55,7 @@ class StatisticsWriter:
 
     def __init__(self, path: str | os.PathLike[str], *, force: bool = False) -> None:
         self.path = Path(path)
-        if os.path.lexists(self.path) and not force:
-            raise UsageError(f"output {self.path} exists; choose another, or replace it with --force")
+        refuse_existing(self.path, force)
         self._temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}")
         self._tensors: dict[str, dict[str, Any]] = {}
         self._inputs: dict[str, dict[str, Any]] = {}

@@ -20,14 +20,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tenpak import _core
+from tenpak.artifact import ArtifactFile
 from tenpak.calibrate import TOKENS_AT_ONCE, windows_to_learn
 from tenpak.decoder import Decoder
 from tenpak.decoder.gradients import gain_backward, norm_backward
-from tenpak.decoder.source import ArtifactSource
 from tenpak.errors import UsageError
 from tenpak.evaluate import POSITIONS, Device, array_module
-from tenpak.models import refuse_existing
-from tenpak.movable import Movable, gain_of, of_linear
+from tenpak.movable import Movable, gain_of, of_linear, open_artifact, parts_of
+from tenpak.outputs import refuse_existing
 from tenpak.progress import StageProgress
 from tenpak.sampling import checked_seed
 
@@ -117,9 +117,7 @@ def tune(
     refuse_existing(output, force)
     start = time.perf_counter()
     xp = array_module(device)
-    student = Decoder.open(artifact, xp=xp)
-    if not isinstance(student.source, ArtifactSource):
-        raise UsageError(f"{os.fspath(artifact)} is no .tenpak; compress the model first")
+    student, stored = open_artifact(artifact, xp)
     teacher = original if isinstance(original, Decoder) else Decoder.open(original, xp=xp)
     if teacher.xp is not xp:
         raise UsageError("artifact and original must be on the same device")
@@ -128,7 +126,7 @@ def tune(
     tokens = windows_to_learn(teacher, text, windows, context, seed, progress)
     if len(tokens) < 2:
         raise UsageError("the text has less than two windows; give more of it, or a smaller context")
-    tuner = _Tuner(student, student.source, teacher, tokens, epochs, progress)
+    tuner = _Tuner(student, stored, teacher, tokens, epochs, progress)
     before, after = tuner.run(np.random.default_rng(checked_seed(seed)))
     better = after < before
     parts = tuner.parts() if better else []
@@ -157,7 +155,7 @@ class _Tuner:
     def __init__(
         self,
         student: Decoder,
-        source: ArtifactSource,
+        stored: ArtifactFile,
         teacher: Decoder,
         tokens: NDArray[np.int64],
         epochs: int,
@@ -177,17 +175,17 @@ class _Tuner:
         self._norms: dict[str, Any] = {}
         for block in student.blocks:
             for name, linear in block.linears.items():
-                if (movable := of_linear(source.artifact, name, linear.weight, self._xp)) is not None:
+                if (movable := of_linear(stored, name, linear.weight, self._xp)) is not None:
                     self.movables[name] = movable
-            self._add_norms(source, block.attention_norm, block.mlp_norm, block.q_norm, block.k_norm)
-        self._add_norms(source, student.head.norm)
+            self._add_norms(stored, block.attention_norm, block.mlp_norm, block.q_norm, block.k_norm)
+        self._add_norms(stored, student.head.norm)
         self._wanted = self._hidden(teacher)
 
-    def _add_norms(self, source: ArtifactSource, *norms: Any) -> None:
+    def _add_norms(self, stored: ArtifactFile, *norms: Any) -> None:
         for norm in norms:
             if norm is None:
                 continue
-            if (gain := gain_of(source.artifact, norm.name, norm.weight, self._xp)) is not None:
+            if (gain := gain_of(stored, norm.name, norm.weight, self._xp)) is not None:
                 self._norms[norm.name], self.movables[norm.name] = norm, gain
 
     def run(self, random: np.random.Generator) -> tuple[float, float]:
@@ -211,11 +209,7 @@ class _Tuner:
 
     def parts(self) -> list[tuple[str, str, NDArray[Any]]]:
         """What is to be stored, by tensor and part."""
-        return [
-            (name, part, np.ascontiguousarray(array).reshape(-1).view(np.uint8))
-            for name, movable in self.movables.items()
-            for part, array in movable.parts().items()
-        ]
+        return parts_of(self.movables)
 
     def _move(self, movable: Movable, gradient: Any, moments: tuple[Any, Any], step: int, rate: float) -> None:
         mean, square = moments

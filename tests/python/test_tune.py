@@ -14,6 +14,7 @@ from support import DATA, ROOT, files_in, gaussian, require, tenpak_command
 from tenpak import _core
 from tenpak.decoder import Decoder
 from tenpak.errors import UsageError
+from tenpak.movable import open_artifact
 
 TEXT = ROOT / "README.md"
 OPTIONS = {"windows": 24, "context": 64, "epochs": 2}
@@ -21,9 +22,9 @@ module = sys.modules["tenpak.tune"]
 
 
 def tuner(artifact: Path, model: Path, windows: int = 3) -> module._Tuner:
-    student, teacher = Decoder.open(artifact), Decoder.open(model)
+    (student, stored), teacher = open_artifact(artifact, np), Decoder.open(model)
     tokens = np.random.default_rng(0).integers(0, 2048, (windows, 24))
-    return module._Tuner(student, student.source, teacher, tokens, 1, None)
+    return module._Tuner(student, stored, teacher, tokens, 1, None)
 
 
 @pytest.mark.parametrize("codec", ["int4_opt_v1", "int4_lut16_v1"])
