@@ -19,6 +19,7 @@
 #include "halves.cuh"
 #include "boxes.cuh"
 #include "output.cuh"
+#include "sums.cuh"
 
 namespace tenpak {
 
@@ -29,9 +30,10 @@ constexpr int PARTS = STRIPS * COLUMNS;
 constexpr int X_TILE_BYTES = TOKENS * TILE_COLS * 2, X_BYTES = STEP_TILES * X_TILE_BYTES;
 constexpr int BYTES_OF_STAGE = (X_BYTES + ROWS * BLOCK_STAGE_BYTES + 1023) / 1024 * 1024;
 static_assert(WARPS % SHARERS == 0, "warps share strips evenly");
-// A block's barriers: those in shared memory are made, for copiers and the warp that makes them; and what others have written may be
-// read, for all but copiers, who wait for nobody else.
-constexpr int READY = 1, WRITTEN = 2;
+// A block's barriers: those in shared memory are made, for copiers and the warp that makes them; and the others know that, too. Copiers
+// wait for nobody else.
+constexpr int READY = 1, BEGIN = 2;
+using Sums = SumsBarriers<1, WARPS, WARPS>;
 
 // One of the warps that ask for copies: of each step every COPIERS-th of the strips, and the first the box. (One warp asks for a
 // copy in 64 cycles or so, however few its instructions are.)
@@ -88,7 +90,7 @@ rows(const __grid_constant__ tenpak::TensorMap x, const unsigned char* codes, co
      long long params_step, long long row_params_step, int m, int n, int, int tiles, int supers, int, float scale) {
     using namespace tenpak;
     extern __shared__ __align__(128) uint4 dynamic[];
-    __shared__ u64 barriers[2 * DEPTH];
+    __shared__ u64 barriers[2 * DEPTH + Sums::BARRIERS];
     const int warp = __shfl_sync(~0u, threadIdx.x / LANES, 0), lane = threadIdx.x % LANES;
     const int matrix = blockIdx.z, strips = (n + TILE_ROWS - 1) / TILE_ROWS;
     const Weight weight{codes + matrix * codes_step, params + matrix * params_step, row_params + matrix * row_params_step,
@@ -113,6 +115,7 @@ rows(const __grid_constant__ tenpak::TensorMap x, const unsigned char* codes, co
         return;
     }
 
+    Sums sums(full + 16 * DEPTH);
     if (warp == 0) {
         if (lane == 0) {
             prefetch_map(x);
@@ -120,6 +123,7 @@ rows(const __grid_constant__ tenpak::TensorMap x, const unsigned char* codes, co
                 barrier_init(full + 8 * i, COPIERS);
                 barrier_init(empty + 8 * i, WARPS * ARRIVALS);
             }
+            sums.init();
             barriers_ready();
         }
         __syncwarp();
@@ -131,7 +135,7 @@ rows(const __grid_constant__ tenpak::TensorMap x, const unsigned char* codes, co
     Products products(Ring::place(stages + X_BYTES + group * BLOCK_STAGE_BYTES, sharer), stages + sharer * (STAGE_TILES * X_TILE_BYTES), lane);
     int slot = 0;
     u32 phase = 0;
-    wait_at_barrier<THREADS>(WRITTEN);
+    wait_at_barrier<THREADS>(BEGIN);
     each_turn([&](int strip, int token) {
         Layout::Rows of_rows[STRIPS];
 #pragma unroll
@@ -152,10 +156,12 @@ rows(const __grid_constant__ tenpak::TensorMap x, const unsigned char* codes, co
                 phase ^= 1;
             }
         }
+        sums.wait_until_read(0);
 #pragma unroll
         for (int part = 0; part < PARTS; ++part)
             write(sums_at + ((warp * PARTS + part) * LANES + lane) * 16, products.sum(part, lane));
-        wait_at_barrier<THREADS>(WRITTEN);
+        sums.written(0, lane);
+        sums.wait_until_written(0);
         const int tokens = min(TOKENS, m - token);
         const Output out{y + ((size_t)matrix * m + token) * (GATED ? n / 2 : n), bias ? bias + (size_t)matrix * n : nullptr, n, scale};
         for (int i = warp; i < ROWS * COLUMNS; i += WARPS) {
@@ -169,7 +175,7 @@ rows(const __grid_constant__ tenpak::TensorMap x, const unsigned char* codes, co
             const Layout::Rows of_row = Layout::rows(weight, strip + row, lane);
             out.store(sum, strip + row, column, tokens, Layout::row_scale(of_row, false), Layout::row_scale(of_row, true), lane);
         }
-        // What has been written has been read.
-        wait_at_barrier<THREADS>(WRITTEN);
+        sums.read(0, lane);
+        sums.next(0);
     });
 }

@@ -31,6 +31,7 @@
 #endif
 #include "output.cuh"
 #include "ring.cuh"
+#include "sums.cuh"
 #if INTEGER
 #include "integers.cuh"
 #else
@@ -55,30 +56,7 @@ constexpr int READY = 1, STAGED = 2;
 // Steps of x that the copy engine may bring one by one.
 constexpr int X_STEPS = ENGINE && !INTEGER && !NORM ? 32 : 0;
 
-// Of sums in shared memory: whether a buffer has been written by all warps, and whether it has been read.
-struct SumsBarriers {
-    u32 at;
-    u32 phases = 0;  // a bit for each buffer: of its next use
-
-    __device__ __forceinline__ explicit SumsBarriers(u32 at) : at(at) {}
-    // By one thread.
-    __device__ __forceinline__ void init() const {
-        for (int i = 0; i < BUFFERS; ++i) {
-            barrier_init(at + 8 * i, WARPS * ARRIVALS);
-            barrier_init(at + 8 * (BUFFERS + i), ARRIVALS);
-        }
-    }
-    __device__ __forceinline__ void wait_until_read(int buffer) const { barrier_wait(at + 8 * (BUFFERS + buffer), ~(phases >> buffer) & 1); }
-    __device__ __forceinline__ void written(int buffer, int lane) {
-        warp_arrives(at + 8 * buffer, lane);
-        phases ^= 1 << buffer;
-    }
-    __device__ __forceinline__ void wait_until_written(int buffer) const { barrier_wait(at + 8 * buffer, phases >> buffer & 1); }
-    __device__ __forceinline__ void read(int buffer, int lane) {
-        warp_arrives(at + 8 * (BUFFERS + buffer), lane);
-        phases ^= 1 << buffer;
-    }
-};
+using Sums = SumsBarriers<BUFFERS, WARPS, 1>;
 __device__ __forceinline__ void wait_for_staging() { wait_at_barrier<FIRST_COPIER * LANES>(STAGED); }
 
 #if ENGINE
@@ -132,8 +110,8 @@ skinny(const unsigned char* codes, const unsigned char* params, const unsigned c
     float4* sums_of_warps = reinterpret_cast<float4*>(dynamic);
     u8* stages = reinterpret_cast<u8*>(sums_of_warps + BUFFERS * WARPS * PARTS * LANES);
     u8* staged_x = stages + DEPTH * STRIPS * BLOCK_STAGE_BYTES;
-    __shared__ u64 barriers_of_sums[2 * BUFFERS];
-    SumsBarriers buffers(keep_address(shared_address(barriers_of_sums)));
+    __shared__ u64 barriers_of_sums[Sums::BARRIERS];
+    Sums buffers(keep_address(shared_address(barriers_of_sums)));
     const int chunks = INTEGER ? 1 : (total + TOKENS - 1) / TOKENS;
     auto slice_of_x = [&](int chunk) {
         const int token = chunk * TOKENS;
@@ -215,6 +193,7 @@ skinny(const unsigned char* codes, const unsigned char* params, const unsigned c
                     for (int other = 1; other < WARPS; ++other) add(sums[part], from[other * PARTS * LANES]);
                 }
                 buffers.read(buffer, lane);
+                buffers.next(buffer);
                 if (slices > 1) {
                     const size_t step = (size_t)strips * PARTS * LANES;
                     float4* all = partial + (slot * slices * strips + strip) * PARTS * LANES + lane;
@@ -333,6 +312,7 @@ skinny(const unsigned char* codes, const unsigned char* params, const unsigned c
             for (int part = 0; part < PARTS; ++part)
                 write(my_sums + (buffer * WARPS * PARTS + part) * (LANES * 16), products.sum(part, lane));
             buffers.written(buffer, lane);
+            buffers.next(buffer);
 #pragma unroll
             for (int i = 0; i < STRIPS; ++i) rows[i] = rows_after[i];
         }

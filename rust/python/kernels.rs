@@ -45,6 +45,7 @@ static SOURCES: &[(&str, &str)] = sources![
     "rows.cu",
     "sample.cu",
     "skinny.cu",
+    "sums.cuh",
     "tokens.cuh",
     "warp.cuh",
     "weights.cuh",
