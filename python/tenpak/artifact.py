@@ -19,6 +19,9 @@ from tenpak.threads import checked_threads
 if TYPE_CHECKING:
     from tenpak.delta import DeltaFile
 
+#: The codec of a tensor that is stored as it was.
+KEEP = "keep"
+
 
 @dataclass(frozen=True)
 class Part:
@@ -168,6 +171,18 @@ class ArtifactFile:
             count = part.nbytes // kind.itemsize
             views[part.name] = np.frombuffer(data, kind, count, part.offset).reshape(part.shape)
         return views
+
+    def quantised(self, name: str) -> tuple[str, dict[str, NDArray[Any]], tuple[int, ...], int, int]:
+        """Codec, parts, shape, axis and exponent of a tensor, as `from_parts` of weights in GPU memory takes them.
+
+        Raises:
+            UsageError: There is no such tensor, or it was kept as it was.
+            ArtifactError: The file is damaged.
+        """
+        info = self.info(name)
+        if info.codec == KEEP:
+            raise UsageError(f"{name} is kept as {info.dtype}, not quantised; use artifact.read({name!r})")
+        return info.codec, self.parts(name), info.shape, info.axis, info.exponent
 
     def file(self, path: str) -> bytes:
         """An embedded file, after checking its bytes."""

@@ -19,7 +19,7 @@ import os
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from tenpak.decoder.gradients import norm_backward
 from tenpak.errors import UsageError
 from tenpak.evaluate import POSITIONS, Device, array_module, tokens_of, windows_of
 from tenpak.progress import StageProgress
+from tenpak.report import Report
 from tenpak.sampling import checked_seed
 from tenpak.shrink import TOKENS
 from tenpak.statistics import StatisticsWriter
@@ -54,7 +55,7 @@ MOST_OUTPUTS = 1 << 14
 
 
 @dataclass(frozen=True)
-class CalibrationReport:
+class CalibrationReport(Report):
     """What was gathered."""
 
     model: str
@@ -72,10 +73,6 @@ class CalibrationReport:
     file_bytes: int
     seconds: float
     tokens_per_second: float
-
-    def to_dict(self) -> dict[str, Any]:
-        """As plain dictionaries and lists, for JSON."""
-        return asdict(self)
 
 
 def calibrate(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Literal
 
@@ -20,6 +20,7 @@ from tenpak import _core, dtypes
 from tenpak.errors import UsageError
 from tenpak.models import PathLike, source_of
 from tenpak.progress import Progress
+from tenpak.report import Report
 from tenpak.threads import checked_threads
 
 #: A model or artifact, or one followed by the deltas on it.
@@ -66,7 +67,7 @@ class MethodTotals:
 
 
 @dataclass(frozen=True)
-class DeltaReport:
+class DeltaReport(Report):
     """What making a delta did."""
 
     mode: str
@@ -99,13 +100,9 @@ class DeltaReport:
     #: The fine-tune's bytes over seconds.
     gigabytes_per_second: float
 
-    def to_dict(self) -> dict[str, Any]:
-        """As plain dictionaries and lists, for JSON."""
-        return asdict(self)
-
 
 @dataclass(frozen=True)
-class MaterializeReport:
+class MaterializeReport(Report):
     """What materialising did."""
 
     #: The output's format: `json`, `safetensors`, `folder` or `tenpak`.
@@ -124,10 +121,6 @@ class MaterializeReport:
     seconds: float
     #: Bytes of tensors over seconds.
     gigabytes_per_second: float
-
-    def to_dict(self) -> dict[str, Any]:
-        """As plain dictionaries and lists, for JSON."""
-        return asdict(self)
 
 
 def delta(

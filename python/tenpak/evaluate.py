@@ -10,7 +10,7 @@ import math
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,6 +21,7 @@ from tenpak.decoder import Decoder
 from tenpak.decoder.kv import KVType, checked_kv
 from tenpak.errors import InputError, StorageError, UsageError
 from tenpak.progress import Progress
+from tenpak.report import Report
 
 #: Positions whose logits exist at once: with a vocabulary of 128k, 256 of them are 134 MB.
 POSITIONS = 256
@@ -55,7 +56,7 @@ class Comparison:
 
 
 @dataclass(frozen=True)
-class EvalReport:
+class EvalReport(Report):
     """What an evaluation found."""
 
     model: str
@@ -74,10 +75,6 @@ class EvalReport:
     seconds: float
     #: Tokens of the text over seconds.
     tokens_per_second: float
-
-    def to_dict(self) -> dict[str, Any]:
-        """As plain dictionaries and lists, for JSON."""
-        return asdict(self)
 
 
 def evaluate(

@@ -12,7 +12,7 @@ import json
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -25,6 +25,7 @@ from tenpak.decoder.kv import KVType, checked_kv
 from tenpak.detokenize import TextStream
 from tenpak.errors import InputError, UsageError
 from tenpak.evaluate import array_module, open_on
+from tenpak.report import Report
 from tenpak.sampling import Sampling, checked_count, choose
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ MAX_TOKENS = 256
 
 
 @dataclass(frozen=True)
-class Generation:
+class Generation(Report):
     """What was written, and how fast."""
 
     text: str
@@ -68,7 +69,7 @@ class Generation:
     def to_dict(self) -> dict[str, Any]:
         """As plain dictionaries and lists, for JSON."""
         return {
-            **asdict(self),
+            **super().to_dict(),
             "prompt_tokens_per_second": self.prompt_tokens_per_second,
             "tokens_per_second": self.tokens_per_second,
         }

@@ -7,7 +7,7 @@ import os
 import tempfile
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -19,6 +19,7 @@ from tenpak.errors import InputError, UnsupportedError, UsageError
 from tenpak.evaluate import Device, array_module
 from tenpak.outputs import refuse_existing
 from tenpak.progress import Progress, StageProgress
+from tenpak.report import Report
 from tenpak.statistics import tokens_of
 from tenpak.threads import checked_threads
 
@@ -67,7 +68,7 @@ class Group:
 
 
 @dataclass(frozen=True)
-class CompressReport:
+class CompressReport(Report):
     """What compressing did."""
 
     #: The input's format.
@@ -105,13 +106,9 @@ class CompressReport:
     #: What norms' gains were multiplied by, on average; None where they stayed.
     norm_factor: float | None = None
 
-    def to_dict(self) -> dict[str, Any]:
-        """As plain dictionaries and lists, for JSON."""
-        return asdict(self)
-
 
 @dataclass(frozen=True)
-class DecompressReport:
+class DecompressReport(Report):
     """What restoring did."""
 
     #: The output's format: `json`, `safetensors` or `folder`.
@@ -125,10 +122,6 @@ class DecompressReport:
     files_left_out: tuple[str, ...]
     seconds: float
     gigabytes_per_second: float
-
-    def to_dict(self) -> dict[str, Any]:
-        """As plain dictionaries and lists, for JSON."""
-        return asdict(self)
 
 
 def compress(

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from tenpak.artifact import ArtifactFile
+from tenpak.artifact import KEEP, ArtifactFile
 from tenpak.codecs import codecs
 from tenpak.decoder import Decoder
 from tenpak.decoder.source import ArtifactSource
@@ -58,7 +58,7 @@ def of_linear(artifact: ArtifactFile, name: str, weight: Any, xp: Any) -> Movabl
 def gain_of(artifact: ArtifactFile, name: str, gain: Any, xp: Any) -> Gain | None:
     """A norm's gain [width]; None where a rule asked for a codec, or another norm's is the same."""
     info = artifact.info(name)
-    return None if info.codec != "keep" or _is_shared(artifact, name) else Gain(info.dtype, gain, xp)
+    return None if info.codec != KEEP or _is_shared(artifact, name) else Gain(info.dtype, gain, xp)
 
 
 def open_artifact(path: str | os.PathLike[str], xp: Any) -> tuple[Decoder, ArtifactFile]:

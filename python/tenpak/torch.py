@@ -11,8 +11,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 
@@ -21,6 +20,7 @@ from tenpak.cuda.layouts import find as layout_named
 from tenpak.cuda.linear import G8Linear, is_linear
 from tenpak.errors import UsageError
 from tenpak.hooks import StatisticsReport, collect_statistics
+from tenpak.report import Report
 
 __all__ = [
     "G8Linear",
@@ -50,7 +50,7 @@ class LayerReport:
 
 
 @dataclass(frozen=True)
-class QuantizeReport:
+class QuantizeReport(Report):
     """What `quantize_model` did."""
 
     codec: str
@@ -75,10 +75,6 @@ class QuantizeReport:
     def bytes_after(self) -> int:
         """Bytes of the replaced weights now."""
         return sum(layer.bytes_after for layer in self.quantized)
-
-    def to_dict(self) -> dict[str, Any]:
-        """As plain dictionaries and lists, for JSON."""
-        return asdict(self)
 
 
 def quantize_model(

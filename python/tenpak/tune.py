@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from tenpak.evaluate import POSITIONS, Device, array_module
 from tenpak.movable import Movable, gain_of, of_linear, open_artifact, parts_of
 from tenpak.outputs import refuse_existing
 from tenpak.progress import StageProgress
+from tenpak.report import Report
 from tenpak.sampling import checked_seed
 
 #: How often every window is learned from.
@@ -43,7 +44,7 @@ _TINY = 1e-8
 
 
 @dataclass(frozen=True)
-class TuneReport:
+class TuneReport(Report):
     """What tuning did."""
 
     artifact: str
@@ -66,10 +67,6 @@ class TuneReport:
     root: str
     file_bytes: int
     seconds: float
-
-    def to_dict(self) -> dict[str, Any]:
-        """As plain dictionaries and lists, for JSON."""
-        return asdict(self)
 
 
 def tune(

@@ -23,7 +23,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from tenpak import _core
 from tenpak.arrays import encode
-from tenpak.artifact import ArtifactFile
+from tenpak.artifact import KEEP, ArtifactFile
 from tenpak.codecs import find as codec_named
 from tenpak.decoder import Decoder
 from tenpak.decoder.linear import Linear
@@ -31,8 +31,6 @@ from tenpak.decoder.source import ArtifactSource
 from tenpak.errors import UsageError
 
 __all__ = ["Adapter", "Context", "QuantizedLinear", "QuantizedWeight", "adapters", "default_context", "matmul", "place"]
-
-KEEP = "keep"
 
 
 @dataclass(frozen=True)
@@ -171,10 +169,7 @@ class QuantizedWeight:
             ArtifactError: The file is damaged.
             StorageError: The GPU is lost or out of memory.
         """
-        info = artifact.info(name)
-        if info.codec == KEEP:
-            raise UsageError(f"{name} is kept as {info.dtype}, not quantised; use artifact.read({name!r})")
-        return cls.from_parts(info.codec, artifact.parts(name), info.shape, info.axis, info.exponent, context=context)
+        return cls.from_parts(*artifact.quantised(name), context=context)
 
     @classmethod
     def from_parts(

@@ -23,6 +23,7 @@ import argparse
 import sys
 
 import tenpak
+from tenpak.artifact import KEEP
 from tenpak.cli import progress
 from tenpak.cli.table import count, duration, error, number, pairs, print_json, size, table, times
 from tenpak.errors import UsageError
@@ -113,7 +114,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _text(report: CompressReport, arguments: argparse.Namespace) -> str:
-    quantised = [g for g in report.groups if g.codec not in ("keep", "alias")]
+    quantised = [g for g in report.groups if g.codec not in (KEEP, "alias")]
     rows = [
         [
             g.codec if g.reason is None else f"{g.codec}: {g.reason}",

@@ -15,7 +15,7 @@ import argparse
 from typing import Any
 
 import tenpak
-from tenpak.artifact import ArtifactFile, TensorInfo
+from tenpak.artifact import KEEP, ArtifactFile, TensorInfo
 from tenpak.cli import delta_view
 from tenpak.cli.table import count, number, pairs, print_json, size, table, times
 
@@ -44,7 +44,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 def _summary(artifact: ArtifactFile) -> dict[str, Any]:
     weights = sum(info.weights for info in artifact.infos)
-    quantised = [info for info in artifact.infos if info.codec != "keep"]
+    quantised = [info for info in artifact.infos if info.codec != KEEP]
     quantised_weights = sum(info.weights for info in quantised)
     return {
         "file": artifact.path,

@@ -19,6 +19,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from tenpak.artifact import KEEP
 from tenpak.codecs import codecs
 from tenpak.codecs import find as codec_named
 from tenpak.cuda import compile as kernels
@@ -192,7 +193,7 @@ def of_models(paths: Sequence[str]) -> tuple[set[tuple[int, int]], set[str], set
         head_dims.add(config.head_dim)
         for name in source.artifact:
             info = source.artifact.info(name)
-            if info.codec == "keep" or len(info.shape) != 2 or codec_named(info.codec).layout not in layouts.LAYOUTS:
+            if info.codec == KEEP or len(info.shape) != 2 or codec_named(info.codec).layout not in layouts.LAYOUTS:
                 continue
             n, k, _ = layouts.matrices(info.shape, info.axis)
             shapes.add((n, k))

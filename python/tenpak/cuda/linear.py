@@ -114,11 +114,7 @@ class G8Linear(torch.nn.Module):
             UsageError: There is no such tensor, it was kept as it was, or it is no matrix.
             ArtifactError: The file is damaged.
         """
-        info = artifact.info(name)
-        if info.codec == "keep":
-            raise UsageError(f"{name} is kept as {info.dtype}, not quantised; use artifact.read({name!r})")
-        parts = artifact.parts(name)
-        return cls.from_parts(info.codec, parts, info.shape, info.axis, info.exponent, bias=bias, device=device)
+        return cls.from_parts(*artifact.quantised(name), bias=bias, device=device)
 
     @classmethod
     def from_parts(

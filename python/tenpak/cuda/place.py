@@ -6,10 +6,11 @@ from typing import Any
 
 import cupy
 
+from tenpak.artifact import KEEP
 from tenpak.codecs import find as codec_named
 from tenpak.cuda import layouts
 from tenpak.cuda.products import matmul
-from tenpak.cuda.weight import KEEP, QuantizedWeight
+from tenpak.cuda.weight import QuantizedWeight
 from tenpak.decoder import Decoder, Linear
 from tenpak.decoder.source import ArtifactSource
 

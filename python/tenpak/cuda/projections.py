@@ -14,12 +14,12 @@ from typing import Any
 import cupy
 import numpy as np
 
-from tenpak.artifact import ArtifactFile
+from tenpak.artifact import KEEP, ArtifactFile
 from tenpak.codecs import find as codec_named
 from tenpak.cuda import glue, layouts
 from tenpak.cuda.plans import FEW, Fused, NormKind, Output
 from tenpak.cuda.products import launch, matmul
-from tenpak.cuda.weight import KEEP, QuantizedWeight
+from tenpak.cuda.weight import QuantizedWeight
 
 #: Rows of a gate that lie together.
 TURN = 8

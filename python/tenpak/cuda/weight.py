@@ -15,9 +15,6 @@ from tenpak.artifact import ArtifactFile
 from tenpak.codecs import find as codec_named
 from tenpak.cuda import codec as gpu
 from tenpak.cuda import layouts
-from tenpak.errors import UsageError
-
-KEEP = "keep"
 
 
 @dataclass(frozen=True)
@@ -54,10 +51,7 @@ class QuantizedWeight:
             UsageError: There is no such tensor, it was kept as it was, or it is no matrix.
             ArtifactError: The file is damaged.
         """
-        info = artifact.info(name)
-        if info.codec == KEEP:
-            raise UsageError(f"{name} is kept as {info.dtype}, not quantised; use artifact.read({name!r})")
-        return cls.from_parts(info.codec, artifact.parts(name), info.shape, info.axis, info.exponent)
+        return cls.from_parts(*artifact.quantised(name))
 
     @classmethod
     def from_parts(
