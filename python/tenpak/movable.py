@@ -1,7 +1,8 @@
 """What of an artifact's tensors can move while its codes stay: scales and offsets of linear layers, gains of norms.
 
 Each kind has `moves`, FP32 numbers that start at 0 and are relative to what they move, the rate at which they may
-learn, and tells what it is rebuilt to, how a loss's gradient reaches the moves, and what is to be stored.
+learn, and tells what it is rebuilt to, how a loss's gradient reaches the moves, and what is to be stored. Weights are
+not kept here: callers bring them as the artifact rebuilds them.
 """
 
 from __future__ import annotations
@@ -34,25 +35,29 @@ class Movable(Protocol):
     moves: Any
     rate: float
 
-    def rebuilt(self, *, rounded: bool = False) -> Any:
-        """The weight [out, in], or the gain [width]; `rounded` as it will be read once it is stored."""
-
-    def gradient(self, d: Any) -> Any:
-        """A loss's gradient at the moves, from that at what is rebuilt."""
-
     def parts(self) -> dict[str, NDArray[Any]]:
         """The parts that have changed, as they are stored."""
 
 
-def of_linear(artifact: ArtifactFile, name: str, weight: Any, xp: Any) -> Movable | None:
-    """What can move of a linear layer's tensor, now rebuilt to `weight` [out, in]; None where nothing can."""
+class MovableWeight(Movable, Protocol):
+    """Those of a linear layer's weight [out, in]; `stored` is what the artifact rebuilds it to."""
+
+    def rebuilt(self, stored: Any, *, rounded: bool = False) -> Any:
+        """The moved weight, in a new array; `rounded` as it will be read once it is stored."""
+
+    def gradient(self, d: Any, stored: Any) -> Any:
+        """A loss's gradient at the moves, from that at the moved weight."""
+
+
+def of_linear(artifact: ArtifactFile, name: str, xp: Any) -> MovableWeight | None:
+    """What can move of a linear layer's tensor; None where nothing can."""
     if _is_shared(artifact, name):
         return None
     info = artifact.info(name)
     kinds = {part.name: part.dtype for part in info.parts}
     if kinds.get("scales") == kinds.get("offsets") == "F16" and kinds.get("codes") == "U8":
-        return _Affine(artifact, name, weight.shape, xp)
-    return _Supers(artifact, name, weight, xp) if "supers" in kinds else None
+        return _Affine(artifact, name, xp)
+    return _Supers(artifact, name, xp) if "supers" in kinds else None
 
 
 def gain_of(artifact: ArtifactFile, name: str, gain: Any, xp: Any) -> Gain | None:
@@ -98,45 +103,44 @@ def _groups(x: Any, size: int, xp: Any) -> Any:
     return x.reshape(rows, -1, size)
 
 
+def _ungrouped(groups: Any, like: Any) -> Any:
+    """[rows, groups, size] as `like`, [rows, cols]."""
+    return groups.reshape(len(groups), -1)[:, : like.shape[1]]
+
+
+def _nonzero(x: Any, xp: Any) -> Any:
+    """What can be divided by; what is zero stays so however it moves."""
+    return xp.where(x == 0, np.float32(1), x)
+
+
 class _Affine:
-    """Four-bit codes q with an FP16 scale and offset a group: (q·s + o)·2^exponent; both move in units of s."""
+    """Codes q with an FP16 scale and offset a group: (q·s + o)·2^exponent; both move in units of s."""
 
     rate = SCALE_RATE
 
-    def __init__(self, artifact: ArtifactFile, name: str, shape: tuple[int, int], xp: Any) -> None:
+    def __init__(self, artifact: ArtifactFile, name: str, xp: Any) -> None:
         info, parts = artifact.info(name), artifact.parts(name)
-        self._xp, self._cols = xp, shape[1]
-        self._group = _group_of(info.codec)
-        # Stays mapped from the file.
-        self._packed = parts["codes"]
+        self._xp, self._group = xp, _group_of(info.codec)
         self._scales, self._offsets = (xp.asarray(parts[part].astype(np.float32)) for part in ("scales", "offsets"))
         self._unit = np.float32(2.0**info.exponent)
         self.moves = xp.zeros((2, *self._scales.shape), np.float32)
 
-    def _codes(self) -> Any:
-        packed = self._xp.asarray(self._packed)
-        codes = self._xp.empty((len(packed), 2 * packed.shape[1]), np.float32)
-        codes[:, 0::2], codes[:, 1::2] = packed & 15, packed >> 4
-        return _groups(codes[:, : self._cols], self._group, self._xp)
-
     def _moved(self) -> tuple[Any, Any]:
         return self._scales * (1 + self.moves[0]), self._offsets + self._scales * self.moves[1]
 
-    def rebuilt(self, *, rounded: bool = False) -> Any:
+    def rebuilt(self, stored: Any, *, rounded: bool = False) -> Any:
         scales, offsets = self._moved()
         if rounded:
             scales, offsets = (x.astype(np.float16).astype(np.float32) for x in (scales, offsets))
-        weight = self._codes()
-        weight *= scales[..., None]
-        weight += offsets[..., None]
-        weight *= self._unit
-        return weight.reshape(len(weight), -1)[:, : self._cols]
+        times = scales / _nonzero(self._scales, self._xp)
+        weight = _groups(stored, self._group, self._xp) * times[..., None]
+        weight += (self._unit * (offsets - self._offsets * times))[..., None]
+        return _ungrouped(weight, stored)
 
-    def gradient(self, d: Any) -> Any:
-        d = _groups(d, self._group, self._xp)
-        both = self._xp.stack([self._xp.einsum("rgk,rgk->rg", d, self._codes()), d.sum(axis=-1)])
-        both *= self._scales * self._unit
-        return both
+    def gradient(self, d: Any, stored: Any) -> Any:
+        d, weight = (_groups(x, self._group, self._xp) for x in (d, stored))
+        along, alone = self._xp.einsum("rgk,rgk->rg", d, weight), self._unit * d.sum(axis=-1)
+        return self._xp.stack([along - self._offsets * alone, self._scales * alone])
 
     def parts(self) -> dict[str, NDArray[Any]]:
         scales, offsets = (_on_host(x.astype(np.float16), self._xp) for x in self._moved())
@@ -148,22 +152,21 @@ class _Supers:
 
     rate = SCALE_RATE
 
-    def __init__(self, artifact: ArtifactFile, name: str, weight: Any, xp: Any) -> None:
-        self._xp, self._weight = xp, weight.copy()
+    def __init__(self, artifact: ArtifactFile, name: str, xp: Any) -> None:
+        self._xp = xp
         self._supers = xp.asarray(artifact.parts(name)["supers"].astype(np.float32))
         self._size = _SUPER * _group_of(artifact.info(name).codec)
         self.moves = xp.zeros(self._supers.shape, np.float32)
 
-    def rebuilt(self, *, rounded: bool = False) -> Any:
+    def rebuilt(self, stored: Any, *, rounded: bool = False) -> Any:
         times = 1 + self.moves
         if rounded:
             moved = (self._supers * times).astype(np.float16).astype(np.float32)
-            times = moved / self._xp.where(self._supers == 0, np.float32(1), self._supers)
-        weight = _groups(self._weight, self._size, self._xp) * times[..., None]
-        return weight.reshape(len(weight), -1)[:, : self._weight.shape[1]]
+            times = moved / _nonzero(self._supers, self._xp)
+        return _ungrouped(_groups(stored, self._size, self._xp) * times[..., None], stored)
 
-    def gradient(self, d: Any) -> Any:
-        return _groups(d * self._weight, self._size, self._xp).sum(axis=-1)
+    def gradient(self, d: Any, stored: Any) -> Any:
+        return _groups(d * stored, self._size, self._xp).sum(axis=-1)
 
     def parts(self) -> dict[str, NDArray[Any]]:
         return {"supers": _on_host((self._supers * (1 + self.moves)).astype(np.float16), self._xp)}

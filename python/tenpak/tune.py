@@ -9,6 +9,7 @@ has helped.
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 import time
@@ -22,11 +23,12 @@ from numpy.typing import NDArray
 from tenpak import _core
 from tenpak.artifact import ArtifactFile
 from tenpak.calibrate import TOKENS_AT_ONCE, windows_to_learn
-from tenpak.decoder import Decoder
+from tenpak.decoder import Block, Decoder, Head, Linear
+from tenpak.decoder.block import NORMS
 from tenpak.decoder.gradients import gain_backward, norm_backward
 from tenpak.errors import UsageError
 from tenpak.evaluate import POSITIONS, Device, array_module
-from tenpak.movable import Movable, gain_of, of_linear, open_artifact, parts_of
+from tenpak.movable import Gain, Movable, MovableWeight, gain_of, of_linear, open_artifact, parts_of
 from tenpak.outputs import refuse_existing
 from tenpak.progress import StageProgress
 from tenpak.report import Report
@@ -36,6 +38,8 @@ from tenpak.sampling import checked_seed
 EPOCHS = 4
 #: Of so many windows one is kept for the comparison.
 HELD_OUT = 8
+#: Bytes of FP32 weights that are kept; further layers are read again whenever they are needed.
+KEPT = 4 << 30
 #: Steps in which the rate rises.
 _WARM_UP = 4
 #: Adam's decays of the mean and of the mean square, and what keeps it from dividing by zero.
@@ -86,8 +90,8 @@ def tune(
     """Writes an artifact again, its scales, offsets and norms' gains moved so that the model loses less.
 
     Sizes, codes and layouts stay. Scales and offsets are those of the layouts `int4_gN_fp16` and super-scales those of
-    `int4_lutN`; of other layouts norms alone move. FP32 weights of the artifact are in memory, and those of one layer
-    of the original.
+    `int4_lutN`; of other layouts norms alone move. Of either model one layer's FP32 weights are in memory at a time,
+    and of the artifact's first layers up to `KEPT` bytes, beside four numbers for each that moves.
 
     Args:
         artifact: The `.tenpak`, of a model of the GPT-2 or Llama family.
@@ -136,7 +140,7 @@ def tune(
         windows=len(tuner.learned),
         context=tokens.shape[1],
         epochs=epochs,
-        moved=sum(m.moves.size for m in tuner.movables.values()),
+        moved=sum(int(m.moves.size) for m in tuner.movables.values()),
         divergence_before=before,
         divergence=after if better else before,
         better=better,
@@ -167,23 +171,35 @@ class _Tuner:
         self._done = 0
         passes = len(tokens) + 2 * len(self.compared) + epochs * len(self.learned)
         self._total = passes * student.config.layers
-        #: By the tensor's name.
-        self.movables: dict[str, Movable] = {}
-        self._norms: dict[str, Any] = {}
-        for block in student.blocks:
-            for name, linear in block.linears.items():
-                if (movable := of_linear(stored, name, linear.weight, self._xp)) is not None:
-                    self.movables[name] = movable
-            self._add_norms(stored, block.attention_norm, block.mlp_norm, block.q_norm, block.k_norm)
-        self._add_norms(stored, student.head.norm)
+        #: By the tensor's name: of linear layers, and of norms.
+        self.weights: dict[str, MovableWeight] = {}
+        self.gains: dict[str, Gain] = {}
+        #: Layers as they are stored.
+        self._kept: list[Block] = []
+        #: Whether what has moved is as it will be stored.
+        self.rounded = False
+        room = KEPT
+        for index in range(student.config.layers):
+            block = student.block(index)
+            for name in block.linears:
+                if (movable := of_linear(stored, name, self._xp)) is not None:
+                    self.weights[name] = movable
+            for norm in (getattr(block, which) for which in NORMS):
+                self._add_gain(stored, norm)
+            room -= sum(linear.weight.nbytes for linear in block.linears.values())
+            if room >= 0:
+                self._kept.append(block)
+        self._add_gain(stored, student.head.norm)
         self._wanted = self._hidden(teacher)
 
-    def _add_norms(self, stored: ArtifactFile, *norms: Any) -> None:
-        for norm in norms:
-            if norm is None:
-                continue
-            if (gain := gain_of(stored, norm.name, norm.weight, self._xp)) is not None:
-                self._norms[norm.name], self.movables[norm.name] = norm, gain
+    @property
+    def movables(self) -> dict[str, Movable]:
+        """All that moves, by the tensor's name."""
+        return {**self.weights, **self.gains}
+
+    def _add_gain(self, stored: ArtifactFile, norm: Any) -> None:
+        if norm is not None and (gain := gain_of(stored, norm.name, norm.weight, self._xp)) is not None:
+            self.gains[norm.name] = gain
 
     def run(self, random: np.random.Generator) -> tuple[float, float]:
         """Learns; the divergence before and after, of what will be stored."""
@@ -192,16 +208,15 @@ class _Tuner:
         for _ in range(self._epochs):
             order += [self.learned[i] for i in random.permutation(len(self.learned))]
         steps = math.ceil(len(order) / self._at_once)
-        moments = {
-            name: (self._xp.zeros_like(m.moves), self._xp.zeros_like(m.moves)) for name, m in self.movables.items()
-        }
+        movables = self.movables
+        moments = {name: (self._xp.zeros_like(m.moves), self._xp.zeros_like(m.moves)) for name, m in movables.items()}
         for step in range(steps):
             # It rises, then falls along a cosine.
             rate = min(1.0, (step + 1) / _WARM_UP) * (1 + math.cos(math.pi * step / steps)) / 2
             gradients = self._gradients(order[step * self._at_once : (step + 1) * self._at_once])
             for name, gradient in gradients.items():
-                self._move(self.movables[name], gradient, moments[name], step + 1, rate)
-            self._place(rounded=step == steps - 1)
+                self._move(movables[name], gradient, moments[name], step + 1, rate)
+        self.rounded = True
         return before, self._divergence()
 
     def parts(self) -> list[tuple[str, str, NDArray[Any]]]:
@@ -218,57 +233,78 @@ class _Tuner:
         down = self._xp.sqrt(square / np.float32(1 - second**step)) + np.float32(_TINY)
         movable.moves -= np.float32(rate * movable.rate / (1 - first**step)) * mean / down
 
-    def _place(self, *, rounded: bool) -> None:
-        """Puts what has moved into the decoder."""
-        for block in self.student.blocks:
-            for name, linear in block.linears.items():
-                if name in self.movables:
-                    linear.weight = self.movables[name].rebuilt(rounded=rounded)
-        for name, norm in self._norms.items():
-            norm.weight = self.movables[name].rebuilt(rounded=rounded)
+    def block(self, index: int) -> tuple[Block, Block]:
+        """A layer with all that has moved, and as it is stored."""
+        stored = self._kept[index] if index < len(self._kept) else self.student.block(index)
+        moved = copy.copy(stored)
+        moved.linears = {name: self._moved_linear(linear) for name, linear in stored.linears.items()}
+        for which in NORMS:
+            setattr(moved, which, self._moved_norm(getattr(stored, which)))
+        return moved, stored
+
+    def head(self) -> Head:
+        """The same of the head."""
+        stored = self.student.head
+        return Head(self._moved_norm(stored.norm), stored.linear)
+
+    def _moved_linear(self, linear: Linear) -> Linear:
+        movable = self.weights.get(linear.name)
+        if movable is None:
+            return linear
+        return Linear(linear.name, movable.rebuilt(linear.weight, rounded=self.rounded), linear.bias)
+
+    def _moved_norm(self, norm: Any) -> Any:
+        if norm is None or norm.name not in self.gains:
+            return norm
+        moved = copy.copy(norm)
+        moved.weight = self.gains[norm.name].rebuilt(rounded=self.rounded)
+        return moved
 
     def _gradients(self, windows: list[int]) -> dict[str, Any]:
         """Of the mean divergence over some windows, at the moves."""
-        blocks, sums = self.student.blocks, dict[str, Any]()
+        layers, sums = range(self.student.config.layers), dict[str, Any]()
 
-        def add(name: str, gradient: Any) -> None:
-            if name in self.movables:
-                sums[name] = self.movables[name].gradient(gradient)
-
-        def add_linears(names: tuple[str, ...], x: Any, gradients: list[Any]) -> None:
-            x = x.reshape(-1, x.shape[-1])
-            for name, g in zip(names, gradients, strict=True):
-                if name in self.movables:
-                    add(name, g.reshape(-1, g.shape[-1]).T @ x)
-
-        def add_norm(norm: Any, x: Any, d: Any) -> None:
-            add(norm.name, gain_backward(norm, x, d, xp=self._xp))
+        def add_gain(norm: Any, gradient: Any) -> None:
+            if norm.name in self.gains:
+                sums[norm.name] = self.gains[norm.name].gradient(gradient)
 
         hidden = [self.student.embed(self.tokens[windows])]
-        for block in blocks:
-            hidden.append(block(hidden[-1]))
+        for index in layers:
+            hidden.append(self.block(index)[0](hidden[-1]))
         _, d, gain = self._loss(hidden.pop(), windows, backward=True)
-        add(self.student.head.norm.name, gain)
-        for block in reversed(blocks):
-            d = block.backward(hidden.pop(), d, add_linears, add_norm)
+        add_gain(self.student.head.norm, gain)
+        for index in reversed(layers):
+            block, stored = self.block(index)
+
+            def add_weights(names: tuple[str, ...], x: Any, gradients: list[Any], stored: Block = stored) -> None:
+                x = x.reshape(-1, x.shape[-1])
+                for name, g in zip(names, gradients, strict=True):
+                    if name in self.weights:
+                        at_weight = g.reshape(-1, g.shape[-1]).T @ x
+                        sums[name] = self.weights[name].gradient(at_weight, stored.linears[name].weight)
+
+            def add_norm(norm: Any, x: Any, d: Any) -> None:
+                add_gain(norm, gain_backward(norm, x, d, xp=self._xp))
+
+            d = block.backward(hidden.pop(), d, add_weights, add_norm)
             self._step(len(windows))
         return sums
 
     def _divergence(self) -> float:
         """Over the windows that are not learned from, in nats per position."""
-        total = 0.0
-        for first in range(0, len(self.compared), self._at_once):
-            windows = self.compared[first : first + self._at_once]
-            h = self.student.embed(self.tokens[windows])
-            for block in self.student.blocks:
-                h = block(h)
-                self._step(len(windows))
-            total += self._loss(h, windows, backward=False)[0] * len(windows)
-        return total / len(self.compared)
+        batches = [self.compared[i : i + self._at_once] for i in range(0, len(self.compared), self._at_once)]
+        hidden = [self.student.embed(self.tokens[windows]) for windows in batches]
+        for index in range(self.student.config.layers):
+            block, _ = self.block(index)
+            for i, h in enumerate(hidden):
+                hidden[i] = block(h)
+                self._step(len(h))
+        losses = [self._loss(h, windows, backward=False)[0] for h, windows in zip(hidden, batches, strict=True)]
+        return sum(loss * len(windows) for loss, windows in zip(losses, batches, strict=True)) / len(self.compared)
 
     def _loss(self, h: Any, windows: list[int], *, backward: bool) -> tuple[float, Any, Any]:
         """The mean divergence of hidden states [batch, T, width]; its gradients there and at the last norm's gain."""
-        xp, head = self._xp, self.student.head
+        xp, head = self._xp, self.head()
         flat = h.reshape(-1, h.shape[-1])
         wanted = xp.asarray(np.concatenate([self._wanted[i] for i in windows]))
         loss, gain, d = 0.0, 0.0, xp.empty_like(flat) if backward else None

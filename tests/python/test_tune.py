@@ -43,7 +43,6 @@ def test_gradients_are_those_of_the_divergence(tmp_path, model, codec):
         for size in (2e-3, -2e-3):
             for name in names:
                 one.movables[name].moves += np.float32(size) * steps[name]
-            one._place(rounded=False)
             found.append(one._divergence())
             for name in names:
                 one.movables[name].moves -= np.float32(size) * steps[name]
@@ -77,17 +76,17 @@ def test_what_was_learned_is_what_is_read(tmp_path, llama, codec, moved, monkeyp
     with tenpak.open(before) as old, tenpak.open(after) as new:
         assert new.nbytes == old.nbytes
         new.verify()
-        linears = {name: linear for block in one.student.blocks for name, linear in block.linears.items()}
+        blocks = [one.block(index)[0] for index in range(one.student.config.layers)]
+        linears = {name: linear for block in blocks for name, linear in block.linears.items()}
         for info in old.infos:
             changed = {p for p in new.parts(info.name) if (new.parts(info.name)[p] != old.parts(info.name)[p]).any()}
             if info.name in linears:
                 assert changed == moved
-                np.testing.assert_allclose(
-                    new.read(info.name, np.float32), linears[info.name].weight, rtol=2e-6, atol=0
-                )
+                read = new.read(info.name, np.float32)
+                np.testing.assert_allclose(read, linears[info.name].weight, rtol=2e-6, atol=4e-7 * abs(read).max())
             else:
                 assert changed == ({"data"} if "norm" in info.name else set())
-        norm = one.student.head.norm
+        norm = one.head().norm
         np.testing.assert_array_equal(new.read(norm.name, np.float32), norm.weight)
 
 
@@ -118,6 +117,8 @@ def test_models_lose_less(tmp_path, model, monkeypatch):
     text = ROOT / "CONTRIBUTING.md"
     losses = [tenpak.evaluate(path, text, against=model, context=64).comparison for path in (before, after)]
     assert losses[1].divergence.value < losses[0].divergence.value
+    # Layers that are read again are the same.
+    monkeypatch.setattr(module, "KEPT", 500_000)
     tenpak.tune(before, again, model, TEXT, **OPTIONS)
     assert again.read_bytes() == after.read_bytes()
     tenpak.tune(again, again, Decoder.open(model), TEXT, force=True, **OPTIONS)

@@ -20,6 +20,10 @@ ObserveBackward = Callable[[tuple[str, ...], Any, list[Any]], object]
 ObserveNorm = Callable[[RMSNorm | LayerNorm, Any, Any], object]
 
 
+#: A block's norms, by their attributes.
+NORMS = ("attention_norm", "mlp_norm", "q_norm", "k_norm")
+
+
 class Block(ABC):
     """One layer of a decoder.
 
