@@ -32,24 +32,25 @@ __device__ __forceinline__ Out narrow(float x, Exponent e) {
 }
 
 // The run's weights to out [outer, k, inner], inner being 1 where rows are the array's own.
-__device__ __forceinline__ void store(Out* out, const Place& at, Shape s, int inner, u64 codes, Layout::Param param,
+__device__ __forceinline__ void store(Out* out, const Place& at, Shape s, int inner, const Codes& codes, Layout::Param param,
                                       Layout::RowParam row_param, Exponent e) {
     Out* to = out + (at.row / inner * s.k + at.column) * inner + at.row % inner;
     for (int i = 0; i < RUN && at.column + i < s.k; ++i)
-        to[(u64)i * inner] = narrow(Layout::value(code_of(codes, i), param, row_param), e);
+        to[(u64)i * inner] = narrow(Layout::value(codes[i], param, row_param), e);
 }
 
 }  // namespace tenpak
 
 extern "C" __global__ void __launch_bounds__(256)
 decode_parts(const unsigned char* first, const unsigned char* second, const unsigned char* third,
-             const unsigned char* fourth, void* out, unsigned long long rows, int k, int inner, float factor, float largest) {
+             const unsigned char* fourth, const unsigned char* fifth, void* out, unsigned long long rows, int k, int inner,
+             float factor, float largest) {
     using namespace tenpak;
     const Shape shape{1, k};
     const u64 thread = (u64)blockIdx.x * blockDim.x + threadIdx.x;
     if (thread >= rows * shape.runs()) return;
     const Place at(thread, shape);
-    const Parts parts{first, second, third, fourth};
+    const Parts parts{first, second, third, fourth, fifth};
     Layout::Param param{};
     Layout::RowParam row_param{};
     if constexpr (HAS_PARAMS) param = Layout::param(parts, part_group<Layout>(at, shape));

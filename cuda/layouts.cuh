@@ -228,6 +228,62 @@ __device__ __forceinline__ u32 raw_affine_pair(u32 pairs, u32 param) {
     return fma_pair((I < 2 ? pairs : pairs >> 8) & (I % 2 ? 0x00f000f0 : 0x000f000f), low_twice(param), high_twice(param));
 }
 
+// ---- Codes of five and six bits -----------------------------------------------------------------------------------
+//
+// Of each code four bits lie as above, and HIGH more in words of their own: of each lane one for all of a tile, or, of two bits, one
+// for each half of its columns. Turned by turn_of(pair, half), such a word has the bits of that pair of both rows where they stand
+// above the nibbles: from bit 4 of each 16 on in even words, and from bit 8 on in odd ones. So a turn serves four codes, and then two
+// take one instruction more.
+template <int HIGH>
+__device__ __forceinline__ constexpr int turn_of(int pair, int half) {
+    return HIGH == 1 ? pair + 8 * half : pair % 2 * 2 + pair / 2 * 8;
+}
+__device__ __forceinline__ u32 turned(u32 word, int by) { return word >> by | word << (-by & 31); }
+
+// The pair of word I from what both have. BF16 cannot hold such a code four bits up, so that odd words' go to the end, too.
+template <int I>
+constexpr int PLACE = BF16 ? 0 : I % 2;
+template <int HIGH, int I>
+__device__ __forceinline__ u32 plane_codes(u32 pairs, u32 high) {
+    constexpr u32 BITS = (HIGH == 1 ? 0x00100010u : 0x00300030u) << (I % 2 * 4);
+    const u32 codes = and_or(high, BITS, (I < 2 ? pairs : pairs >> 8) & (I % 2 ? 0x00f000f0 : 0x000f000f));
+    return BF16 && I % 2 ? codes >> 4 : codes;
+}
+// q * s + o: over RAW_UNIT by what raw_param<PLACE> gave, and as it is.
+template <int HIGH, int I>
+__device__ __forceinline__ u32 raw_plane_pair(u32 pairs, u32 high, u32 param) {
+    return fma_pair(plane_codes<HIGH, I>(pairs, high), low_twice(param), high_twice(param));
+}
+template <int HIGH, int I>
+__device__ __forceinline__ u32 plane_pair(u32 pairs, u32 high, u32 param) {
+    const u32 codes = plane_codes<HIGH, I>(pairs, high) | (BF16 ? 0x43004300 : 0x64006400);
+    const u32 floats = BF16       ? bfloat_fma(codes, 0x3f803f80, 0xc300c300)
+                       : PLACE<I> ? half_fma(codes, 0x2c002c00, 0xd400d400)
+                                  : half_sub(codes, 0x64006400);
+    return fma_pair(floats, low_twice(param), high_twice(param));
+}
+
+// A lane's words of a tile's high bits.
+template <int HIGH>
+struct Plane {
+    u32 words[HIGH];
+    template <class At>
+    __device__ __forceinline__ void load(At from, int lane) {
+        if constexpr (HIGH == 1) {
+            words[0] = read<u32>(from + 4 * lane);
+        } else {
+            const uint2 both = read<uint2>(from + 8 * lane);
+            words[0] = both.x;
+            words[1] = both.y;
+        }
+    }
+};
+template <>
+struct Plane<0> {
+    template <class At>
+    __device__ __forceinline__ void load(At, int) {}
+};
+
 // For the eight weights of word I.
 template <int I>
 __device__ __forceinline__ void affine(const uint4& codes, u32 param, u32 (&out)[4]) {
@@ -244,6 +300,17 @@ __device__ __forceinline__ void affine(const uint4& codes, u32 param, u32 (&out)
     out[1] = affine_pair<I>(codes.y, p);
     out[2] = affine_pair<I>(codes.z, p);
     out[3] = affine_pair<I>(codes.w, p);
+}
+
+template <int I, int HIGH>
+__device__ __forceinline__ void affine(const uint4& codes, const Plane<HIGH>& plane, u32 param, u32 (&out)[4]) {
+    const u32 p = RAW ? raw_param<PLACE<I>>(param) : BF16 ? to_bfloat(param) : param;
+    const u32 pairs[4] = {codes.x, codes.y, codes.z, codes.w};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        const u32 high = turned(plane.words[HIGH == 1 ? 0 : I / 2], turn_of<HIGH>(i, I / 2));
+        out[i] = RAW ? raw_plane_pair<HIGH, I>(pairs[i], high, p) : plane_pair<HIGH, I>(pairs[i], high, p);
+    }
 }
 
 // ---- Layouts -----------------------------------------------------------------------------------------------------
@@ -369,16 +436,18 @@ struct AffineWide : Affine {
 };
 
 // One-byte (scale, offset) on a line for each row: s = s0 + u*ds, o = o0 + v*do; eight bytes a lane, in the order of
-// AffinePairs; row_params [Np][s0, ds, o0, do].
-template <int GROUP>
+// AffinePairs; row_params [Np][s0, ds, o0, do]. Of codes with HIGH bits more than four, those of a tile follow (Plane).
+template <int GROUP, int HIGH = 0>
 struct AffineBytes : Affine {
-    static_assert(GROUP == 8 || GROUP == 16, "the layouts that exist");
+    static_assert(GROUP == 8 || GROUP == 16 || GROUP == 32, "a word must lie in one group, and a group in one half tile");
     static constexpr int SUBGROUPS = 32 / GROUP;
-    static constexpr int BYTES = 8 * SUBGROUPS * 8, PARAM_BYTES = 2 * BYTES, PAIR_BYTES = PARAM_BYTES, SIZE = GROUP;
-    static_assert(BYTES == TILE_ROWS * TILE_COLS / GROUP * 2, "two bytes a group");
+    static constexpr int STEP_BYTES = 8 * SUBGROUPS * 8, BYTES = STEP_BYTES + HIGH * 4 * LANES;
+    static constexpr int PARAM_BYTES = 2 * BYTES, PAIR_BYTES = PARAM_BYTES, SIZE = GROUP;
+    static_assert(STEP_BYTES == TILE_ROWS * TILE_COLS / GROUP * 2, "two bytes a group");
     struct Tile {
         uint4 codes;
         uint2 params;
+        Plane<HIGH> plane;
     };
     struct Rows {
         u32 base[2], step[2];  // (s0, o0) and (ds, do) of rows g and g + 8
@@ -395,8 +464,10 @@ struct AffineBytes : Affine {
     }
     template <int J, class At>
     static __device__ __forceinline__ Tile tile(At codes, At params, At, int lane) {
-        return {read<uint4>(codes + 16 * lane),
-                read<uint2>(params + J * BYTES + (lane / 4 * SUBGROUPS + lane % 4 * SUBGROUPS / 4) * 8)};
+        Tile tile{read<uint4>(codes + 16 * lane),
+                  read<uint2>(params + J * BYTES + (lane / 4 * SUBGROUPS + lane % 4 * SUBGROUPS / 4) * 8), {}};
+        tile.plane.load(params + J * BYTES + STEP_BYTES, lane);
+        return tile;
     }
     static __device__ __forceinline__ Rows rows(const Weight& w, int strip, int lane) {
         Rows r;
@@ -410,7 +481,9 @@ struct AffineBytes : Affine {
     template <int WORD>
     static __device__ __forceinline__ void fragment(const Tile& tile, const Rows& rows, u32 (&out)[4]) {
         const u32 bytes = permute(WORD < 2 ? tile.params.x : tile.params.y, 0x64646464, WORD % 2 ? 0x4342 : 0x4140);
-        affine<WORD>(tile.codes, half_fma(half_sub(bytes, 0x64006400), rows.step[WORD % 2], rows.base[WORD % 2]), out);
+        const u32 param = half_fma(half_sub(bytes, 0x64006400), rows.step[WORD % 2], rows.base[WORD % 2]);
+        if constexpr (HIGH) affine<WORD>(tile.codes, tile.plane, param, out);
+        else affine<WORD>(tile.codes, param, out);
     }
     static __device__ __forceinline__ float row_scale(const Rows&, bool) { return Affine::row_scale({}, false); }
 };
@@ -576,6 +649,8 @@ using int4_g64_fp16 = AffineWide<64>;
 using int4_g128_fp16 = AffineWide<128>;
 using int4_g8_u8 = AffineBytes<8>;
 using int4_g16_u8 = AffineBytes<16>;
+using int5_g32_u8 = AffineBytes<32, 1>;
+using int6_g32_u8 = AffineBytes<32, 2>;
 using int4_lut16 = Lut16;
 using int4_lut32 = Lut16;  // packed with each parameter twice
 using int8_sym = EightBit;

@@ -10,12 +10,12 @@
 // Grid: threads for batch * n rows of ceil(k / 8) runs.
 extern "C" __global__ void __launch_bounds__(256)
 largest(const unsigned char* first, const unsigned char* second, const unsigned char* third, const unsigned char* fourth,
-        unsigned int* found, unsigned long long rows, int n, int k) {
+        const unsigned char* fifth, unsigned int* found, unsigned long long rows, int n, int k) {
     using namespace tenpak;
     const Shape shape{n, k};
     const u64 thread = (u64)blockIdx.x * blockDim.x + threadIdx.x;
     if (thread >= rows * shape.runs()) return;
-    const Magnitudes here = largest_of<Layout>(Parts{first, second, third, fourth}, Place(thread, shape), shape);
+    const Magnitudes here = largest_of<Layout>(Parts{first, second, third, fourth, fifth}, Place(thread, shape), shape);
     // Most see that another has found as much, for what is volatile does not stay in L1.
     const volatile unsigned int* seen = found;
     if (to_bits(here.scale) > seen[0]) atomicMax(found, to_bits(here.scale));
@@ -26,34 +26,38 @@ largest(const unsigned char* first, const unsigned char* second, const unsigned 
 // factor: what scales and offsets are multiplied by, a power of two.
 extern "C" __global__ void __launch_bounds__(256)
 pack(const unsigned char* first, const unsigned char* second, const unsigned char* third, const unsigned char* fourth,
-     unsigned int* codes, unsigned char* params, unsigned char* row_params, unsigned long long rows, int n, int k,
-     float factor) {
+     const unsigned char* fifth, unsigned int* codes, unsigned char* params, unsigned char* row_params,
+     unsigned long long rows, int n, int k, float factor) {
     using namespace tenpak;
     const Shape shape{n, k};
     const u64 thread = (u64)blockIdx.x * blockDim.x + threadIdx.x;
     if (thread >= rows * shape.runs()) return;
     const Place at(thread, shape);
-    const Parts parts{first, second, third, fourth};
+    const Parts parts{first, second, third, fourth, fifth};
 
-    const u64 given = part_codes(parts, at, shape);
+    const Codes given = part_codes(parts, at, shape);
     u32* word = codes + packed_word(at, shape);
-    if constexpr (Layout::CODE_BITS == 4) {
+    if constexpr (Layout::CODE_BITS != 8) {
         u32 packed[4] = {};
         for (int i = 0; i < RUN; ++i)
-            packed[word_of(i)] |= (u32)exchanged(code_of(given, i)) << (4 * nibble_of(at, shape, i));
+            packed[word_of(i)] |= (u32)exchanged(given[i] & 15) << (4 * nibble_of(at, shape, i));
         if constexpr (Layout::NATURAL) {
             *word = packed[0];
         } else {
             for (int i = 0; i < 4; ++i) atomicOr(word + i, packed[i]);
         }
     } else {
-        const u64 biased = given ^ 0x8080808080808080ull;
+        const u64 biased = given.low ^ 0x8080808080808080ull;
         for (int i = 0; i < RUN / 2; ++i) pair_of_bytes(codes, at, shape, i) = (u16)(biased >> (16 * i));
     }
+    if constexpr (HIGH<Layout>) {
+        u32 plane = 0;
+        for (int i = 0; i < RUN; ++i) plane |= (u32)given.high_bits(i) << plane_bit(at, shape, i);
+        atomicOr(reinterpret_cast<u32*>(params) + packed_plane(at, shape), plane);
+    }
     if constexpr (HAS_PARAMS) {
-        constexpr int GROUP = Layout::GROUP;
-        if (at.column % GROUP == 0)
-            reinterpret_cast<Layout::Param*>(params)[packed_group<GROUP>(at, shape)] =
+        if (at.column % Layout::GROUP == 0)
+            reinterpret_cast<Layout::Param*>(params)[packed_group<Layout>(at, shape)] =
                 scaled<Layout>(Layout::param(parts, part_group<Layout>(at, shape)), factor);
     }
     if constexpr (HAS_ROW_PARAMS) {

@@ -46,12 +46,22 @@ struct Place {
 
 // ---- Parameters of groups -----------------------------------------------------------------------------------------
 
-// The place among packed parameters of groups of GROUP.
-template <int GROUP>
+// Bits of codes beyond the four that lie as nibbles do.
+template <class L>
+constexpr int HIGH = L::CODE_BITS == 8 ? 0 : L::CODE_BITS - 4;
+// Packed parameters of a tile, and what they have before those bits.
+template <class L>
+constexpr int GROUPS_BYTES = TILE_ROWS * TILE_COLS / L::GROUP * (int)sizeof(typename L::Param);
+template <class L>
+constexpr int TILE_BYTES = GROUPS_BYTES<L> + HIGH<L> * (TILE_ROWS * TILE_COLS / 8);
+
+// The place among packed parameters of groups.
+template <class L>
 __device__ __forceinline__ u64 packed_group(const Place& at, Shape s) {
+    constexpr int GROUP = L::GROUP;
     const int g = at.in_matrix(s) % 8;
     if constexpr (GROUP <= 32) {
-        return ((at.tile(s) * 8 + g) * (32 / GROUP) + at.column % 32 / GROUP) * 4 + at.word(s);
+        return at.tile(s) * (TILE_BYTES<L> / sizeof(typename L::Param)) + (g * (32 / GROUP) + at.column % 32 / GROUP) * 4 + at.word(s);
     } else {
         const int groups = (s.tiles() * TILE_COLS + GROUP - 1) / GROUP;
         return ((at.strip(s) * groups + at.column / GROUP) * 8 + g) * 2 + at.in_matrix(s) % TILE_ROWS / 8;
@@ -64,6 +74,7 @@ struct Parts {
     const u8* second;
     const u8* third;
     const u8* fourth;
+    const u8* fifth;
 };
 
 template <class T>
@@ -109,9 +120,9 @@ struct AffinePairs {
     }
 };
 
-template <int GROUP_>
+template <int GROUP_, int CODE_BITS_ = 4>
 struct AffineBytes {
-    static constexpr int GROUP = GROUP_, CODE_BITS = 4, ROW_RUN = 0, REPEAT = 1;
+    static constexpr int GROUP = GROUP_, CODE_BITS = CODE_BITS_, ROW_RUN = 0, REPEAT = 1;
     static constexpr bool NATURAL = false;
     using Param = u16;
     using RowParam = u64;  // s0, ds, o0, do
@@ -181,6 +192,8 @@ using int4_g64_fp16 = AffinePairs<64>;
 using int4_g128_fp16 = AffinePairs<128>;
 using int4_g8_u8 = AffineBytes<8>;
 using int4_g16_u8 = AffineBytes<16>;
+using int5_g32_u8 = AffineBytes<32, 5>;
+using int6_g32_u8 = AffineBytes<32, 6>;
 using int4_lut16 = Lut16<1>;
 using int4_lut32 = Lut16<2>;
 using int8_sym = EightBit;
@@ -252,30 +265,41 @@ __device__ __forceinline__ int exchanged(int code) {
     else return code;
 }
 
-// The run's codes as an artifact has them, four bits each in natural order or eight bits each; 0 beyond the row's end.
-__device__ __forceinline__ u64 part_codes(const Parts& parts, const Place& at, Shape s) {
-    constexpr int PER_BYTE = 8 / Layout::CODE_BITS, BYTES = RUN / PER_BYTE;
-    const u64 row_bytes = (s.k + PER_BYTE - 1) / PER_BYTE;
-    const u8* row = parts.codes + at.row * row_bytes;
-    u64 codes = 0;
-    for (int i = 0; i < BYTES; ++i) {
-        const u64 byte = at.column / PER_BYTE + i;
-        if (byte < row_bytes) codes |= (u64)row[byte] << (8 * i);
-    }
-    return codes;
-}
+// A run's codes in order: of four bits each, what they have above those, or eight bits each.
+struct Codes {
+    u64 low = 0;
+    u32 high = 0;
 
-// Code i of those.
-__device__ __forceinline__ int code_of(u64 codes, int i) {
-    if constexpr (Layout::CODE_BITS == 4) return (int)(codes >> (4 * i)) & 15;
-    else return (signed char)(codes >> (8 * i));
+    __device__ __forceinline__ int high_bits(int i) const { return (int)(high >> (HIGH<Layout> * i)) & ((1 << HIGH<Layout>) - 1); }
+    __device__ __forceinline__ int operator[](int i) const {
+        if constexpr (Layout::CODE_BITS == 8) return (signed char)(low >> (8 * i));
+        else return (int)((low >> (4 * i)) & 15) | high_bits(i) << 4;
+    }
+};
+
+// BITS each of a run's columns, as a part of an artifact has them; 0 beyond the row's end.
+template <int BITS>
+__device__ __forceinline__ u64 part_bits(const u8* part, const Place& at, Shape s) {
+    const u64 row_bytes = ((u64)s.k * BITS + 7) / 8;
+    const u8* row = part + at.row * row_bytes;
+    u64 bits = 0;
+    for (int i = 0; i < RUN * BITS / 8; ++i) {
+        const u64 byte = at.column / 8 * BITS + i;
+        if (byte < row_bytes) bits |= (u64)row[byte] << (8 * i);
+    }
+    return bits;
+}
+__device__ __forceinline__ Codes part_codes(const Parts& parts, const Place& at, Shape s) {
+    Codes codes{part_bits<Layout::CODE_BITS == 8 ? 8 : 4>(parts.codes, at, s)};
+    if constexpr (HIGH<Layout>) codes.high = (u32)part_bits<HIGH<Layout>>(parts.fifth, at, s);
+    return codes;
 }
 
 // The first of the run's packed words. Where codes are not natural, pairs of four runs share four, and those of eight bits
 // pairs of two runs.
 __device__ __forceinline__ u64 packed_word(const Place& at, Shape s) {
     const int lane = at.lane(s), word = at.word(s);
-    if constexpr (Layout::CODE_BITS == 4) return at.tile(s) * 128 + lane * 4 + (Layout::NATURAL ? word : 0);
+    if constexpr (Layout::CODE_BITS != 8) return at.tile(s) * 128 + lane * 4 + (Layout::NATURAL ? word : 0);
     else return at.tile(s) * 256 + word / 2 * 128 + lane * 4;
 }
 // Pair i of a run of eight-bit codes.
@@ -283,24 +307,38 @@ __device__ __forceinline__ u16& pair_of_bytes(void* codes, const Place& at, Shap
     return static_cast<u16*>(codes)[2 * (packed_word(at, s) + i) + at.word(s) % 2];
 }
 
+// The word that has the run's high bits, and which of it are those of column i (turn_of of layouts.cuh).
+__device__ __forceinline__ u64 packed_plane(const Place& at, Shape s) {
+    return (at.tile(s) * TILE_BYTES<Layout> + GROUPS_BYTES<Layout>) / 4 + at.lane(s) * HIGH<Layout> + (HIGH<Layout> == 2 ? at.word(s) / 2 : 0);
+}
+__device__ __forceinline__ int plane_bit(const Place& at, Shape s, int i) {
+    const int pair = i / 2, turn = HIGH<Layout> == 1 ? pair + at.word(s) / 2 * 8 : pair % 2 * 2 + pair / 2 * 8;
+    return (4 + at.word(s) % 2 * 4 + i % 2 * 16 + turn) % 32;
+}
+
 // What rebuilds a run of a packed weight: its codes, in order, and their parameters.
 struct PackedRun {
-    u64 codes = 0;
+    Codes codes;
     Layout::Param param{};
     Layout::RowParam row_param{};
 
     __device__ __forceinline__ PackedRun(const u32* all_codes, const u8* params, const u8* row_params, const Place& at, Shape s) {
         const u32* word = all_codes + packed_word(at, s);
-        if constexpr (Layout::CODE_BITS == 4) {
-            for (int i = 0; i < RUN; ++i) codes |= (u64)exchanged(word[word_of(i)] >> (4 * nibble_of(at, s, i)) & 15) << (4 * i);
+        if constexpr (Layout::CODE_BITS != 8) {
+            for (int i = 0; i < RUN; ++i) codes.low |= (u64)exchanged(word[word_of(i)] >> (4 * nibble_of(at, s, i)) & 15) << (4 * i);
         } else {
-            for (int i = 0; i < RUN / 2; ++i) codes |= (u64)pair_of_bytes((void*)all_codes, at, s, i) << (16 * i);
-            codes ^= 0x8080808080808080ull;
+            for (int i = 0; i < RUN / 2; ++i) codes.low |= (u64)pair_of_bytes((void*)all_codes, at, s, i) << (16 * i);
+            codes.low ^= 0x8080808080808080ull;
         }
-        if constexpr (HAS_PARAMS) param = element<Layout::Param>(params, packed_group<Layout::GROUP>(at, s));
+        if constexpr (HIGH<Layout>) {
+            constexpr int BITS = HIGH<Layout>;
+            const u32 plane = element<u32>(params, packed_plane(at, s));
+            for (int i = 0; i < RUN; ++i) codes.high |= (plane >> plane_bit(at, s, i) & ((1 << BITS) - 1)) << (BITS * i);
+        }
+        if constexpr (HAS_PARAMS) param = element<Layout::Param>(params, packed_group<Layout>(at, s));
         if constexpr (HAS_ROW_PARAMS) row_param = element<Layout::RowParam>(row_params, packed_row<Layout>(at, s));
     }
-    __device__ __forceinline__ float value(int i) const { return Layout::value(code_of(codes, i), param, row_param); }
+    __device__ __forceinline__ float value(int i) const { return Layout::value(codes[i], param, row_param); }
 };
 #endif
 

@@ -190,9 +190,15 @@ def test_lanes_and_words_of_the_reference_are_those_that_layouts_cuh_draws(name)
     if layout.row_part is not None:
         width = -(-k // (layout.row_run * layout.repeat)) if layout.row_run else layout.row_params
         parts[layout.row_part] = rng.integers(0, 2**16, (n, width)).astype(layout.row_param)
+    more = layout.high_bits
+    if more:
+        parts.append(rng.integers(0, 256, (n, -(-k * more // 8)), np.uint8))
     packed, params, rows, power = layouts.pack(layout, parts, n, k)
     assert power == 0, "among random halves are some that are not finite"
     supers = None if not layout.row_run else rows
+    # A tile's parameters, then its lanes' words of high bits.
+    planes = None if not more else np.ascontiguousarray(params[..., 1024 // group :]).view(np.uint32)
+    params = params if not more else params[..., : 1024 // group]
 
     for row in range(n):
         for column in range(k):
@@ -207,6 +213,13 @@ def test_lanes_and_words_of_the_reference_are_those_that_layouts_cuh_draws(name)
                 if tables:
                     code = code & 3 | (code & 4) << 1 | (code & 8) >> 1
                 assert packed[strip, tile].reshape(32, 4)[lane, at] >> np.uint32(4 * place) & 15 == code
+            if planes is not None:
+                half, pair = word // 2, i // 2
+                plane = int(planes[strip, tile].reshape(32, more)[lane, half * (more - 1)])
+                by = pair + 8 * half if more == 1 else (0, 2, 8, 10)[pair]
+                turned = (plane >> by | plane << (32 - by)) & 0xFFFFFFFF
+                high = turned >> (4 + 4 * (word % 2) + 16 * (i % 2)) & ((1 << more) - 1)
+                assert high == int(parts[4][row, column * more // 8]) >> (column * more % 8) & ((1 << more) - 1)
             if params is None:
                 continue
             raw = [int(fields[j][row, column // part_group]) for j in fields]

@@ -173,10 +173,9 @@ def exponent_of(exponent: int, name: str) -> tuple[np.float32, np.float32]:
     return np.float32(2.0**exponent), np.float32(_LARGEST[name])
 
 
-def addresses(parts: list[Any]) -> tuple[int, int, int, int]:
-    """Four addresses, for the parts that a layout has."""
-    found = [part.data.ptr for part in parts] + [0] * (4 - len(parts))
-    return found[0], found[1], found[2], found[3]
+def addresses(parts: list[Any]) -> list[int]:
+    """Five addresses, for the parts that a layout has."""
+    return [part.data.ptr for part in parts] + [0] * (5 - len(parts))
 
 
 def _rows(shape: tuple[int, ...], axis: int) -> tuple[int, int, int]:

@@ -7,6 +7,7 @@ import functools
 import torch
 
 from tenpak import _core
+from tenpak.cuda import layouts
 from tenpak.cuda.layouts import TILE_COLS, TILE_ROWS, Layout
 
 #: Weights that are unpacked at a time: 64 MiB as FP32.
@@ -57,14 +58,18 @@ def _strips(
         weights = biased.permute(0, 6, 3, 1, 2, 4, 5, 7).reshape(rows, columns).float()
         return weights.sub_(128).mul_(row_params.view(torch.float32).reshape(rows, 1))
 
+    assert params is not None
     # [strip, tile, g, t, word, nibble], the last two as `layouts.pack` has them, to rows of codes in order.
     shifts = torch.arange(0, 32, 4, dtype=torch.int32, device=codes.device)
     coded = (codes.view(strips, tiles, 8, 4, 4, 1) >> shifts).bitwise_and_(15)
+    if layout.high_bits:
+        own = TILE_ROWS * TILE_COLS // layout.group
+        coded |= _high_bits(layout, params[..., own:]) << 4
+        params = params[..., :own].reshape(strips, tiles, 8, 32 // layout.group, 4)
     if layout.natural:
         coded = coded.view(strips, tiles, 8, 4, 2, 2, 8).permute(0, 5, 2, 1, 4, 3, 6).reshape(rows, columns)
     else:
         coded = coded.view(strips, tiles, 8, 4, 4, 2, 2, 2).permute(0, 7, 2, 1, 6, 3, 4, 5).reshape(rows, columns)
-    assert params is not None
     group = layout.group
     groups = _by_rows(layout, params, rows)[:, : -(-columns // group)]
 
@@ -87,6 +92,19 @@ def _strips(
     weights = torch.nn.functional.pad(coded, (0, groups.shape[1] * group - columns)).view(rows, -1, group).float()
     weights.mul_(scale[..., None]).add_(offset[..., None])
     return weights.view(rows, -1)[:, :columns]
+
+
+def _high_bits(layout: Layout, planes: torch.Tensor) -> torch.Tensor:
+    """Bits of codes above the fourth, in the order of a lane's nibbles: [strip, tile, g, t, pair, nibble]."""
+    bits = layout.high_bits
+    words = planes.contiguous().view(torch.int32).view(*planes.shape[:2], 8, 4, bits)
+    words = words.expand(*words.shape[:-1], 2)
+    turns = torch.from_numpy(layouts.turns(bits)).to(words.device)
+    # Nibble i is of word i % 4, whose column half is i % 4 // 2 and whose row half is i % 2, and the second of its pair from 4 on.
+    nibble = torch.arange(8, device=words.device)
+    half = nibble % 4 // 2
+    at = (4 + turns[half].T + 4 * (nibble % 2) + 16 * (nibble // 4)) % 32
+    return (words[..., None, half] >> at.int()) & ((1 << bits) - 1)
 
 
 def _by_rows(layout: Layout, params: torch.Tensor, rows: int) -> torch.Tensor:

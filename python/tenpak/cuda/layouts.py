@@ -51,6 +51,8 @@ class Layout:
     #: Weights that share packed parameters; 0 where only a whole row does.
     group: int
     code_bits: int = 4
+    #: The part with the bits of codes above the fourth, where they have five or six.
+    high_part: int | None = None
     #: Whether a word of four-bit codes is eight columns in order. Else word P has pair P of each of a lane's four.
     natural: bool = False
     #: What each four-bit code is packed as; its own inverse.
@@ -74,9 +76,11 @@ class Layout:
         """Shapes of packed codes (uint32), params and row_params for a weight [n, k] (or [batch, n, k])."""
         lead = (batch,) if batch else ()
         strips, tiles = _up(n, TILE_ROWS), _up(k, TILE_COLS)
-        codes = (*lead, strips, tiles, TILE_ROWS * TILE_COLS * self.code_bits // 32)
+        codes = (*lead, strips, tiles, TILE_ROWS * TILE_COLS * (8 if self.code_bits == 8 else 4) // 32)
         params: tuple[int, ...] | None = None
-        if self.param is not None and self.group <= 32:
+        if self.high_bits:
+            params = (*lead, strips, tiles, TILE_ROWS * TILE_COLS // self.group + 64 * self.high_bits)
+        elif self.param is not None and self.group <= 32:
             params = (*lead, strips, tiles, 8, 32 // self.group, 4)
         elif self.param is not None:
             params = (*lead, strips, _up(tiles * TILE_COLS, self.group), 8, 2)
@@ -85,6 +89,11 @@ class Layout:
             rows = (*lead, strips, _up(k, self.row_run), TILE_ROWS) if self.row_run else (*lead, strips * TILE_ROWS)
             rows = (*rows, self.row_params) if self.row_params > 1 else rows
         return codes, params, rows
+
+    @property
+    def high_bits(self) -> int:
+        """Bits of a code above the fourth, where they have five or six: they lie with the parameters of a tile."""
+        return self.code_bits - 4 if self.high_part is not None else 0
 
     @property
     def halves(self) -> tuple[str, int] | None:
@@ -118,10 +127,12 @@ def _pairs(group: int) -> Layout:
     return Layout(f"int4_g{group}_fp16", group, group_parts=(1, 2), param=np.dtype("<u4"))
 
 
-def _bytes(group: int) -> Layout:
+def _bytes(group: int, code_bits: int = 4) -> Layout:
     return Layout(
-        f"int4_g{group}_u8",
+        f"int{code_bits}_g{group}_u8",
         group,
+        code_bits,
+        high_part=4 if code_bits > 4 else None,
         group_parts=(1, 2),
         param=np.dtype("<u2"),
         row_part=3,
@@ -135,7 +146,7 @@ LAYOUTS: dict[str, Layout] = {
     layout.name: layout
     for layout in (
         *map(_pairs, (8, 16, 32, 64, 128)),
-        *map(_bytes, (8, 16)),
+        *map(_bytes, (8, 16, 32, 32), (4, 4, 5, 6)),
         *map(_tables, (16, 32)),
         Layout("int8_sym", 0, code_bits=8, natural=True, row_part=1, row_param=np.dtype("<u4")),
     )
@@ -226,7 +237,7 @@ def pack(layout: Layout, parts: Sequence[NDArray[Any]], n: int, k: int, batch: i
 
     codes = parts[0]
     words: NDArray[np.uint32]
-    if layout.code_bits == 4:
+    if layout.code_bits != 8:
         codes = np.stack([codes & 15, codes >> 4], -1).reshape(matrix_count * n, -1)[:, :k]
         codes = np.array(layout.packed_as, np.uint8)[codes]
         tile = padded(codes, tiles * TILE_COLS).reshape(matrix_count, strips, 2, 8, tiles, 2, 4, 8)
@@ -260,7 +271,12 @@ def pack(layout: Layout, parts: Sequence[NDArray[Any]], n: int, k: int, batch: i
             params = groups.transpose(0, 1, 4, 3, 6, 5, 2)
         else:
             params = padded(joined, sizes[1][-3]).reshape(matrix_count, strips, 2, 8, -1).transpose(0, 1, 4, 3, 2)
-        params = np.ascontiguousarray(params).reshape(sizes[1])
+        params = np.ascontiguousarray(params)
+        if layout.high_part is not None:
+            high = _high_bits(layout, parts[layout.high_part], k)
+            planes = _planes(layout, padded(high, tiles * TILE_COLS), strips, tiles)
+            params = np.concatenate([params.reshape(*planes.shape[:3], -1), planes.view("<u2")], -1)
+        params = params.reshape(sizes[1])
 
     row_params = None
     if layout.row_part is not None and layout.row_param is not None and sizes[2] is not None:
@@ -285,6 +301,31 @@ def pack(layout: Layout, parts: Sequence[NDArray[Any]], n: int, k: int, batch: i
         scaled = (halves * np.float32(2.0**power)).astype(np.float16).view(bits.dtype).reshape(bits.shape)
         packed = packed._replace(**{name: scaled, "power": power})
     return packed
+
+
+def turns(high_bits: int) -> NDArray[np.int64]:
+    """By how much a lane's word of high bits is turned for a pair and a half (turn_of of cuda/layouts.cuh), [2, 4]."""
+    pair, half = np.arange(4), np.arange(2)[:, None]
+    return pair + 8 * half if high_bits == 1 else pair % 2 * 2 + pair // 2 * 8 + 0 * half
+
+
+def _high_bits(layout: Layout, part: NDArray[np.uint8], k: int) -> NDArray[np.uint8]:
+    """The bits of each code above the fourth, [rows, k]."""
+    bits = layout.high_bits
+    shifts = np.arange(0, 8, bits, dtype=np.uint8)
+    return (part[..., None] >> shifts & ((1 << bits) - 1)).reshape(len(part), -1)[:, :k]
+
+
+def _planes(layout: Layout, high: NDArray[np.uint8], strips: int, tiles: int) -> NDArray[np.uint32]:
+    """Those of [batch, 16 * strips, 64 * tiles] as words of lanes, [batch, strips, tiles, words]."""
+    bits = layout.high_bits
+    # [batch, strip, row half, g, tile, column half, t, pair, which of two] to [batch, strip, tile, lane (g, t), …].
+    tile = high.reshape(-1, strips, 2, 8, tiles, 2, 4, 4, 2).transpose(0, 1, 4, 3, 6, 5, 7, 2, 8)
+    # [column half, pair, row half, which of two]
+    at = 4 + turns(bits)[:, :, None, None] + 4 * np.arange(2)[:, None] + 16 * np.arange(2)
+    words = (tile.astype(np.uint32) << (at % 32).astype(np.uint32)).sum((-3, -2, -1), dtype=np.uint32)
+    words = words if bits == 2 else words.sum(-1, dtype=np.uint32)
+    return np.ascontiguousarray(words.reshape(*words.shape[:3], -1))
 
 
 def _up(a: int, b: int) -> int:

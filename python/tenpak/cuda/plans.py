@@ -31,6 +31,8 @@ STAGE_BYTES = {
     "int4_g128_fp16": 1088,
     "int4_g8_u8": 1536,
     "int4_g16_u8": 1280,
+    "int5_g32_u8": 1408,
+    "int6_g32_u8": 1664,
     "int4_lut16": 1184,
     "int4_lut32": 1184,
     "int8_sym": 2048,
