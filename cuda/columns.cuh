@@ -150,34 +150,35 @@ struct BytesOfTile {
         rows.step[0] = half_mul(rows.step[0], 0x3c007400);
         rows.step[1] = half_mul(rows.step[1], 0x3c006400);
     }
-    template <int WORD, int PLACE_OF_CODES = WORD>
+    template <int WORD, int AS_IN = WORD>  // BF16's codes lie as those of which word
     static __device__ __forceinline__ u32 raw(const Held& held, const Rows& rows, int c) {
         const uint2& p = held.of[c * SUBGROUPS / 4];
         const u32 bytes = permute(WORD < 2 ? p.x : p.y, BF16 ? 0x6464 : 0x3c64, WORD % 2 ? 0x5342 : 0x5140);
         // (1024 + u, 1 + v / 1024), or both above 1024.
         const u32 param = half_fma(half_sub(bytes, BF16 ? 0x64006400 : 0x3c006400), rows.step[WORD % 2], rows.base[WORD % 2]);
-        return BF16 ? raw_param<PLACE_OF_CODES>(param) : param;
+        return BF16 ? raw_param<AS_IN>(param) : param;
     }
 };
 
-// With what codes of five and six bits have above the fourth: of all lanes of the quad, since this one wants their pair t.
+// With what codes of five and six bits have above their low byte: of all lanes of the quad, for this one wants their pair t.
 template <int HIGH>
 struct PlanesOfTile : BytesOfTile<32, HIGH> {
     using Base = BytesOfTile<32, HIGH>;
+    using typename Base::Rows;
     struct Held : Base::Held {
-        uint4 planes[HIGH];
+        uint4 plane;
     };
     static __device__ __forceinline__ void load(Held& held, u32 params, int lane) {
         Base::load(held, params, lane);
-#pragma unroll
-        for (int i = 0; i < HIGH; ++i)
-            held.planes[i] = read<uint4>(params + AffineBytes<32, HIGH>::STEP_BYTES + (lane / 4 * HIGH + i) * 16);
+        const int word = lane % 4 / PLANE_PAIRS<HIGH>;
+        held.plane = read<uint4>(params + AffineBytes<32, HIGH>::STEP_BYTES + (word * LANES + lane / 4 * 4) * 4);
     }
-    // Those of lane c's pair, turned.
-    template <int HALF>
-    static __device__ __forceinline__ u32 high(const Held& held, int c, int lane) {
-        const u32 word = HIGH == 1 ? FourBit::word(held.planes[0], c) : FourBit::word(held.planes[c / 2 * (HIGH - 1)], c % 2 * 2 + HALF);
-        return turned(word, turn_of<HIGH>(lane % 4, HALF));
+    static __device__ __forceinline__ void scale(Rows& rows) {
+        if (BF16) return;
+        rows.base[0] = raw_param_of<0>(rows.base[0]);
+        rows.base[1] = raw_param_of<UP<HIGH, 1>>(rows.base[1]);
+        rows.step[0] = half_mul(rows.step[0], 0x3c007400);
+        rows.step[1] = half_mul(rows.step[1], 0x3c007400 - 0x400 * UP<HIGH, 1>);
     }
 };
 template <int HIGH>
@@ -188,13 +189,13 @@ struct PlaneColumns : AffineColumns<AffineBytes<32, HIGH>, PlanesOfTile<HIGH>> {
     template <int QUARTER>
     static __device__ __forceinline__ void operand(const Tile& tile, const Rows& rows, int lane, u32 (&a)[4]) {
         constexpr int UPPER = QUARTER / 2 * 2, LOWER = UPPER + 1, FIRST = QUARTER % 2 * 2;
-        const u32 upper = Params::template raw<UPPER, PLACE<UPPER>>(tile.params, rows, 0);
-        const u32 lower = Params::template raw<LOWER, PLACE<LOWER>>(tile.params, rows, 0);
+        const u32 upper = Params::template raw<UPPER, 0>(tile.params, rows, 0), lower = Params::template raw<LOWER, 0>(tile.params, rows, 0);
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-            const u32 pairs = FourBit::word(tile.pairs, FIRST + i), high = Params::template high<QUARTER / 2>(tile.params, FIRST + i, lane);
-            a[2 * i] = raw_plane_pair<HIGH, UPPER>(pairs, high, upper);
-            a[2 * i + 1] = raw_plane_pair<HIGH, LOWER>(pairs, high, lower);
+            const u32 high = FourBit::word(tile.params.plane, FIRST + i) >> plane_shift<HIGH>(lane % 4);
+            const u32 both = joined<QUARTER / 2>(FourBit::word(tile.pairs, FIRST + i), high);
+            a[2 * i] = raw_plane_pair<HIGH, UPPER>(both, upper);
+            a[2 * i + 1] = raw_plane_pair<HIGH, LOWER>(both, lower);
         }
     }
 };

@@ -32,11 +32,11 @@ __device__ __forceinline__ Out narrow(float x, Exponent e) {
 }
 
 // The run's weights to out [outer, k, inner], inner being 1 where rows are the array's own.
-__device__ __forceinline__ void store(Out* out, const Place& at, Shape s, int inner, const Codes& codes, Layout::Param param,
+__device__ __forceinline__ void store(Out* out, const Place& at, Shape s, int inner, u64 codes, Layout::Param param,
                                       Layout::RowParam row_param, Exponent e) {
     Out* to = out + (at.row / inner * s.k + at.column) * inner + at.row % inner;
     for (int i = 0; i < RUN && at.column + i < s.k; ++i)
-        to[(u64)i * inner] = narrow(Layout::value(codes[i], param, row_param), e);
+        to[(u64)i * inner] = narrow(Layout::value(code_of(codes, i), param, row_param), e);
 }
 
 }  // namespace tenpak

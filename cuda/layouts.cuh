@@ -230,36 +230,47 @@ __device__ __forceinline__ u32 raw_affine_pair(u32 pairs, u32 param) {
 
 // ---- Codes of five and six bits -----------------------------------------------------------------------------------
 //
-// Of each code four bits lie as above, and HIGH more in words of their own: of each lane one for all of a tile, or, of two bits, one
-// for each half of its columns. Turned by turn_of(pair, half), such a word has the bits of that pair of both rows where they stand
-// above the nibbles: from bit 4 of each 16 on in even words, and from bit 8 on in odd ones. So a turn serves four codes, and then two
-// take one instruction more.
-template <int HIGH>
-__device__ __forceinline__ constexpr int turn_of(int pair, int half) {
-    return HIGH == 1 ? pair + 8 * half : pair % 2 * 2 + pair / 2 * 8;
-}
-__device__ __forceinline__ u32 turned(u32 word, int by) { return word >> by | word << (-by & 31); }
+// BITS, four and HIGH, of each code. Of two rows, words I (even) and I + 1, the codes of one column are a number of 2 * BITS, the
+// first row's lowest. Its low byte lies where their nibbles would, at byte I / 2 of half e of pair P's word. What is above it lies in
+// HIGH words more of each lane, so that shifted by the place of P it ends byte I + e of its word: one PRMT then joins both for a pair.
 
-// The pair of word I from what both have. BF16 cannot hold such a code four bits up, so that odd words' go to the end, too.
-template <int I>
-constexpr int PLACE = BF16 ? 0 : I % 2;
-template <int HIGH, int I>
-__device__ __forceinline__ u32 plane_codes(u32 pairs, u32 high) {
-    constexpr u32 BITS = (HIGH == 1 ? 0x00100010u : 0x00300030u) << (I % 2 * 4);
-    const u32 codes = and_or(high, BITS, (I < 2 ? pairs : pairs >> 8) & (I % 2 ? 0x00f000f0 : 0x000f000f));
-    return BF16 && I % 2 ? codes >> 4 : codes;
+// Pairs P of such a word, and P's place among them.
+template <int HIGH>
+constexpr int PLANE_PAIRS = 4 / HIGH;
+template <int HIGH>
+__device__ __forceinline__ int plane_shift(int pair) {
+    return pair % PLANE_PAIRS<HIGH> * (2 * HIGH);
 }
-// q * s + o: over RAW_UNIT by what raw_param<PLACE> gave, and as it is.
+// Both rows' pair from its word and the shifted word of what is above.
+template <int HALF>
+__device__ __forceinline__ u32 joined(u32 pairs, u32 high) {
+    return permute(pairs, high, HALF ? 0x7361 : 0x5240);
+}
+// How many bits up the codes of word I are then left: what is above the lower ten, or of BF16 seven, would be no longer a number.
 template <int HIGH, int I>
-__device__ __forceinline__ u32 raw_plane_pair(u32 pairs, u32 high, u32 param) {
-    return fma_pair(plane_codes<HIGH, I>(pairs, high), low_twice(param), high_twice(param));
+constexpr int UP = I % 2 && HIGH == 1 && !BF16 ? 5 : 0;
+template <int HIGH, int I>
+__device__ __forceinline__ u32 codes_of(u32 joined) {
+    constexpr int BITS = 4 + HIGH;
+    constexpr u32 ONES = (1u << BITS) - 1, MASK = (ONES | ONES << 16) << UP<HIGH, I>;
+    return (I % 2 && !UP<HIGH, I> ? joined >> BITS : joined) & MASK;
+}
+// As raw_param, of codes so many bits up.
+template <int UP>
+__device__ __forceinline__ u32 raw_param_of(u32 param) {
+    if constexpr (BF16) return raw_param<0>(param);
+    else return half_mul(param, 0x14007400 - 0x400 * UP);
+}
+// q * s + o, over RAW_UNIT by what that gave, and as it is.
+template <int HIGH, int I>
+__device__ __forceinline__ u32 raw_plane_pair(u32 joined, u32 param) {
+    return fma_pair(codes_of<HIGH, I>(joined), low_twice(param), high_twice(param));
 }
 template <int HIGH, int I>
-__device__ __forceinline__ u32 plane_pair(u32 pairs, u32 high, u32 param) {
-    const u32 codes = plane_codes<HIGH, I>(pairs, high) | (BF16 ? 0x43004300 : 0x64006400);
-    const u32 floats = BF16       ? bfloat_fma(codes, 0x3f803f80, 0xc300c300)
-                       : PLACE<I> ? half_fma(codes, 0x2c002c00, 0xd400d400)
-                                  : half_sub(codes, 0x64006400);
+__device__ __forceinline__ u32 plane_pair(u32 joined, u32 param) {
+    constexpr u32 ONE_OF = 0x3c003c00 - 0x04000400 * UP<HIGH, I>, MINUS = 0xe400e400 - 0x04000400 * UP<HIGH, I>;
+    const u32 codes = codes_of<HIGH, I>(joined) | (BF16 ? 0x43004300 : 0x64006400);
+    const u32 floats = BF16 ? bfloat_fma(codes, 0x3f803f80, 0xc300c300) : half_fma(codes, ONE_OF, MINUS);
     return fma_pair(floats, low_twice(param), high_twice(param));
 }
 
@@ -269,13 +280,8 @@ struct Plane {
     u32 words[HIGH];
     template <class At>
     __device__ __forceinline__ void load(At from, int lane) {
-        if constexpr (HIGH == 1) {
-            words[0] = read<u32>(from + 4 * lane);
-        } else {
-            const uint2 both = read<uint2>(from + 8 * lane);
-            words[0] = both.x;
-            words[1] = both.y;
-        }
+#pragma unroll
+        for (int i = 0; i < HIGH; ++i) words[i] = read<u32>(from + 4 * (i * LANES + lane));
     }
 };
 template <>
@@ -304,12 +310,12 @@ __device__ __forceinline__ void affine(const uint4& codes, u32 param, u32 (&out)
 
 template <int I, int HIGH>
 __device__ __forceinline__ void affine(const uint4& codes, const Plane<HIGH>& plane, u32 param, u32 (&out)[4]) {
-    const u32 p = RAW ? raw_param<PLACE<I>>(param) : BF16 ? to_bfloat(param) : param;
+    const u32 p = RAW ? raw_param_of<UP<HIGH, I>>(param) : BF16 ? to_bfloat(param) : param;
     const u32 pairs[4] = {codes.x, codes.y, codes.z, codes.w};
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-        const u32 high = turned(plane.words[HIGH == 1 ? 0 : I / 2], turn_of<HIGH>(i, I / 2));
-        out[i] = RAW ? raw_plane_pair<HIGH, I>(pairs[i], high, p) : plane_pair<HIGH, I>(pairs[i], high, p);
+        const u32 both = joined<I / 2>(pairs[i], plane.words[i / PLANE_PAIRS<HIGH>] >> plane_shift<HIGH>(i));
+        out[i] = RAW ? raw_plane_pair<HIGH, I>(both, p) : plane_pair<HIGH, I>(both, p);
     }
 }
 

@@ -35,25 +35,27 @@ pack(const unsigned char* first, const unsigned char* second, const unsigned cha
     const Place at(thread, shape);
     const Parts parts{first, second, third, fourth, fifth};
 
-    const Codes given = part_codes(parts, at, shape);
+    const u64 given = part_codes(parts, at, shape);
     u32* word = codes + packed_word(at, shape);
-    if constexpr (Layout::CODE_BITS != 8) {
+    if constexpr (HIGH<Layout>) {
+        for (int i = 0; i < RUN; ++i) {
+            const PlacesOfCode place(at, shape, i);
+            const u32 code = (u32)code_of(given, i) << place.before;
+            atomicOr(word + word_of(i), (code & 255) << place.low);
+            atomicOr(reinterpret_cast<u32*>(params) + place.plane, code >> 8 << place.high);
+        }
+    } else if constexpr (Layout::CODE_BITS == 4) {
         u32 packed[4] = {};
         for (int i = 0; i < RUN; ++i)
-            packed[word_of(i)] |= (u32)exchanged(given[i] & 15) << (4 * nibble_of(at, shape, i));
+            packed[word_of(i)] |= (u32)exchanged(code_of(given, i)) << (4 * nibble_of(at, shape, i));
         if constexpr (Layout::NATURAL) {
             *word = packed[0];
         } else {
             for (int i = 0; i < 4; ++i) atomicOr(word + i, packed[i]);
         }
     } else {
-        const u64 biased = given.low ^ 0x8080808080808080ull;
+        const u64 biased = given ^ 0x8080808080808080ull;
         for (int i = 0; i < RUN / 2; ++i) pair_of_bytes(codes, at, shape, i) = (u16)(biased >> (16 * i));
-    }
-    if constexpr (HIGH<Layout>) {
-        u32 plane = 0;
-        for (int i = 0; i < RUN; ++i) plane |= (u32)given.high_bits(i) << plane_bit(at, shape, i);
-        atomicOr(reinterpret_cast<u32*>(params) + packed_plane(at, shape), plane);
     }
     if constexpr (HAS_PARAMS) {
         if (at.column % Layout::GROUP == 0)

@@ -46,10 +46,9 @@ struct Place {
 
 // ---- Parameters of groups -----------------------------------------------------------------------------------------
 
-// Bits of codes beyond the four that lie as nibbles do.
+// Bits of codes that are in words of their own, with the parameters of a tile (layouts.cuh).
 template <class L>
 constexpr int HIGH = L::CODE_BITS == 8 ? 0 : L::CODE_BITS - 4;
-// Packed parameters of a tile, and what they have before those bits.
 template <class L>
 constexpr int GROUPS_BYTES = TILE_ROWS * TILE_COLS / L::GROUP * (int)sizeof(typename L::Param);
 template <class L>
@@ -265,34 +264,33 @@ __device__ __forceinline__ int exchanged(int code) {
     else return code;
 }
 
-// A run's codes in order: of four bits each, what they have above those, or eight bits each.
-struct Codes {
-    u64 low = 0;
-    u32 high = 0;
-
-    __device__ __forceinline__ int high_bits(int i) const { return (int)(high >> (HIGH<Layout> * i)) & ((1 << HIGH<Layout>) - 1); }
-    __device__ __forceinline__ int operator[](int i) const {
-        if constexpr (Layout::CODE_BITS == 8) return (signed char)(low >> (8 * i));
-        else return (int)((low >> (4 * i)) & 15) | high_bits(i) << 4;
-    }
-};
-
-// BITS each of a run's columns, as a part of an artifact has them; 0 beyond the row's end.
+// A run's BITS each of a part, in natural order; 0 beyond the row's end.
 template <int BITS>
 __device__ __forceinline__ u64 part_bits(const u8* part, const Place& at, Shape s) {
     const u64 row_bytes = ((u64)s.k * BITS + 7) / 8;
     const u8* row = part + at.row * row_bytes;
     u64 bits = 0;
-    for (int i = 0; i < RUN * BITS / 8; ++i) {
-        const u64 byte = at.column / 8 * BITS + i;
+    for (int i = 0; i < BITS; ++i) {
+        const u64 byte = (u64)at.column / RUN * BITS + i;
         if (byte < row_bytes) bits |= (u64)row[byte] << (8 * i);
     }
     return bits;
 }
-__device__ __forceinline__ Codes part_codes(const Parts& parts, const Place& at, Shape s) {
-    Codes codes{part_bits<Layout::CODE_BITS == 8 ? 8 : 4>(parts.codes, at, s)};
-    if constexpr (HIGH<Layout>) codes.high = (u32)part_bits<HIGH<Layout>>(parts.fifth, at, s);
+// The run's codes as an artifact has them, four bits each in natural order or eight bits each.
+__device__ __forceinline__ u64 part_codes(const Parts& parts, const Place& at, Shape s) {
+    constexpr int BITS = HIGH<Layout>;
+    if constexpr (BITS == 0) return part_bits<Layout::CODE_BITS>(parts.codes, at, s);
+    const u64 low = part_bits<4>(parts.codes, at, s), high = part_bits<BITS>(parts.fifth, at, s);
+    u64 codes = 0;
+    for (int i = 0; i < RUN; ++i)
+        codes |= (low >> (4 * i) & 15 | (high >> (BITS * i) & ((1 << BITS) - 1)) << 4) << (8 * i);
     return codes;
+}
+
+// Code i of those.
+__device__ __forceinline__ int code_of(u64 codes, int i) {
+    if constexpr (Layout::CODE_BITS == 4) return (int)(codes >> (4 * i)) & 15;
+    else return (signed char)(codes >> (8 * i));
 }
 
 // The first of the run's packed words. Where codes are not natural, pairs of four runs share four, and those of eight bits
@@ -307,38 +305,43 @@ __device__ __forceinline__ u16& pair_of_bytes(void* codes, const Place& at, Shap
     return static_cast<u16*>(codes)[2 * (packed_word(at, s) + i) + at.word(s) % 2];
 }
 
-// The word that has the run's high bits, and which of it are those of column i (turn_of of layouts.cuh).
-__device__ __forceinline__ u64 packed_plane(const Place& at, Shape s) {
-    return (at.tile(s) * TILE_BYTES<Layout> + GROUPS_BYTES<Layout>) / 4 + at.lane(s) * HIGH<Layout> + (HIGH<Layout> == 2 ? at.word(s) / 2 : 0);
-}
-__device__ __forceinline__ int plane_bit(const Place& at, Shape s, int i) {
-    const int pair = i / 2, turn = HIGH<Layout> == 1 ? pair + at.word(s) / 2 * 8 : pair % 2 * 2 + pair / 2 * 8;
-    return (4 + at.word(s) % 2 * 4 + i % 2 * 16 + turn) % 32;
-}
+// Where column i of a run of codes of five or six bits lies: from bit `low` of its packed word on, up to the end of that byte, and
+// then from bit `high` of a word among parameters on. Another row's code is before it in that byte, or behind it.
+struct PlacesOfCode {
+    static constexpr int BITS = Layout::CODE_BITS, PAIRS = HIGH<Layout> == 1 ? 4 : 2;
+    u64 plane;
+    int before, low, high;
+
+    __device__ __forceinline__ PlacesOfCode(const Place& at, Shape s, int i)
+        : plane((at.tile(s) * TILE_BYTES<Layout> + GROUPS_BYTES<Layout>) / 4 + i / 2 / PAIRS * 32 + at.lane(s)),
+          before(at.word(s) % 2 * BITS), low(8 * (at.word(s) / 2 + i % 2 * 2)),
+          high(8 * (at.word(s) / 2 * 2 + i % 2) + i / 2 % PAIRS * (8 / PAIRS)) {}
+};
 
 // What rebuilds a run of a packed weight: its codes, in order, and their parameters.
 struct PackedRun {
-    Codes codes;
+    u64 codes = 0;
     Layout::Param param{};
     Layout::RowParam row_param{};
 
     __device__ __forceinline__ PackedRun(const u32* all_codes, const u8* params, const u8* row_params, const Place& at, Shape s) {
         const u32* word = all_codes + packed_word(at, s);
-        if constexpr (Layout::CODE_BITS != 8) {
-            for (int i = 0; i < RUN; ++i) codes.low |= (u64)exchanged(word[word_of(i)] >> (4 * nibble_of(at, s, i)) & 15) << (4 * i);
-        } else {
-            for (int i = 0; i < RUN / 2; ++i) codes.low |= (u64)pair_of_bytes((void*)all_codes, at, s, i) << (16 * i);
-            codes.low ^= 0x8080808080808080ull;
-        }
         if constexpr (HIGH<Layout>) {
-            constexpr int BITS = HIGH<Layout>;
-            const u32 plane = element<u32>(params, packed_plane(at, s));
-            for (int i = 0; i < RUN; ++i) codes.high |= (plane >> plane_bit(at, s, i) & ((1 << BITS) - 1)) << (BITS * i);
+            for (int i = 0; i < RUN; ++i) {
+                const PlacesOfCode place(at, s, i);
+                const u32 low = word[word_of(i)] >> place.low & 255, high = element<u32>(params, place.plane) >> place.high << 8;
+                codes |= (u64)((high | low) >> place.before & ((1 << place.BITS) - 1)) << (8 * i);
+            }
+        } else if constexpr (Layout::CODE_BITS == 4) {
+            for (int i = 0; i < RUN; ++i) codes |= (u64)exchanged(word[word_of(i)] >> (4 * nibble_of(at, s, i)) & 15) << (4 * i);
+        } else {
+            for (int i = 0; i < RUN / 2; ++i) codes |= (u64)pair_of_bytes((void*)all_codes, at, s, i) << (16 * i);
+            codes ^= 0x8080808080808080ull;
         }
         if constexpr (HAS_PARAMS) param = element<Layout::Param>(params, packed_group<Layout>(at, s));
         if constexpr (HAS_ROW_PARAMS) row_param = element<Layout::RowParam>(row_params, packed_row<Layout>(at, s));
     }
-    __device__ __forceinline__ float value(int i) const { return Layout::value(codes[i], param, row_param); }
+    __device__ __forceinline__ float value(int i) const { return Layout::value(code_of(codes, i), param, row_param); }
 };
 #endif
 

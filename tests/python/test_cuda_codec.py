@@ -210,16 +210,18 @@ def test_lanes_and_words_of_the_reference_are_those_that_layouts_cuh_draws(name)
             else:
                 at, place = (word, i) if tables else (i // 2, word + i % 2 * 4)
                 code = int(codes[row, column // 2]) >> (4 * (column % 2)) & 15
+            if planes is not None:
+                # Both rows' codes in one number, whose low byte is where two nibbles would be.
+                code |= (int(parts[4][row, column * more // 8]) >> (column * more % 8) & ((1 << more) - 1)) << 4
+                half, pair, second, pairs = word // 2, i // 2, i % 2, 4 // more
+                low = int(packed[strip, tile].reshape(32, 4)[lane, pair]) >> (8 * (half + 2 * second)) & 255
+                plane = int(planes[strip, tile].reshape(more, 32)[pair // pairs, lane])
+                both = low | (plane >> (8 * (2 * half + second) + pair % pairs * 2 * more) & ((1 << 2 * more) - 1)) << 8
+                assert both >> (word % 2 * (4 + more)) & ((1 << 4 + more) - 1) == code
+            elif not eight:
                 if tables:
                     code = code & 3 | (code & 4) << 1 | (code & 8) >> 1
                 assert packed[strip, tile].reshape(32, 4)[lane, at] >> np.uint32(4 * place) & 15 == code
-            if planes is not None:
-                half, pair = word // 2, i // 2
-                plane = int(planes[strip, tile].reshape(32, more)[lane, half * (more - 1)])
-                by = pair + 8 * half if more == 1 else (0, 2, 8, 10)[pair]
-                turned = (plane >> by | plane << (32 - by)) & 0xFFFFFFFF
-                high = turned >> (4 + 4 * (word % 2) + 16 * (i % 2)) & ((1 << more) - 1)
-                assert high == int(parts[4][row, column * more // 8]) >> (column * more % 8) & ((1 << more) - 1)
             if params is None:
                 continue
             raw = [int(fields[j][row, column // part_group]) for j in fields]

@@ -60,6 +60,8 @@ def random_weight(layout: str, n: int, k: int, batch: int = 0, seed: int = 0) ->
         elif about.row_part is not None:
             line = np.array([0.001, 1e-5, -0.02, 6e-5]) * (1 + random.random((rows, 4)))
             parts += [line.astype(np.float16)]
+        if about.high_bits:
+            parts += [random.integers(0, 256, (rows, -(-k * about.high_bits // 8)), np.uint8)]
     import cupy
 
     *packed, power = codec.pack(about, [cupy.asarray(part) for part in parts], n, k, batch)

@@ -59,17 +59,18 @@ def _strips(
         return weights.sub_(128).mul_(row_params.view(torch.float32).reshape(rows, 1))
 
     assert params is not None
-    # [strip, tile, g, t, word, nibble], the last two as `layouts.pack` has them, to rows of codes in order.
-    shifts = torch.arange(0, 32, 4, dtype=torch.int32, device=codes.device)
-    coded = (codes.view(strips, tiles, 8, 4, 4, 1) >> shifts).bitwise_and_(15)
     if layout.high_bits:
         own = TILE_ROWS * TILE_COLS // layout.group
-        coded |= _high_bits(layout, params[..., own:]) << 4
+        coded = _codes_in_planes(layout.code_bits, codes, params[..., own:]).reshape(rows, columns)
         params = params[..., :own].reshape(strips, tiles, 8, 32 // layout.group, 4)
-    if layout.natural:
-        coded = coded.view(strips, tiles, 8, 4, 2, 2, 8).permute(0, 5, 2, 1, 4, 3, 6).reshape(rows, columns)
     else:
-        coded = coded.view(strips, tiles, 8, 4, 4, 2, 2, 2).permute(0, 7, 2, 1, 6, 3, 4, 5).reshape(rows, columns)
+        # [strip, tile, g, t, word, nibble], the last two as `layouts.pack` has them, to rows of codes in order.
+        shifts = torch.arange(0, 32, 4, dtype=torch.int32, device=codes.device)
+        coded = (codes.view(strips, tiles, 8, 4, 4, 1) >> shifts).bitwise_and_(15)
+        if layout.natural:
+            coded = coded.view(strips, tiles, 8, 4, 2, 2, 8).permute(0, 5, 2, 1, 4, 3, 6).reshape(rows, columns)
+        else:
+            coded = coded.view(strips, tiles, 8, 4, 4, 2, 2, 2).permute(0, 7, 2, 1, 6, 3, 4, 5).reshape(rows, columns)
     group = layout.group
     groups = _by_rows(layout, params, rows)[:, : -(-columns // group)]
 
@@ -94,17 +95,19 @@ def _strips(
     return weights.view(rows, -1)[:, :columns]
 
 
-def _high_bits(layout: Layout, planes: torch.Tensor) -> torch.Tensor:
-    """Bits of codes above the fourth, in the order of a lane's nibbles: [strip, tile, g, t, pair, nibble]."""
-    bits = layout.high_bits
-    words = planes.contiguous().view(torch.int32).view(*planes.shape[:2], 8, 4, bits)
-    words = words.expand(*words.shape[:-1], 2)
-    turns = torch.from_numpy(layouts.turns(bits)).to(words.device)
-    # Nibble i is of word i % 4, whose column half is i % 4 // 2 and whose row half is i % 2, and the second of its pair from 4 on.
-    nibble = torch.arange(8, device=words.device)
-    half = nibble % 4 // 2
-    at = (4 + turns[half].T + 4 * (nibble % 2) + 16 * (nibble // 4)) % 32
-    return (words[..., None, half] >> at.int()) & ((1 << bits) - 1)
+def _codes_in_planes(bits: int, codes: torch.Tensor, planes: torch.Tensor) -> torch.Tensor:
+    """Codes of five or six bits, [strip, row half, g, tile, column half, t, pair, which of two] (`layouts.pack`)."""
+    strips, tiles = codes.shape[:2]
+    pairs = layouts.PLANE_PAIRS[bits]
+    # [strip, tile, g, t, pair, which of two, column half]
+    low = codes.contiguous().view(torch.uint8).view(strips, tiles, 8, 4, 4, 2, 2).int()
+    # [strip, tile, word, g, t, column half, which of two, place of the pair]
+    shifts = torch.arange(0, 8, 8 // pairs, dtype=torch.int32, device=codes.device)
+    high = planes.contiguous().view(torch.uint8).view(strips, tiles, 4 // pairs, 8, 4, 2, 2, 1).int() >> shifts
+    high = high.bitwise_and_((1 << 8 // pairs) - 1).permute(0, 1, 3, 4, 2, 7, 6, 5).reshape(low.shape)
+    both = low | high << 8
+    coded = torch.stack([both & ((1 << bits) - 1), both >> bits], 1)
+    return coded.permute(0, 1, 3, 2, 7, 4, 5, 6)
 
 
 def _by_rows(layout: Layout, params: torch.Tensor, rows: int) -> torch.Tensor:

@@ -30,6 +30,9 @@ SCALE_BOUND = 4.0
 #: The largest power of two for that: halves that are not subnormal need no larger one.
 MOST_POWER = 15
 
+#: Pairs of which a word has what is above the low byte of codes of so many bits (cuda/layouts.cuh).
+PLANE_PAIRS = {5: 4, 6: 2}
+
 #: Shapes of codes, params and row_params.
 Sizes = tuple[tuple[int, ...], tuple[int, ...] | None, tuple[int, ...] | None]
 
@@ -237,20 +240,25 @@ def pack(layout: Layout, parts: Sequence[NDArray[Any]], n: int, k: int, batch: i
 
     codes = parts[0]
     words: NDArray[np.uint32]
+    planes: NDArray[Any] | None = None
     if layout.code_bits != 8:
         codes = np.stack([codes & 15, codes >> 4], -1).reshape(matrix_count * n, -1)[:, :k]
         codes = np.array(layout.packed_as, np.uint8)[codes]
+        if layout.high_part is not None:
+            codes = codes | _high_bits(layout, parts[layout.high_part], k) << 4
         tile = padded(codes, tiles * TILE_COLS).reshape(matrix_count, strips, 2, 8, tiles, 2, 4, 8)
         # [batch, strip, row half, g, tile, column half, t, column] to tile by tile, lane (g, t), word, nibble: word
         # (column half, row half) with its columns, or each pair with (which of two, column half, row half).
-        if layout.natural:
-            nibbles = tile.transpose(0, 1, 4, 3, 6, 5, 2, 7)
+        pairs = tile.reshape(*tile.shape[:-1], 4, 2)
+        if layout.high_bits:
+            words, planes = _codes_in_planes(layout.code_bits, pairs)
         else:
-            pairs = tile.reshape(*tile.shape[:-1], 4, 2)
-            nibbles = pairs.transpose(0, 1, 4, 3, 6, 7, 8, 5, 2).reshape(*tile.shape[:2], tiles, 8, 4, 4, 8)
-        words = np.zeros(nibbles.shape[:-1], np.uint32)
-        for nibble in range(8):
-            words |= nibbles[..., nibble].astype(np.uint32) << np.uint32(4 * nibble)
+            nibbles = tile.transpose(0, 1, 4, 3, 6, 5, 2, 7)
+            if not layout.natural:
+                nibbles = pairs.transpose(0, 1, 4, 3, 6, 7, 8, 5, 2).reshape(*tile.shape[:2], tiles, 8, 4, 4, 8)
+            words = np.zeros(nibbles.shape[:-1], np.uint32)
+            for nibble in range(8):
+                words |= nibbles[..., nibble].astype(np.uint32) << np.uint32(4 * nibble)
     else:
         tile = padded(codes.view(np.uint8) ^ 128, tiles * TILE_COLS, fill=128)
         tile = tile.reshape(matrix_count, strips, 2, 8, tiles, 2, 4, 4, 2)
@@ -272,10 +280,9 @@ def pack(layout: Layout, parts: Sequence[NDArray[Any]], n: int, k: int, batch: i
         else:
             params = padded(joined, sizes[1][-3]).reshape(matrix_count, strips, 2, 8, -1).transpose(0, 1, 4, 3, 2)
         params = np.ascontiguousarray(params)
-        if layout.high_part is not None:
-            high = _high_bits(layout, parts[layout.high_part], k)
-            planes = _planes(layout, padded(high, tiles * TILE_COLS), strips, tiles)
-            params = np.concatenate([params.reshape(*planes.shape[:3], -1), planes.view("<u2")], -1)
+        if planes is not None:
+            planes = np.ascontiguousarray(planes).view("<u2")
+            params = np.concatenate([params.reshape(*planes.shape[:3], -1), planes], -1)
         params = params.reshape(sizes[1])
 
     row_params = None
@@ -303,12 +310,6 @@ def pack(layout: Layout, parts: Sequence[NDArray[Any]], n: int, k: int, batch: i
     return packed
 
 
-def turns(high_bits: int) -> NDArray[np.int64]:
-    """By how much a lane's word of high bits is turned for a pair and a half (turn_of of cuda/layouts.cuh), [2, 4]."""
-    pair, half = np.arange(4), np.arange(2)[:, None]
-    return pair + 8 * half if high_bits == 1 else pair % 2 * 2 + pair // 2 * 8 + 0 * half
-
-
 def _high_bits(layout: Layout, part: NDArray[np.uint8], k: int) -> NDArray[np.uint8]:
     """The bits of each code above the fourth, [rows, k]."""
     bits = layout.high_bits
@@ -316,16 +317,22 @@ def _high_bits(layout: Layout, part: NDArray[np.uint8], k: int) -> NDArray[np.ui
     return (part[..., None] >> shifts & ((1 << bits) - 1)).reshape(len(part), -1)[:, :k]
 
 
-def _planes(layout: Layout, high: NDArray[np.uint8], strips: int, tiles: int) -> NDArray[np.uint32]:
-    """Those of [batch, 16 * strips, 64 * tiles] as words of lanes, [batch, strips, tiles, words]."""
-    bits = layout.high_bits
-    # [batch, strip, row half, g, tile, column half, t, pair, which of two] to [batch, strip, tile, lane (g, t), …].
-    tile = high.reshape(-1, strips, 2, 8, tiles, 2, 4, 4, 2).transpose(0, 1, 4, 3, 6, 5, 7, 2, 8)
-    # [column half, pair, row half, which of two]
-    at = 4 + turns(bits)[:, :, None, None] + 4 * np.arange(2)[:, None] + 16 * np.arange(2)
-    words = (tile.astype(np.uint32) << (at % 32).astype(np.uint32)).sum((-3, -2, -1), dtype=np.uint32)
-    words = words if bits == 2 else words.sum(-1, dtype=np.uint32)
-    return np.ascontiguousarray(words.reshape(*words.shape[:3], -1))
+def _codes_in_planes(bits: int, tile: NDArray[np.uint8]) -> tuple[NDArray[np.uint32], NDArray[np.uint32]]:
+    """Codes of five or six bits as packed words, and what is above these (cuda/layouts.cuh), [batch, strip, tile, words].
+
+    Args:
+        bits: Of a code.
+        tile: Codes [batch, strip, row half, g, tile, column half, t, pair, which of two].
+    """
+    # Both row halves' in one number, to [batch, strip, tile, g, t, pair, column half, which of two].
+    both = (tile[:, :, 0] | tile[:, :, 1].astype(np.uint32) << np.uint32(bits)).transpose(0, 1, 3, 2, 5, 6, 4, 7)
+    half, second, pair = np.arange(2)[:, None], np.arange(2), np.arange(4)[:, None, None]
+    words = ((both & 255) << (8 * (half + 2 * second)).astype(np.uint32)).sum((-2, -1), dtype=np.uint32)
+    pairs = PLANE_PAIRS[bits]
+    at = 8 * (2 * half + second) + pair % pairs * (8 // pairs)
+    high = (both >> 8 << at.astype(np.uint32)).sum((-2, -1), dtype=np.uint32)
+    planes = high.reshape(*high.shape[:-1], -1, pairs).sum(-1, dtype=np.uint32)
+    return words.reshape(*words.shape[:3], -1), np.moveaxis(planes, -1, 3).reshape(*planes.shape[:3], -1)
 
 
 def _up(a: int, b: int) -> int:
