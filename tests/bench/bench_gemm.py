@@ -34,9 +34,8 @@ from tenpak.cuda import layouts, plans, products
 SHAPES = [(4096, 4096), (4096, 11008), (11008, 4096), (8192, 28672)]  # K x N
 TOKENS = [1, 2, 4, 8, 16, 32, 64, 128, 256, 1024, 2048]
 PAIRS = {"int4_g8_fp16": 8, "int4_g16_fp16": 16, "int4_g32_fp16": 32, "int4_g64_fp16": 64, "int4_g128_fp16": 128}
-BYTES = {"int4_g8_u8": 8, "int4_g16_u8": 16}
-PLANES = ("int5_g32_u8", "int6_g32_u8")
-LAYOUTS = [*PAIRS, *BYTES, *PLANES, "int4_lut16", "int8_sym"]
+BYTES = ("int4_g8_u8", "int4_g16_u8", "int5_g32_u8", "int6_g32_u8")
+LAYOUTS = [*PAIRS, *BYTES, "int4_lut16", "int8_sym"]
 #: Bytes of the copies of a weight that a graph goes round: three times the L2 of an H200.
 RING = 180 << 20
 #: Scales and offsets are packed times this (`tenpak.cuda.layouts.power_of`).
@@ -76,8 +75,10 @@ def random_weight(layout: str, n: int, k: int) -> Any:
         shape = (strips, tiles, 8, 32 // group, 4) if group <= 32 else (strips, -(-tiles * 64 // group), 8, 2)
         scale = POWER * 0.002 * (1 + uniform(*shape))
         params = cupy.stack([scale, -7.5 * scale], -1).astype(cupy.float16)
-    elif layout in BYTES or layout in PLANES:
-        params = some_bytes(*layouts.find(layout).sizes(n, k, 0)[1], 2)
+    elif layout in BYTES:
+        shape = layouts.find(layout).sizes(n, k, 0)[1]
+        assert shape is not None
+        params = some_bytes(*shape, 2)
         line = POWER * cupy.array([0.001, 1e-5, -0.02, 6e-5], cupy.float32)
         row_params = (line * (1 + uniform(strips * 16, 4))).astype(cupy.float16)
     elif layout == "int4_lut16":
@@ -94,7 +95,7 @@ def random_weight(layout: str, n: int, k: int) -> Any:
         codes=codes,
         params=params,
         row_params=row_params,
-        scale=1.0 if layout in ("int4_lut16", "int8_sym") else 1.0 / POWER,
+        scale=1.0 / POWER if layout in PAIRS or layout in BYTES else 1.0,
         device=device,
     )
 

@@ -108,7 +108,9 @@ def test_two_strips_and_more_tokens_than_a_chunk(layout):
     check(layout, plans.Form(2, 3, 1, 2, True, copiers=2), (19, 70, 640))
 
 
-@pytest.mark.parametrize("layout", ["int4_g32_fp16", "int4_g128_fp16", "int4_g8_u8", "int4_lut16", "int8_sym"])
+@pytest.mark.parametrize(
+    "layout", ["int4_g32_fp16", "int4_g128_fp16", "int4_g8_u8", "int5_g32_u8", "int6_g32_u8", "int4_lut16", "int8_sym"]
+)
 def test_blocks_of_many_rows(layout):
     # One turn and several, also of tokens; an odd number of tiles; strips that are not there.
     check(layout, None, (13, 70, 576))

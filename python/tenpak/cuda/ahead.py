@@ -193,7 +193,7 @@ def of_models(paths: Sequence[str]) -> tuple[set[tuple[int, int]], set[str], set
         head_dims.add(config.head_dim)
         for name in source.artifact:
             info = source.artifact.info(name)
-            if info.codec == KEEP or len(info.shape) != 2 or codec_named(info.codec).layout not in layouts.LAYOUTS:
+            if info.codec == KEEP or len(info.shape) != 2:
                 continue
             n, k, _ = layouts.matrices(info.shape, info.axis)
             shapes.add((n, k))

@@ -144,7 +144,7 @@ def _bytes(group: int, code_bits: int = 4) -> Layout:
     )
 
 
-#: Every layout with kernels, by its name in the codec table and in cuda/.
+#: Every layout, by its name in the codec table and in cuda/.
 LAYOUTS: dict[str, Layout] = {
     layout.name: layout
     for layout in (
@@ -314,15 +314,18 @@ def _high_bits(layout: Layout, part: NDArray[np.uint8], k: int) -> NDArray[np.ui
     """The bits of each code above the fourth, [rows, k]."""
     bits = layout.high_bits
     shifts = np.arange(0, 8, bits, dtype=np.uint8)
-    return (part[..., None] >> shifts & ((1 << bits) - 1)).reshape(len(part), -1)[:, :k]
+    return (part[..., None] >> shifts & np.uint8((1 << bits) - 1)).reshape(len(part), -1)[:, :k]
 
 
 def _codes_in_planes(bits: int, tile: NDArray[np.uint8]) -> tuple[NDArray[np.uint32], NDArray[np.uint32]]:
-    """Codes of five or six bits as packed words, and what is above these (cuda/layouts.cuh), [batch, strip, tile, words].
+    """Codes of five or six bits as packed words, and as words of what is above these (cuda/layouts.cuh).
 
     Args:
         bits: Of a code.
         tile: Codes [batch, strip, row half, g, tile, column half, t, pair, which of two].
+
+    Returns:
+        Both [batch, strip, tile, words].
     """
     # Both row halves' in one number, to [batch, strip, tile, g, t, pair, column half, which of two].
     both = (tile[:, :, 0] | tile[:, :, 1].astype(np.uint32) << np.uint32(bits)).transpose(0, 1, 3, 2, 5, 6, 4, 7)

@@ -1,4 +1,4 @@
-"""A linear layer of PyTorch whose weight stays in four or eight bits."""
+"""A linear layer of PyTorch whose weight stays in four to eight bits."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 class G8Linear(torch.nn.Module):
     """y = x Wᵀ + b with a quantised weight, in place of `torch.nn.Linear` and transformers' `Conv1D`.
 
-    Named for its default, groups of 8 with FP16 scales and offsets; it takes every codec that has kernels. On a CUDA
+    Named for its default, groups of 8 with FP16 scales and offsets; it takes every codec. On a CUDA
     device with CuPy it computes in x's float16 or bfloat16 (float32 is cast to float16 and back) with FP32 sums;
     elsewhere PyTorch computes, which a warning says once. The weight has no gradient, x and bias have.
 
@@ -73,7 +73,7 @@ class G8Linear(torch.nn.Module):
             codec: A name from `tenpak.codecs()`. Min/max codecs encode on the GPU if the layer is there.
 
         Raises:
-            UsageError: It is no such layer, its weight holds no data, or the codec is unknown or has no kernels.
+            UsageError: It is no such layer, its weight holds no data, or the codec is unknown.
             InputError: A weight is NaN or infinite.
         """
         if not is_linear(layer):
@@ -140,7 +140,7 @@ class G8Linear(torch.nn.Module):
             device: Where the layer will be; None for the CPU.
 
         Raises:
-            UsageError: Parts or shape do not fit, or the codec is unknown or has no kernels.
+            UsageError: Parts or shape do not fit, or the codec is unknown.
         """
         layout = layouts.find(codec_named(codec).layout)
         n, k, batch = layouts.matrices(shape, axis)

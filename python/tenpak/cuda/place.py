@@ -7,8 +7,6 @@ from typing import Any
 import cupy
 
 from tenpak.artifact import KEEP
-from tenpak.codecs import find as codec_named
-from tenpak.cuda import layouts
 from tenpak.cuda.products import matmul
 from tenpak.cuda.weight import QuantizedWeight
 from tenpak.decoder import Decoder, Linear
@@ -38,7 +36,7 @@ class QuantizedLinear:
 
 
 def place(decoder: Decoder) -> int:
-    """Replaces the linear layers of a decoder on CuPy whose weights a `.tenpak` holds under a codec with kernels.
+    """Replaces the linear layers of a decoder on CuPy whose weights a `.tenpak` holds under a codec.
 
     Others stay as they are, in FP32. Returns how many were replaced.
 
@@ -51,8 +49,7 @@ def place(decoder: Decoder) -> int:
     artifact = source.artifact
 
     def moved(linear: Linear) -> Any:
-        codec = artifact.info(linear.name).codec
-        if not isinstance(linear, Linear) or codec == KEEP or codec_named(codec).layout not in layouts.LAYOUTS:
+        if not isinstance(linear, Linear) or artifact.info(linear.name).codec == KEEP:
             return linear
         return QuantizedLinear(linear.name, QuantizedWeight.from_artifact(artifact, linear.name), linear.bias)
 

@@ -2,8 +2,8 @@
 
 Queries, keys and values are rows of one weight; so are gates and what they multiply, in turns of eight rows, so that
 one lane of the kernel holds both and nothing between them is written. The norm before a product of few tokens is made
-in its launch. Weights of different codecs cannot be joined, and are multiplied one after another; weights without
-kernels are FP16 (FP32 where that cannot hold them).
+in its launch. Weights of different codecs cannot be joined, and are multiplied one after another; those that
+were kept are FP16 (FP32 where that cannot hold them).
 """
 
 from __future__ import annotations
@@ -15,8 +15,7 @@ import cupy
 import numpy as np
 
 from tenpak.artifact import KEEP, ArtifactFile
-from tenpak.codecs import find as codec_named
-from tenpak.cuda import glue, layouts
+from tenpak.cuda import glue
 from tenpak.cuda.plans import FEW, Fused, NormKind, Output
 from tenpak.cuda.products import launch, matmul
 from tenpak.cuda.weight import QuantizedWeight
@@ -147,15 +146,14 @@ def _launch(weight: QuantizedWeight, bias: Any, x: Any, y: Any, fused: Fused, no
 
 
 def weight_of(artifact: ArtifactFile, name: str) -> Any:
-    """One tensor as a `QuantizedWeight` where it has kernels, and as an FP16 or FP32 array else."""
+    """One tensor as a `QuantizedWeight` where it has a codec, and as an FP16 or FP32 array else."""
     if _packs(artifact, name):
         return QuantizedWeight.from_artifact(artifact, name)
     return _dense(artifact.read(name, np.float32))
 
 
 def _packs(artifact: ArtifactFile, name: str) -> bool:
-    codec = artifact.info(name).codec
-    return codec != KEEP and codec_named(codec).layout in layouts.LAYOUTS
+    return artifact.info(name).codec != KEEP
 
 
 def _dense(array: Any) -> Any:

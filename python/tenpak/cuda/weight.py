@@ -19,7 +19,7 @@ from tenpak.cuda import layouts
 
 @dataclass(frozen=True)
 class QuantizedWeight:
-    """A linear layer's weight [n outputs, k inputs], or a batch of them, in four or eight bits.
+    """A linear layer's weight [n outputs, k inputs], or a batch of them, in four to eight bits.
 
     Made by `from_artifact`, `from_parts` or `from_array`; `tenpak.cuda.matmul` multiplies with it. Its bytes are those
     of the artifact in another order (cuda/layouts.cuh), the same for every number of tokens, and scales and offsets are
