@@ -56,6 +56,22 @@ constexpr int READY = 1, STAGED = 2;
 // Steps of x that the copy engine may bring one by one.
 constexpr int X_STEPS = ENGINE && !INTEGER && !NORM ? 32 : 0;
 
+// Of how many parts along K a strip's sums are, and which of them this block has: of slices, or of left-over strips that are cut.
+struct Cut {
+    int parts, part, most;  // most: of any strip
+    int strips_before;      // those that are not cut
+
+    __device__ __forceinline__ Cut(const Walk& walk, int strip, int head)
+        : parts(gridDim.y), part(blockIdx.y), most(parts), strips_before(0) {
+        if (!head) return;
+        strips_before = walk.wholes * walk.every * STRIPS;
+        const int begin = (strip - strips_before) / STRIPS * walk.steps, first = begin / head;
+        part = walk.first - first;
+        parts = (begin + walk.steps - 1) / head - first + 1;
+        most = (walk.steps + head - 2) / head + 1;
+    }
+};
+
 using Sums = SumsBarriers<BUFFERS, WARPS, 1>;
 __device__ __forceinline__ void wait_for_staging() { wait_at_barrier<FIRST_COPIER * LANES>(STAGED); }
 
@@ -79,12 +95,12 @@ __device__ __forceinline__ void copy_x(const XSlice& from, u32 to, int row_bytes
 // x [batch, m, k] (FP32 before a norm) with rows of x_stride elements, or, with offsets [batch + 1], all experts' tokens one
 // after another, sorted by expert. y alike with rows of n, or n / 2 if gated. bias [batch, n] or null. slice: tiles of K for
 // each block, a multiple of four; partial [slots, slices, strips, PARTS, lanes] float4 and arrived [slots, strips] (of the first strip of
-// each turn) serve slices > 1. norm_weight, norm_bias (or null): FP32 [k], with -DNORM.
+// each turn) serve slices > 1, or left-over strips that are cut. wholes, head, head_ratio: of Walk; head > 0 with one slice only. norm_weight, norm_bias (or null): FP32 [k], with -DNORM.
 extern "C" __global__ void __launch_bounds__(tenpak::ALL_WARPS * 32, BLOCKS)
 skinny(const unsigned char* codes, const unsigned char* params, const unsigned char* row_params, const unsigned short* x,
        tenpak::Out* y, const unsigned short* bias, const int* offsets, float4* partial, unsigned int* arrived,
        long long codes_step, long long params_step, long long row_params_step, long long x_stride, int m, int n, int k,
-       int tiles, int supers, int slice, float scale
+       int tiles, int supers, int slice, int wholes, int head, unsigned int head_ratio, float scale
 #if NORM
        , const float* norm_weight, const float* norm_bias, float eps
 #endif
@@ -94,7 +110,7 @@ skinny(const unsigned char* codes, const unsigned char* params, const unsigned c
     const int warp = __shfl_sync(~0u, threadIdx.x / LANES, 0), lane = threadIdx.x % LANES;
     const int matrix = blockIdx.z, slices = gridDim.y;
     const int strips = (n + TILE_ROWS - 1) / TILE_ROWS;
-    const Walk walk(strips, tiles, slice);
+    const Walk walk(strips, tiles, slice, wholes, head, head_ratio);
     // Each role makes its own, for what a launch begins with takes time by its instructions.
     auto weight_of = [&] {
         return Weight{codes + matrix * codes_step, params + matrix * params_step, row_params + matrix * row_params_step, tiles, supers};
@@ -119,7 +135,7 @@ skinny(const unsigned char* codes, const unsigned char* params, const unsigned c
                       k, walk.first_tile * TILE_COLS, walk.count * TILE_COLS};
     };
     // Whether the copy engine brings x, too: where a row of it is what its tiles hold.
-    const bool x_by_engine = X_STEPS && walk.steps <= X_STEPS && k % TILE_COLS == 0 && slice_of_x(0).aligned(16);
+    const bool x_by_engine = X_STEPS && !head && walk.steps <= X_STEPS && k % TILE_COLS == 0 && slice_of_x(0).aligned(16);
 
 #if ENGINE
     __shared__ u64 barriers[Ring::BARRIERS + X_STEPS];
@@ -135,7 +151,9 @@ skinny(const unsigned char* codes, const unsigned char* params, const unsigned c
             if (chunk) __syncthreads();
             // Of each step x, where it is there, and then the weights: all by the same few instructions, for those that are new come from
             // far.
-            int turn = 0, step = 0, x_steps = x_by_engine ? 0 : walk.steps;
+            int turn = 0, x_steps = x_by_engine ? 0 : walk.steps;
+            Turn now = walk.turn(0);
+            int step = now.first;
 #pragma unroll 1
             for (int asked = chunk ? DEPTH : 0; walk.has(turn) || (X_STEPS && x_steps < walk.steps); ++asked) {
                 if (X_STEPS && OVERLAP && asked == DEPTH) wait_for_previous();
@@ -144,8 +162,11 @@ skinny(const unsigned char* codes, const unsigned char* params, const unsigned c
                     ++x_steps;
                 }
                 if (walk.has(turn)) {
-                    ring.copy(walk, weight, turn, step, copier);
-                    if (++step == walk.steps) step = 0, ++turn;
+                    ring.copy(walk, weight, now.strip, step, copier);
+                    if (++step == now.last) {
+                        now = walk.turn(++turn);
+                        step = now.first;
+                    }
                 }
             }
         }
@@ -194,21 +215,22 @@ skinny(const unsigned char* codes, const unsigned char* params, const unsigned c
                 }
                 buffers.read(buffer, lane);
                 buffers.next(buffer);
-                if (slices > 1) {
-                    const size_t step = (size_t)strips * PARTS * LANES;
-                    float4* all = partial + (slot * slices * strips + strip) * PARTS * LANES + lane;
+                if (slices > 1 || (head && walk.is_head(turn))) {
+                    const Cut cut(walk, strip, head);
+                    const size_t step = (size_t)(strips - cut.strips_before) * PARTS * LANES;
+                    float4* all = partial + slot * cut.most * step + (strip - cut.strips_before) * PARTS * LANES + lane;
 #pragma unroll
-                    for (int part = 0; part < PARTS; ++part) __stcg(all + blockIdx.y * step + part * LANES, sums[part]);
+                    for (int part = 0; part < PARTS; ++part) __stcg(all + cut.part * step + part * LANES, sums[part]);
                     __threadfence();
                     __syncwarp();
                     unsigned int* counter = arrived + slot * strips + strip;
                     u32 before = 0;
                     if (lane == 0) before = atomicAdd(counter, 1u);
-                    if (__shfl_sync(~0u, before, 0) + 1 != (u32)slices) continue;
+                    if (__shfl_sync(~0u, before, 0) + 1 != (u32)cut.parts) continue;
                     __threadfence();
 #pragma unroll
                     for (int part = 0; part < PARTS; ++part) sums[part] = __ldcg(all + part * LANES);
-                    for (int other = 1; other < slices; ++other)
+                    for (int other = 1; other < cut.parts; ++other)
 #pragma unroll
                         for (int part = 0; part < PARTS; ++part) add(sums[part], __ldcg(all + other * step + part * LANES));
                     if (lane == 0) *counter = 0;
@@ -280,9 +302,10 @@ skinny(const unsigned char* codes, const unsigned char* params, const unsigned c
             for (int i = 0; i < STRIPS; ++i) rows_after[i] = Layout::rows(weight, walk.strip(turn + 1, i), lane);
             products.clear();
 #if ENGINE
-            int step = ahead, tile = STAGE_TILES * (warp % SHARERS) + step * STEP_TILES;
+            const Turn now = walk.turn(turn);
+            int step = now.first + ahead, tile = STAGE_TILES * (warp % SHARERS) + step * STEP_TILES;
 #pragma unroll 1
-            for (; step < walk.steps; step += GROUPS, tile += GROUPS * STEP_TILES) {
+            for (; step < now.last; step += GROUPS, tile += GROUPS * STEP_TILES) {
                 Products::Pair pair;
                 if (x_by_engine && turn < GROUPS) barrier_wait(x_full + 8 * step, chunk % 2);
                 products.load(pair, ring.wait(), lane);
@@ -290,7 +313,7 @@ skinny(const unsigned char* codes, const unsigned char* params, const unsigned c
                 products.multiply(pair, rows, tile, walk.count);
             }
             // The groups take turns across the ends of strips, too.
-            ahead = step - walk.steps;
+            ahead = step - now.last;
 #else
             int tile = STAGE_TILES * warp;
 #pragma unroll 1

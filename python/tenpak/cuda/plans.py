@@ -175,6 +175,7 @@ class Form:
 
     `strips` at a time. `engine`: the copy engine brings weights, asked for by `copiers`. `sharers`: warps that take a
     step together, of whom there are several groups in turn (0: all). `even`: no more blocks than as many turns need.
+    `head`: strips that are left over are cut (`head_steps`), with `engine` only.
     """
 
     warps: int
@@ -185,6 +186,7 @@ class Form:
     copiers: int = 1
     sharers: int = 0
     even: bool = False
+    head: bool = False
 
 
 #: Layouts of which one token of a large weight is multiplied with two strips at a time.
@@ -231,6 +233,16 @@ def _forms(device: Device, layout: str, n: int, k: int, m: int, integer: int, ov
     elif layout == "int4_g8_u8":
         forms.insert(0, engine(8, 2, 2))
     return forms
+
+
+def head_steps(turns: int, blocks: int, steps: int) -> int:
+    """Steps of the strips that are left over that each block does first (Walk of cuda/ring.cuh), 0 where none are cut.
+
+    `turns` of `steps` are for `blocks`. Where all but a few have one turn more than those, the last steps of these
+    are what time is saved; each block has whole turns, too.
+    """
+    share = divide_up(turns % blocks * steps, blocks)
+    return share if turns > blocks and share < steps else 0
 
 
 #: Tiles that a slice of K is a multiple of: those of a super-scale of `TABLES`.
@@ -295,8 +307,11 @@ def skinny_plans(
         slices, turns = divide_up(tiles, slice_tiles), divide_up(strips, form.strips)
         per_matrix = max(1, device.multiprocessors * form.blocks // (slices * batch))
         width = min(turns, per_matrix)
-        if form.even:
+        steps = divide_up(tiles, 2 * sharers)
+        head = head_steps(turns, width, steps) if form.head and form.engine and slices == 1 and not grouped else 0
+        if form.even and not head:
             width = divide_up(turns, divide_up(turns, width))
+        wholes = turns // width
         defines = {
             "LAYOUT": layout,
             "BF16": int(bf16),
@@ -315,7 +330,8 @@ def skinny_plans(
             # Each thread's part of a row, in fours (cuda/normed.cuh).
             defines["EACH"] = divide_up(tiles * TILE_COLS, 4 * 32 * form.warps)
         # Slots of partial sums: one for each chunk of tokens of each matrix.
-        slots = (m // chunk + batch if grouped else batch * divide_up(m, chunk) + batch) if slices > 1 else 0
+        parts, cut = (divide_up(steps - 1, head) + 1, strips - wholes * width * form.strips) if head else (slices, strips)
+        slots = (m // chunk + batch if grouped else batch * divide_up(m, chunk) + batch) if parts > 1 else 0
         # Those that multiply, that add, and one that asks for copies.
         warps = form.warps + buffers + form.engine * form.copiers
         int32 = np.int32
@@ -326,8 +342,11 @@ def skinny_plans(
             (width, slices, batch),
             (32 * warps,),
             shared,
-            (int32(m), int32(n), int32(k), int32(tiles), int32(divide_up(k, 256)), int32(slice_tiles)),
-            slots * slices * strips * form.strips * columns * 512,
+            (
+                *(int32(m), int32(n), int32(k), int32(tiles), int32(divide_up(k, 256)), int32(slice_tiles)),
+                *(int32(wholes), int32(head), np.uint32(divide_up(1 << 32, steps) & 0xFFFFFFFF)),
+            ),
+            slots * parts * cut * form.strips * columns * 512,
             slots * strips,
         )
 
