@@ -9,11 +9,6 @@
 
 namespace tenpak {
 
-// Steps first .. last of STRIPS strips from `strip` on.
-struct Turn {
-    int strip, first, last;
-};
-
 // What a block multiplies, in order: of the strips that are left over when all blocks have as many, its share; then `wholes` turns of
 // strips that are its own. A share is a turn for each of the first blocks, or, where the left-over strips are cut along K (with -DENGINE=1),
 // `head` steps for each: of one strip, or the end of one and the beginning of the next. (Where that is takes no division: it would be
@@ -44,10 +39,10 @@ struct Walk {
     }
     // One of a turn's; beyond the last the last again.
     __device__ __forceinline__ int strip(int turn, int i) const { return min(strip(turn) + i, strips - 1); }
-    __device__ __forceinline__ Turn turn(int i) const {
-        if (!is_head(i)) return {strip(i), 0, steps};
-        return {strip(i), i ? 0 : head_first, i ? head_end - steps : min(head_end, steps)};
-    }
+    // Where the steps of the first turn begin and end, and those of the second; from the third on turns are whole.
+    __device__ __forceinline__ int first_of_first() const { return heads ? head_first : 0; }
+    __device__ __forceinline__ int end_of_first() const { return heads ? min(head_end, steps) : steps; }
+    __device__ __forceinline__ int end_of_second() const { return heads == 2 ? head_end - steps : steps; }
 };
 
 #if ENGINE

@@ -151,9 +151,8 @@ skinny(const unsigned char* codes, const unsigned char* params, const unsigned c
             if (chunk) __syncthreads();
             // Of each step x, where it is there, and then the weights: all by the same few instructions, for those that are new come from
             // far.
-            int turn = 0, x_steps = x_by_engine ? 0 : walk.steps;
-            Turn now = walk.turn(0);
-            int step = now.first;
+            int turn = 0, strip = walk.strip(0), step = walk.first_of_first(), end = walk.end_of_first(), next_end = walk.end_of_second();
+            int x_steps = x_by_engine ? 0 : walk.steps;
 #pragma unroll 1
             for (int asked = chunk ? DEPTH : 0; walk.has(turn) || (X_STEPS && x_steps < walk.steps); ++asked) {
                 if (X_STEPS && OVERLAP && asked == DEPTH) wait_for_previous();
@@ -162,10 +161,12 @@ skinny(const unsigned char* codes, const unsigned char* params, const unsigned c
                     ++x_steps;
                 }
                 if (walk.has(turn)) {
-                    ring.copy(walk, weight, now.strip, step, copier);
-                    if (++step == now.last) {
-                        now = walk.turn(++turn);
-                        step = now.first;
+                    ring.copy(walk, weight, strip, step, copier);
+                    if (++step == end) {
+                        strip = walk.strip(++turn);
+                        step = 0;
+                        end = next_end;
+                        next_end = walk.steps;
                     }
                 }
             }
@@ -269,6 +270,7 @@ skinny(const unsigned char* codes, const unsigned char* params, const unsigned c
     Ring ring(keep_address(shared_address(stages)), ring_barriers, ahead);
 #endif
     const Weight weight = weight_of();
+    const int tiles_here = keep_address(walk.count);
     const u32 staged_address = keep_address(shared_address(staged_x));
     const u32 my_sums = keep_address(shared_address(sums_of_warps + warp * PARTS * LANES + lane));
     for (int chunk = 0; chunk < chunks; ++chunk) {
@@ -296,24 +298,29 @@ skinny(const unsigned char* codes, const unsigned char* params, const unsigned c
 #endif
         wait_for_staging();
 
+#if ENGINE
+        int first = keep_address(walk.first_of_first()), end = keep_address(walk.end_of_first()), next_end = keep_address(walk.end_of_second());
+#endif
         for (int turn = 0; walk.has(turn); ++turn) {
             Layout::Rows rows_after[STRIPS];
 #pragma unroll
             for (int i = 0; i < STRIPS; ++i) rows_after[i] = Layout::rows(weight, walk.strip(turn + 1, i), lane);
             products.clear();
 #if ENGINE
-            const Turn now = walk.turn(turn);
-            int step = now.first + ahead, tile = STAGE_TILES * (warp % SHARERS) + step * STEP_TILES;
+            int step = first + ahead, tile = STAGE_TILES * (warp % SHARERS) + step * STEP_TILES;
 #pragma unroll 1
-            for (; step < now.last; step += GROUPS, tile += GROUPS * STEP_TILES) {
+            for (; step < end; step += GROUPS, tile += GROUPS * STEP_TILES) {
                 Products::Pair pair;
                 if (x_by_engine && turn < GROUPS) barrier_wait(x_full + 8 * step, chunk % 2);
                 products.load(pair, ring.wait(), lane);
                 ring.release(lane);
-                products.multiply(pair, rows, tile, walk.count);
+                products.multiply(pair, rows, tile, tiles_here);
             }
             // The groups take turns across the ends of strips, too.
-            ahead = step - now.last;
+            ahead = step - end;
+            first = 0;
+            end = next_end;
+            next_end = walk.steps;
 #else
             int tile = STAGE_TILES * warp;
 #pragma unroll 1
@@ -323,7 +330,7 @@ skinny(const unsigned char* codes, const unsigned char* params, const unsigned c
                     Products::Pair pair;
                     products.load(pair, ring.wait(i), lane);
                     ring.release(i);
-                    products.multiply(pair, rows, tile, walk.count);
+                    products.multiply(pair, rows, tile, tiles_here);
                 }
                 ring.next();
             }
