@@ -63,5 +63,10 @@ template <int OF>
 __device__ __forceinline__ void wait_at_barrier(int barrier) {
     asm volatile("bar.sync %0, %1;" :: "r"(barrier), "n"(OF) : "memory");
 }
+// And not before `made`, which is not zero: what a barrier's waiting shall hide.
+template <int OF>
+__device__ __forceinline__ void wait_at_barrier_after(int barrier, u64 made) {
+    asm volatile("{\n.reg .pred p;\nsetp.ne.u64 p, %2, 0;\n@p bar.sync %0, %1;\n}" :: "r"(barrier), "n"(OF), "l"(made) : "memory");
+}
 
 }  // namespace tenpak

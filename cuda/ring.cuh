@@ -9,21 +9,28 @@
 
 namespace tenpak {
 
+// A block's slice of K.
+struct Slice {
+    int first_tile, count;  // its tiles
+    int steps;
+
+    __device__ __forceinline__ Slice(int tiles, int slice)
+        : first_tile(blockIdx.y * slice), count(min(slice, tiles - first_tile)),
+          steps(((u32)(count + STEP_TILES - 1) / STEP_TILES + UNROLL - 1) / UNROLL * UNROLL) {}
+};
+
 // What a block multiplies, in order: of the strips that are left over when all blocks have as many, its share; then `wholes` turns of
-// strips that are its own. A share is a turn for each of the first blocks, or, where the left-over strips are cut along K (with -DENGINE=1),
-// `head` steps for each: of one strip, or the end of one and the beginning of the next. (Where that is takes no division: it would be
-// before the first copies.)
-struct Walk {
+// STRIPS strips that are its own. A share is a turn for each of the first blocks, or, where the left-over strips are cut along K (with
+// -DENGINE=1), `head` steps for each: of one strip, or the end of one and the beginning of the next. (Where that is takes no
+// division: it would be before the first copies.)
+struct Walk : Slice {
     int strips, first, every;
-    int first_tile, count;  // of this block's slice
-    int steps;              // of a whole strip
-    int wholes, turns;
-    int heads, head_strip, head_first, head_end;  // turns of this block's share, and its steps, counted from those of its first strip on
+    int heads, turns;                      // of this block's share, and all
+    int head_strip, head_first, head_end;  // where the share begins, and where it ends in steps from its first strip on
 
     // head: 0 where strips are not cut; head_ratio: 2^32 / steps, rounded up.
-    __device__ __forceinline__ Walk(int strips, int tiles, int slice, int wholes, int head, u32 head_ratio)
-        : strips(strips), first(blockIdx.x), every(gridDim.x), first_tile(blockIdx.y * slice), count(min(slice, tiles - first_tile)),
-          steps(((count + STEP_TILES - 1) / STEP_TILES + UNROLL - 1) / UNROLL * UNROLL), wholes(wholes) {
+    __device__ __forceinline__ Walk(const Slice& slice, int strips, int wholes, int head, u32 head_ratio)
+        : Slice(slice), strips(strips), first(blockIdx.x), every(gridDim.x) {
         const bool cut = ENGINE && head;
         const int begin = first * head, before = cut ? (int)((u64)(u32)begin * head_ratio >> 32) : first;
         head_strip = (wholes * every + before) * STRIPS;
@@ -102,7 +109,7 @@ struct Ring {
 #pragma unroll
             for (int i = 0; i < STRIPS; ++i) {
                 const u32 to = stages + (slot * STRIPS + i) * BLOCK_STAGE_BYTES;
-                const int strip = min(first_strip + i, walk.strips - 1);
+                const int strip = STRIPS == 1 ? first_strip : min(first_strip + i, walk.strips - 1);
                 if (mine(2 * i))
                     copy_bulk_once(to, weight.codes + (size_t)(u32)(strip * weight.tiles + tile) * Layout::CODE_BYTES, of_codes, barrier);
                 if (mine(2 * i + 1)) {

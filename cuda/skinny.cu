@@ -26,6 +26,9 @@
 #ifndef OVERLAP
 #define OVERLAP 0
 #endif
+#ifndef AHEAD
+#define AHEAD 0
+#endif
 #ifndef NORM
 #define NORM 0
 #endif
@@ -61,10 +64,10 @@ struct Cut {
     int parts, part, most;  // most: of any strip
     int strips_before;      // those that are not cut
 
-    __device__ __forceinline__ Cut(const Walk& walk, int strip, int head)
+    __device__ __forceinline__ Cut(const Walk& walk, int strip, int wholes, int head)
         : parts(gridDim.y), part(blockIdx.y), most(parts), strips_before(0) {
         if (!head) return;
-        strips_before = walk.wholes * walk.every * STRIPS;
+        strips_before = wholes * walk.every * STRIPS;
         const int begin = (strip - strips_before) / STRIPS * walk.steps, first = begin / head;
         part = walk.first - first;
         parts = (begin + walk.steps - 1) / head - first + 1;
@@ -109,9 +112,10 @@ skinny(const unsigned char* codes, const unsigned char* params, const unsigned c
     extern __shared__ __align__(128) uint4 dynamic[];
     const int warp = __shfl_sync(~0u, threadIdx.x / LANES, 0), lane = threadIdx.x % LANES;
     const int matrix = blockIdx.z, slices = gridDim.y;
-    const int strips = (n + TILE_ROWS - 1) / TILE_ROWS;
-    const Walk walk(strips, tiles, slice, wholes, head, head_ratio);
+    const int strips = (u32)(n + TILE_ROWS - 1) / TILE_ROWS;
+    const Slice here(tiles, slice);
     // Each role makes its own, for what a launch begins with takes time by its instructions.
+    auto walk_of = [&](int head) { return Walk(here, strips, wholes, head, head_ratio); };
     auto weight_of = [&] {
         return Weight{codes + matrix * codes_step, params + matrix * params_step, row_params + matrix * row_params_step, tiles, supers};
     };
@@ -132,10 +136,10 @@ skinny(const unsigned char* codes, const unsigned char* params, const unsigned c
     auto slice_of_x = [&](int chunk) {
         const int token = chunk * TOKENS;
         return XSlice{x + (begin + token) * x_stride, x_stride, min(TOKENS, total - token),
-                      k, walk.first_tile * TILE_COLS, walk.count * TILE_COLS};
+                      k, here.first_tile * TILE_COLS, here.count * TILE_COLS};
     };
     // Whether the copy engine brings x, too: where a row of it is what its tiles hold.
-    const bool x_by_engine = X_STEPS && !head && walk.steps <= X_STEPS && k % TILE_COLS == 0 && slice_of_x(0).aligned(16);
+    const bool x_by_engine = X_STEPS && !head && here.steps <= X_STEPS && k % TILE_COLS == 0 && slice_of_x(0).aligned(16);
 
 #if ENGINE
     __shared__ u64 barriers[Ring::BARRIERS + X_STEPS];
@@ -145,9 +149,11 @@ skinny(const unsigned char* codes, const unsigned char* params, const unsigned c
         Ring ring(keep_address(shared_address(stages)), ring_barriers);
         const u32 to = keep_address(shared_address(staged_x));
         const Weight weight = weight_of();
-        wait_at_barrier<(COPIERS + 1) * LANES>(READY);
+        const Walk walk = walk_of(head);
+        wait_at_barrier_after<(COPIERS + 1) * LANES>(READY, (u64)weight.codes | (u64)weight.params | (u64)weight.row_params |
+                                                                (u32)(walk.strip(0) | walk.first_of_first() | walk.end_of_first()));
         for (int chunk = 0; chunk < chunks; ++chunk) {
-            const XSlice here = slice_of_x(chunk);
+            const XSlice of_x = slice_of_x(chunk);
             if (chunk) __syncthreads();
             // Of each step x, where it is there, and then the weights: all by the same few instructions, for those that are new come from
             // far.
@@ -157,7 +163,7 @@ skinny(const unsigned char* codes, const unsigned char* params, const unsigned c
             for (int asked = chunk ? DEPTH : 0; walk.has(turn) || (X_STEPS && x_steps < walk.steps); ++asked) {
                 if (X_STEPS && OVERLAP && asked == DEPTH) wait_for_previous();
                 if (X_STEPS && x_steps < walk.steps && (!OVERLAP || asked >= DEPTH)) {
-                    copy_x(here, to, row_bytes, x_steps, x_full + 8 * x_steps, copier);
+                    copy_x(of_x, to, row_bytes, x_steps, x_full + 8 * x_steps, copier);
                     ++x_steps;
                 }
                 if (walk.has(turn)) {
@@ -182,7 +188,7 @@ skinny(const unsigned char* codes, const unsigned char* params, const unsigned c
 #if ENGINE
             Ring::init(ring_barriers);
             if (x_by_engine)
-                for (int i = 0; i < walk.steps; ++i) barrier_init(x_full + 8 * i, COPIERS);
+                for (int i = 0; i < here.steps; ++i) barrier_init(x_full + 8 * i, COPIERS);
             barriers_ready();
 #endif
         }
@@ -194,6 +200,7 @@ skinny(const unsigned char* codes, const unsigned char* params, const unsigned c
 #endif
         Products::prepare(threadIdx.x - WARPS * LANES);
         const Weight weight = weight_of();
+        const Walk walk = walk_of(keep_address(head));
         for (int chunk = 0; chunk < chunks; ++chunk) {
             const int token = chunk * TOKENS, tokens = min(TOKENS, total - token);
             const Output out{y + (begin + token) * (GATED ? n / 2 : n), bias ? bias + (size_t)matrix * n : nullptr, n, scale};
@@ -217,7 +224,7 @@ skinny(const unsigned char* codes, const unsigned char* params, const unsigned c
                 buffers.read(buffer, lane);
                 buffers.next(buffer);
                 if (slices > 1 || (head && walk.is_head(turn))) {
-                    const Cut cut(walk, strip, head);
+                    const Cut cut(walk, strip, wholes, head);
                     const size_t step = (size_t)(strips - cut.strips_before) * PARTS * LANES;
                     float4* all = partial + slot * cut.most * step + (strip - cut.strips_before) * PARTS * LANES + lane;
 #pragma unroll
@@ -270,7 +277,8 @@ skinny(const unsigned char* codes, const unsigned char* params, const unsigned c
     Ring ring(keep_address(shared_address(stages)), ring_barriers, ahead);
 #endif
     const Weight weight = weight_of();
-    const int tiles_here = keep_address(walk.count);
+    const Walk walk = walk_of(keep_address(head));
+    const int tiles_here = keep_address(here.count);
     const u32 staged_address = keep_address(shared_address(staged_x));
     const u32 my_sums = keep_address(shared_address(sums_of_warps + warp * PARTS * LANES + lane));
     for (int chunk = 0; chunk < chunks; ++chunk) {
@@ -285,7 +293,7 @@ skinny(const unsigned char* codes, const unsigned char* params, const unsigned c
 #pragma unroll
         for (int i = 0; i < STRIPS; ++i) rows[i] = Layout::rows(weight, walk.strip(0, i), lane);
         Products products(Ring::place(shared_address(stages), warp % SHARERS), staged_address, row_bytes, staging.from.tokens,
-                          walk.count, lane);
+                          tiles_here, lane);
         if (OVERLAP) wait_for_previous();
 #if NORM
         staging.stage(staged_x, row_bytes);
@@ -301,6 +309,14 @@ skinny(const unsigned char* codes, const unsigned char* params, const unsigned c
 #if ENGINE
         int first = keep_address(walk.first_of_first()), end = keep_address(walk.end_of_first()), next_end = keep_address(walk.end_of_second());
 #endif
+#if ENGINE && AHEAD
+        int left = (end - first + (walk.heads == 2 ? next_end : 0) + (walk.turns - (walk.heads == 2 ? 2 : 1)) * walk.steps - ahead + GROUPS - 1) / GROUPS;
+        Products::Pair coming;
+        if (left > 0) {
+            products.load(coming, ring.wait(), lane);
+            ring.release(lane);
+        }
+#endif
         for (int turn = 0; walk.has(turn); ++turn) {
             Layout::Rows rows_after[STRIPS];
 #pragma unroll
@@ -312,8 +328,16 @@ skinny(const unsigned char* codes, const unsigned char* params, const unsigned c
             for (; step < end; step += GROUPS, tile += GROUPS * STEP_TILES) {
                 Products::Pair pair;
                 if (x_by_engine && turn < GROUPS) barrier_wait(x_full + 8 * step, chunk % 2);
+#if AHEAD
+                pair = coming;
+                if (--left > 0) {
+                    products.load(coming, ring.wait(), lane);
+                    ring.release(lane);
+                }
+#else
                 products.load(pair, ring.wait(), lane);
                 ring.release(lane);
+#endif
                 products.multiply(pair, rows, tile, tiles_here);
             }
             // The groups take turns across the ends of strips, too.

@@ -74,6 +74,7 @@ inline u32 opaque_minus_one() { return ~0u; }
 inline float reciprocal(float x) { return 1.0f / x; }
 static Barrier named[16];
 template <int OF> void wait_at_barrier(int barrier) { arrive(named[barrier], OF); }
+template <int OF> void wait_at_barrier_after(int barrier, u64) { arrive(named[barrier], OF); }
 }
 """
 
