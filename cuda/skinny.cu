@@ -75,6 +75,7 @@ struct Cut {
     }
 };
 
+using Sum = Products::Sum;
 using Sums = SumsBarriers<BUFFERS, WARPS, 1>;
 __device__ __forceinline__ void wait_for_staging() { wait_at_barrier<FIRST_COPIER * LANES>(STAGED); }
 
@@ -97,11 +98,11 @@ __device__ __forceinline__ void copy_x(const XSlice& from, u32 to, int row_bytes
 
 // x [batch, m, k] (FP32 before a norm) with rows of x_stride elements, or, with offsets [batch + 1], all experts' tokens one
 // after another, sorted by expert. y alike with rows of n, or n / 2 if gated. bias [batch, n] or null. slice: tiles of K for
-// each block, a multiple of four; partial [slots, slices, strips, PARTS, lanes] float4 and arrived [slots, strips] (of the first strip of
+// each block, a multiple of four; partial [slots, slices, strips, PARTS, lanes] of Sum and arrived [slots, strips] (of the first strip of
 // each turn) serve slices > 1, or left-over strips that are cut. wholes, head, head_ratio: of Walk; head > 0 with one slice only. norm_weight, norm_bias (or null): FP32 [k], with -DNORM.
 extern "C" __global__ void __launch_bounds__(tenpak::ALL_WARPS * 32, BLOCKS)
 skinny(const unsigned char* codes, const unsigned char* params, const unsigned char* row_params, const unsigned short* x,
-       tenpak::Out* y, const unsigned short* bias, const int* offsets, float4* partial, unsigned int* arrived,
+       tenpak::Out* y, const unsigned short* bias, const int* offsets, tenpak::Sum* partial, unsigned int* arrived,
        long long codes_step, long long params_step, long long row_params_step, long long x_stride, int m, int n, int k,
        int tiles, int supers, int slice, int wholes, int head, unsigned int head_ratio, float scale
 #if NORM
@@ -127,7 +128,7 @@ skinny(const unsigned char* codes, const unsigned char* params, const unsigned c
     if (total <= 0) return;
 
     const int row_bytes = Products::row_bytes(slice);
-    float4* sums_of_warps = reinterpret_cast<float4*>(dynamic);
+    Sum* sums_of_warps = reinterpret_cast<Sum*>(dynamic);
     u8* stages = reinterpret_cast<u8*>(sums_of_warps + BUFFERS * WARPS * PARTS * LANES);
     u8* staged_x = stages + DEPTH * STRIPS * BLOCK_STAGE_BYTES;
     __shared__ u64 barriers_of_sums[Sums::BARRIERS];
@@ -213,10 +214,10 @@ skinny(const unsigned char* codes, const unsigned char* params, const unsigned c
 #pragma unroll
                 for (int i = 0; i < STRIPS; ++i) rows[i] = Layout::rows(weight, walk.strip(turn, i), lane);
                 buffers.wait_until_written(buffer);
-                float4 sums[PARTS];
+                Sum sums[PARTS];
 #pragma unroll
                 for (int part = 0; part < PARTS; ++part) {
-                    const float4* from = sums_of_warps + (buffer * WARPS * PARTS + part) * LANES + lane;
+                    const Sum* from = sums_of_warps + (buffer * WARPS * PARTS + part) * LANES + lane;
                     sums[part] = from[0];
 #pragma unroll
                     for (int other = 1; other < WARPS; ++other) add(sums[part], from[other * PARTS * LANES]);
@@ -226,7 +227,7 @@ skinny(const unsigned char* codes, const unsigned char* params, const unsigned c
                 if (slices > 1 || (head && walk.is_head(turn))) {
                     const Cut cut(walk, strip, wholes, head);
                     const size_t step = (size_t)(strips - cut.strips_before) * PARTS * LANES;
-                    float4* all = partial + slot * cut.most * step + (strip - cut.strips_before) * PARTS * LANES + lane;
+                    Sum* all = partial + slot * cut.most * step + (strip - cut.strips_before) * PARTS * LANES + lane;
 #pragma unroll
                     for (int part = 0; part < PARTS; ++part) __stcg(all + cut.part * step + part * LANES, sums[part]);
                     __threadfence();
@@ -364,7 +365,7 @@ skinny(const unsigned char* codes, const unsigned char* params, const unsigned c
             buffers.wait_until_read(buffer);
 #pragma unroll
             for (int part = 0; part < PARTS; ++part)
-                write(my_sums + (buffer * WARPS * PARTS + part) * (LANES * 16), products.sum(part, lane));
+                write(my_sums + (buffer * WARPS * PARTS + part) * (LANES * sizeof(Sum)), products.sum(part, lane));
             buffers.written(buffer, lane);
             buffers.next(buffer);
 #pragma unroll

@@ -36,6 +36,9 @@ STAGE_BYTES = {
     "int8_sym": 2048,
 }
 
+#: Lanes of a warp.
+LANES = 32
+
 #: Layouts that look codes up in tables (Lut16 of cuda/layouts.cuh).
 TABLES = frozenset({"int4_lut16", "int4_lut32"})
 #: Layouts of which one token is multiplied in integers (cuda/integers.cuh). The others have so many bytes that memory
@@ -289,6 +292,8 @@ def skinny_plans(
     chunk = integer or 8 * columns
     at_once = min(chunk, m)
 
+    # Of a lane, for a strip and eight tokens (Sum of cuda/integers.cuh and cuda/halves.cuh).
+    sum_bytes = LANES * (8 if integer else 16)
     # Strips whose sums a block adds at a time, each by a warp (BUFFERS of cuda/skinny.cu).
     buffers = 2 if columns <= 2 else 1
 
@@ -300,7 +305,7 @@ def skinny_plans(
     def plan(form: Form, slices: int) -> Plan | None:
         slice_tiles = divide_up(divide_up(tiles, slices), SLICE_TILES) * SLICE_TILES
         sharers = form.sharers or form.warps
-        shared = form.strips * (buffers * form.warps * columns * 512 + sharers * form.depth * stage)
+        shared = form.strips * (buffers * form.warps * columns * sum_bytes + sharers * form.depth * stage)
         shared += at_once * x_row_bytes(layout, integer, slice_tiles)
         if shared > device.shared or form.blocks * (shared + RESERVED) > device.shared_all:
             return None
@@ -346,7 +351,7 @@ def skinny_plans(
                 *(int32(m), int32(n), int32(k), int32(tiles), int32(divide_up(k, 256)), int32(slice_tiles)),
                 *(int32(wholes), int32(head), np.uint32(divide_up(1 << 32, steps) & 0xFFFFFFFF)),
             ),
-            slots * parts * cut * form.strips * columns * 512,
+            slots * parts * cut * form.strips * columns * sum_bytes,
             slots * strips,
         )
 
