@@ -450,8 +450,8 @@ struct Lut16 : FourBit {
     }
     // k is a multiple of SUPER_TILES.
     static __device__ __forceinline__ ParamRun super_run(const Weight& w, int strip, int k, int count) {
-        return {w.row_params + (size_t)(strip * w.supers + (u32)k / SUPER_TILES) * SUPER_BYTES,
-                (u32)(count + SUPER_TILES - 1) / SUPER_TILES * SUPER_BYTES};
+        return {w.row_params + (size_t)(u32)(strip * w.supers + k / SUPER_TILES) * SUPER_BYTES,
+                (u32)((count + SUPER_TILES - 1) / SUPER_TILES * SUPER_BYTES)};
     }
     // An even number of stages.
     static __device__ __forceinline__ int params_step(int stages, int lane) {

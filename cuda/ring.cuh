@@ -9,47 +9,20 @@
 
 namespace tenpak {
 
-// A block's slice of K.
-struct Slice {
-    int first_tile, count;  // its tiles
-    int steps;
-
-    __device__ __forceinline__ Slice(int tiles, int slice)
-        : first_tile(blockIdx.y * slice), count(min(slice, tiles - first_tile)),
-          steps(((u32)(count + STEP_TILES - 1) / STEP_TILES + UNROLL - 1) / UNROLL * UNROLL) {}
-};
-
-// What a block multiplies, in order: of the strips that are left over when all blocks have as many, its share; then `wholes` turns of
-// STRIPS strips that are its own. A share is a turn for each of the first blocks, or, where the left-over strips are cut along K (with
-// -DENGINE=1), `head` steps for each: of one strip, or the end of one and the beginning of the next. (Where that is takes no
-// division: it would be before the first copies.)
-struct Walk : Slice {
+// What a block multiplies, in order: STRIPS strips from strip(turn) on for each turn that it has, and of each the tiles from
+// first_tile on. (How many turns there are takes a division, which is not made before the first copies.)
+struct Walk {
     int strips, first, every;
-    int heads, turns;                      // of this block's share, and all
-    int head_strip, head_first, head_end;  // where the share begins, and where it ends in steps from its first strip on
+    int first_tile, count;  // of this block's slice
+    int steps;              // of a turn
 
-    // head: 0 where strips are not cut; head_ratio: 2^32 / steps, rounded up.
-    __device__ __forceinline__ Walk(const Slice& slice, int strips, int wholes, int head, u32 head_ratio)
-        : Slice(slice), strips(strips), first(blockIdx.x), every(gridDim.x) {
-        const bool cut = ENGINE && head;
-        const int begin = first * head, before = cut ? (int)((u64)(u32)begin * head_ratio >> 32) : first;
-        head_strip = (wholes * every + before) * STRIPS;
-        head_first = cut ? begin - before * steps : 0;
-        head_end = cut ? head_first + head : steps;
-        heads = head_strip >= strips ? 0 : head_end > steps && head_strip + STRIPS < strips ? 2 : 1;
-        turns = heads + wholes;
-    }
-    __device__ __forceinline__ bool has(int turn) const { return turn < turns; }
-    __device__ __forceinline__ bool is_head(int turn) const { return turn < heads; }
-    __device__ __forceinline__ int strip(int turn) const {
-        return is_head(turn) ? head_strip + turn * STRIPS : (first + (turn - heads) * every) * STRIPS;
-    }
+    __device__ __forceinline__ Walk(int strips, int tiles, int slice)
+        : strips(strips), first(blockIdx.x), every(gridDim.x), first_tile(blockIdx.y * slice), count(min(slice, tiles - first_tile)),
+          steps(((count + STEP_TILES - 1) / STEP_TILES + UNROLL - 1) / UNROLL * UNROLL) {}
+    __device__ __forceinline__ bool has(int turn) const { return strip(turn) < strips; }
+    __device__ __forceinline__ int strip(int turn) const { return (first + turn * every) * STRIPS; }
     // One of a turn's; beyond the last the last again.
     __device__ __forceinline__ int strip(int turn, int i) const { return min(strip(turn) + i, strips - 1); }
-    // Where the steps of the first turn begin and end, and those of the second; from the third on turns are whole.
-    __device__ __forceinline__ int first_of_first() const { return heads ? head_first : 0; }
-    __device__ __forceinline__ int end_of_first() const { return heads ? min(head_end, steps) : steps; }
-    __device__ __forceinline__ int end_of_second() const { return heads == 2 ? head_end - steps : steps; }
 };
 
 #if ENGINE
@@ -93,7 +66,7 @@ struct Ring {
     }
 
     // One step's copies, once its stage is empty: those of one copier, a warp.
-    __device__ __forceinline__ void copy(const Walk& walk, const Weight& weight, int first_strip, int step, int copier) {
+    __device__ __forceinline__ void copy(const Walk& walk, const Weight& weight, int turn, int step, int copier) {
         barrier_wait(empty + 8 * slot, phase ^ 1);
         const int tile = walk.first_tile + step * STEP_TILES, here = min(STEP_TILES, walk.first_tile + walk.count - tile);
         const u32 barrier = full + 8 * slot;
@@ -109,7 +82,7 @@ struct Ring {
 #pragma unroll
             for (int i = 0; i < STRIPS; ++i) {
                 const u32 to = stages + (slot * STRIPS + i) * BLOCK_STAGE_BYTES;
-                const int strip = STRIPS == 1 ? first_strip : min(first_strip + i, walk.strips - 1);
+                const int strip = walk.strip(turn, i);
                 if (mine(2 * i))
                     copy_bulk_once(to, weight.codes + (size_t)(u32)(strip * weight.tiles + tile) * Layout::CODE_BYTES, of_codes, barrier);
                 if (mine(2 * i + 1)) {
@@ -135,7 +108,7 @@ struct Ring {
 
     __device__ __forceinline__ Ring(u32 all_stages, const Walk& walk, const Weight& weight, int warp, int lane)
         : stages(all_stages + warp * (DEPTH * STAGE_BYTES)), walk(walk), weight(weight),
-          source(weight, walk.strip(0), walk.first_tile + STAGE_TILES * warp, lane), warp(warp), lane(lane), turn_ahead(0),
+          source(weight, walk.first, walk.first_tile + STAGE_TILES * warp, lane), warp(warp), lane(lane), turn_ahead(0),
           left(walk.count - STAGE_TILES * warp), steps_left(walk.steps) {
 #pragma unroll 1
         for (int first = 0; first < DEPTH; first += UNROLL) {

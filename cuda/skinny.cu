@@ -26,9 +26,6 @@
 #ifndef OVERLAP
 #define OVERLAP 0
 #endif
-#ifndef AHEAD
-#define AHEAD 0
-#endif
 #ifndef NORM
 #define NORM 0
 #endif
@@ -59,23 +56,6 @@ constexpr int READY = 1, STAGED = 2;
 // Steps of x that the copy engine may bring one by one.
 constexpr int X_STEPS = ENGINE && !INTEGER && !NORM ? 32 : 0;
 
-// Of how many parts along K a strip's sums are, and which of them this block has: of slices, or of left-over strips that are cut.
-struct Cut {
-    int parts, part, most;  // most: of any strip
-    int strips_before;      // those that are not cut
-
-    __device__ __forceinline__ Cut(const Walk& walk, int strip, int wholes, int head)
-        : parts(gridDim.y), part(blockIdx.y), most(parts), strips_before(0) {
-        if (!head) return;
-        strips_before = wholes * walk.every * STRIPS;
-        const int begin = (strip - strips_before) / STRIPS * walk.steps, first = begin / head;
-        part = walk.first - first;
-        parts = (begin + walk.steps - 1) / head - first + 1;
-        most = (walk.steps + head - 2) / head + 1;
-    }
-};
-
-using Sum = Products::Sum;
 using Sums = SumsBarriers<BUFFERS, WARPS, 1>;
 __device__ __forceinline__ void wait_for_staging() { wait_at_barrier<FIRST_COPIER * LANES>(STAGED); }
 
@@ -98,13 +78,13 @@ __device__ __forceinline__ void copy_x(const XSlice& from, u32 to, int row_bytes
 
 // x [batch, m, k] (FP32 before a norm) with rows of x_stride elements, or, with offsets [batch + 1], all experts' tokens one
 // after another, sorted by expert. y alike with rows of n, or n / 2 if gated. bias [batch, n] or null. slice: tiles of K for
-// each block, a multiple of four; partial [slots, slices, strips, PARTS, lanes] of Sum and arrived [slots, strips] (of the first strip of
-// each turn) serve slices > 1, or left-over strips that are cut. wholes, head, head_ratio: of Walk; head > 0 with one slice only. norm_weight, norm_bias (or null): FP32 [k], with -DNORM.
+// each block, a multiple of four; partial [slots, slices, strips, PARTS, lanes] float4 and arrived [slots, strips] (of the first strip of
+// each turn) serve slices > 1. norm_weight, norm_bias (or null): FP32 [k], with -DNORM.
 extern "C" __global__ void __launch_bounds__(tenpak::ALL_WARPS * 32, BLOCKS)
 skinny(const unsigned char* codes, const unsigned char* params, const unsigned char* row_params, const unsigned short* x,
-       tenpak::Out* y, const unsigned short* bias, const int* offsets, tenpak::Sum* partial, unsigned int* arrived,
+       tenpak::Out* y, const unsigned short* bias, const int* offsets, float4* partial, unsigned int* arrived,
        long long codes_step, long long params_step, long long row_params_step, long long x_stride, int m, int n, int k,
-       int tiles, int supers, int slice, int wholes, int head, unsigned int head_ratio, float scale
+       int tiles, int supers, int slice, float scale
 #if NORM
        , const float* norm_weight, const float* norm_bias, float eps
 #endif
@@ -113,10 +93,9 @@ skinny(const unsigned char* codes, const unsigned char* params, const unsigned c
     extern __shared__ __align__(128) uint4 dynamic[];
     const int warp = __shfl_sync(~0u, threadIdx.x / LANES, 0), lane = threadIdx.x % LANES;
     const int matrix = blockIdx.z, slices = gridDim.y;
-    const int strips = (u32)(n + TILE_ROWS - 1) / TILE_ROWS;
-    const Slice here(tiles, slice);
+    const int strips = (n + TILE_ROWS - 1) / TILE_ROWS;
+    const Walk walk(strips, tiles, slice);
     // Each role makes its own, for what a launch begins with takes time by its instructions.
-    auto walk_of = [&](int head) { return Walk(here, strips, wholes, head, head_ratio); };
     auto weight_of = [&] {
         return Weight{codes + matrix * codes_step, params + matrix * params_step, row_params + matrix * row_params_step, tiles, supers};
     };
@@ -128,7 +107,7 @@ skinny(const unsigned char* codes, const unsigned char* params, const unsigned c
     if (total <= 0) return;
 
     const int row_bytes = Products::row_bytes(slice);
-    Sum* sums_of_warps = reinterpret_cast<Sum*>(dynamic);
+    float4* sums_of_warps = reinterpret_cast<float4*>(dynamic);
     u8* stages = reinterpret_cast<u8*>(sums_of_warps + BUFFERS * WARPS * PARTS * LANES);
     u8* staged_x = stages + DEPTH * STRIPS * BLOCK_STAGE_BYTES;
     __shared__ u64 barriers_of_sums[Sums::BARRIERS];
@@ -137,10 +116,10 @@ skinny(const unsigned char* codes, const unsigned char* params, const unsigned c
     auto slice_of_x = [&](int chunk) {
         const int token = chunk * TOKENS;
         return XSlice{x + (begin + token) * x_stride, x_stride, min(TOKENS, total - token),
-                      k, here.first_tile * TILE_COLS, here.count * TILE_COLS};
+                      k, walk.first_tile * TILE_COLS, walk.count * TILE_COLS};
     };
     // Whether the copy engine brings x, too: where a row of it is what its tiles hold.
-    const bool x_by_engine = X_STEPS && !head && here.steps <= X_STEPS && k % TILE_COLS == 0 && slice_of_x(0).aligned(16);
+    const bool x_by_engine = X_STEPS && walk.steps <= X_STEPS && k % TILE_COLS == 0 && slice_of_x(0).aligned(16);
 
 #if ENGINE
     __shared__ u64 barriers[Ring::BARRIERS + X_STEPS];
@@ -150,31 +129,23 @@ skinny(const unsigned char* codes, const unsigned char* params, const unsigned c
         Ring ring(keep_address(shared_address(stages)), ring_barriers);
         const u32 to = keep_address(shared_address(staged_x));
         const Weight weight = weight_of();
-        const Walk walk = walk_of(head);
-        wait_at_barrier_after<(COPIERS + 1) * LANES>(READY, (u64)weight.codes | (u64)weight.params | (u64)weight.row_params |
-                                                                (u32)(walk.strip(0) | walk.first_of_first() | walk.end_of_first()));
+        wait_at_barrier<(COPIERS + 1) * LANES>(READY);
         for (int chunk = 0; chunk < chunks; ++chunk) {
-            const XSlice of_x = slice_of_x(chunk);
+            const XSlice here = slice_of_x(chunk);
             if (chunk) __syncthreads();
             // Of each step x, where it is there, and then the weights: all by the same few instructions, for those that are new come from
             // far.
-            int turn = 0, strip = walk.strip(0), step = walk.first_of_first(), end = walk.end_of_first(), next_end = walk.end_of_second();
-            int x_steps = x_by_engine ? 0 : walk.steps;
+            int turn = 0, step = 0, x_steps = x_by_engine ? 0 : walk.steps;
 #pragma unroll 1
             for (int asked = chunk ? DEPTH : 0; walk.has(turn) || (X_STEPS && x_steps < walk.steps); ++asked) {
                 if (X_STEPS && OVERLAP && asked == DEPTH) wait_for_previous();
                 if (X_STEPS && x_steps < walk.steps && (!OVERLAP || asked >= DEPTH)) {
-                    copy_x(of_x, to, row_bytes, x_steps, x_full + 8 * x_steps, copier);
+                    copy_x(here, to, row_bytes, x_steps, x_full + 8 * x_steps, copier);
                     ++x_steps;
                 }
                 if (walk.has(turn)) {
-                    ring.copy(walk, weight, strip, step, copier);
-                    if (++step == end) {
-                        strip = walk.strip(++turn);
-                        step = 0;
-                        end = next_end;
-                        next_end = walk.steps;
-                    }
+                    ring.copy(walk, weight, turn, step, copier);
+                    if (++step == walk.steps) step = 0, ++turn;
                 }
             }
         }
@@ -189,7 +160,7 @@ skinny(const unsigned char* codes, const unsigned char* params, const unsigned c
 #if ENGINE
             Ring::init(ring_barriers);
             if (x_by_engine)
-                for (int i = 0; i < here.steps; ++i) barrier_init(x_full + 8 * i, COPIERS);
+                for (int i = 0; i < walk.steps; ++i) barrier_init(x_full + 8 * i, COPIERS);
             barriers_ready();
 #endif
         }
@@ -201,7 +172,6 @@ skinny(const unsigned char* codes, const unsigned char* params, const unsigned c
 #endif
         Products::prepare(threadIdx.x - WARPS * LANES);
         const Weight weight = weight_of();
-        const Walk walk = walk_of(keep_address(head));
         for (int chunk = 0; chunk < chunks; ++chunk) {
             const int token = chunk * TOKENS, tokens = min(TOKENS, total - token);
             const Output out{y + (begin + token) * (GATED ? n / 2 : n), bias ? bias + (size_t)matrix * n : nullptr, n, scale};
@@ -214,32 +184,31 @@ skinny(const unsigned char* codes, const unsigned char* params, const unsigned c
 #pragma unroll
                 for (int i = 0; i < STRIPS; ++i) rows[i] = Layout::rows(weight, walk.strip(turn, i), lane);
                 buffers.wait_until_written(buffer);
-                Sum sums[PARTS];
+                float4 sums[PARTS];
 #pragma unroll
                 for (int part = 0; part < PARTS; ++part) {
-                    const Sum* from = sums_of_warps + (buffer * WARPS * PARTS + part) * LANES + lane;
+                    const float4* from = sums_of_warps + (buffer * WARPS * PARTS + part) * LANES + lane;
                     sums[part] = from[0];
 #pragma unroll
                     for (int other = 1; other < WARPS; ++other) add(sums[part], from[other * PARTS * LANES]);
                 }
                 buffers.read(buffer, lane);
                 buffers.next(buffer);
-                if (slices > 1 || (head && walk.is_head(turn))) {
-                    const Cut cut(walk, strip, wholes, head);
-                    const size_t step = (size_t)(strips - cut.strips_before) * PARTS * LANES;
-                    Sum* all = partial + slot * cut.most * step + (strip - cut.strips_before) * PARTS * LANES + lane;
+                if (slices > 1) {
+                    const size_t step = (size_t)strips * PARTS * LANES;
+                    float4* all = partial + (slot * slices * strips + strip) * PARTS * LANES + lane;
 #pragma unroll
-                    for (int part = 0; part < PARTS; ++part) __stcg(all + cut.part * step + part * LANES, sums[part]);
+                    for (int part = 0; part < PARTS; ++part) __stcg(all + blockIdx.y * step + part * LANES, sums[part]);
                     __threadfence();
                     __syncwarp();
                     unsigned int* counter = arrived + slot * strips + strip;
                     u32 before = 0;
                     if (lane == 0) before = atomicAdd(counter, 1u);
-                    if (__shfl_sync(~0u, before, 0) + 1 != (u32)cut.parts) continue;
+                    if (__shfl_sync(~0u, before, 0) + 1 != (u32)slices) continue;
                     __threadfence();
 #pragma unroll
                     for (int part = 0; part < PARTS; ++part) sums[part] = __ldcg(all + part * LANES);
-                    for (int other = 1; other < cut.parts; ++other)
+                    for (int other = 1; other < slices; ++other)
 #pragma unroll
                         for (int part = 0; part < PARTS; ++part) add(sums[part], __ldcg(all + other * step + part * LANES));
                     if (lane == 0) *counter = 0;
@@ -278,8 +247,6 @@ skinny(const unsigned char* codes, const unsigned char* params, const unsigned c
     Ring ring(keep_address(shared_address(stages)), ring_barriers, ahead);
 #endif
     const Weight weight = weight_of();
-    const Walk walk = walk_of(keep_address(head));
-    const int tiles_here = keep_address(here.count);
     const u32 staged_address = keep_address(shared_address(staged_x));
     const u32 my_sums = keep_address(shared_address(sums_of_warps + warp * PARTS * LANES + lane));
     for (int chunk = 0; chunk < chunks; ++chunk) {
@@ -294,7 +261,7 @@ skinny(const unsigned char* codes, const unsigned char* params, const unsigned c
 #pragma unroll
         for (int i = 0; i < STRIPS; ++i) rows[i] = Layout::rows(weight, walk.strip(0, i), lane);
         Products products(Ring::place(shared_address(stages), warp % SHARERS), staged_address, row_bytes, staging.from.tokens,
-                          tiles_here, lane);
+                          walk.count, lane);
         if (OVERLAP) wait_for_previous();
 #if NORM
         staging.stage(staged_x, row_bytes);
@@ -307,45 +274,23 @@ skinny(const unsigned char* codes, const unsigned char* params, const unsigned c
 #endif
         wait_for_staging();
 
-#if ENGINE
-        int first = keep_address(walk.first_of_first()), end = keep_address(walk.end_of_first()), next_end = keep_address(walk.end_of_second());
-#endif
-#if ENGINE && AHEAD
-        int left = (end - first + (walk.heads == 2 ? next_end : 0) + (walk.turns - (walk.heads == 2 ? 2 : 1)) * walk.steps - ahead + GROUPS - 1) / GROUPS;
-        Products::Pair coming;
-        if (left > 0) {
-            products.load(coming, ring.wait(), lane);
-            ring.release(lane);
-        }
-#endif
         for (int turn = 0; walk.has(turn); ++turn) {
             Layout::Rows rows_after[STRIPS];
 #pragma unroll
             for (int i = 0; i < STRIPS; ++i) rows_after[i] = Layout::rows(weight, walk.strip(turn + 1, i), lane);
             products.clear();
 #if ENGINE
-            int step = first + ahead, tile = STAGE_TILES * (warp % SHARERS) + step * STEP_TILES;
+            int step = ahead, tile = STAGE_TILES * (warp % SHARERS) + step * STEP_TILES;
 #pragma unroll 1
-            for (; step < end; step += GROUPS, tile += GROUPS * STEP_TILES) {
+            for (; step < walk.steps; step += GROUPS, tile += GROUPS * STEP_TILES) {
                 Products::Pair pair;
                 if (x_by_engine && turn < GROUPS) barrier_wait(x_full + 8 * step, chunk % 2);
-#if AHEAD
-                pair = coming;
-                if (--left > 0) {
-                    products.load(coming, ring.wait(), lane);
-                    ring.release(lane);
-                }
-#else
                 products.load(pair, ring.wait(), lane);
                 ring.release(lane);
-#endif
-                products.multiply(pair, rows, tile, tiles_here);
+                products.multiply(pair, rows, tile, walk.count);
             }
             // The groups take turns across the ends of strips, too.
-            ahead = step - end;
-            first = 0;
-            end = next_end;
-            next_end = walk.steps;
+            ahead = step - walk.steps;
 #else
             int tile = STAGE_TILES * warp;
 #pragma unroll 1
@@ -355,7 +300,7 @@ skinny(const unsigned char* codes, const unsigned char* params, const unsigned c
                     Products::Pair pair;
                     products.load(pair, ring.wait(i), lane);
                     ring.release(i);
-                    products.multiply(pair, rows, tile, tiles_here);
+                    products.multiply(pair, rows, tile, walk.count);
                 }
                 ring.next();
             }
@@ -365,7 +310,7 @@ skinny(const unsigned char* codes, const unsigned char* params, const unsigned c
             buffers.wait_until_read(buffer);
 #pragma unroll
             for (int part = 0; part < PARTS; ++part)
-                write(my_sums + (buffer * WARPS * PARTS + part) * (LANES * sizeof(Sum)), products.sum(part, lane));
+                write(my_sums + (buffer * WARPS * PARTS + part) * (LANES * 16), products.sum(part, lane));
             buffers.written(buffer, lane);
             buffers.next(buffer);
 #pragma unroll

@@ -43,10 +43,6 @@ struct XSlice {
     }
 };
 
-__device__ __forceinline__ void add(float2& a, const float2& b) {
-    a.x += b.x;
-    a.y += b.y;
-}
 __device__ __forceinline__ void add(float4& a, const float4& b) {
     a.x += b.x;
     a.y += b.y;

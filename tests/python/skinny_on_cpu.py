@@ -20,10 +20,8 @@ namespace tenpak {
 inline void copy_once(u32 to, const u8* from) { copy16(at_shared(to), from); }
 inline void commit_copies() { commit(); }
 template <int PENDING> void wait_for_copies() { wait<PENDING>(); }
-inline void write(u32 to, const float2& v) { memcpy(at_shared(to), &v, sizeof v); }
 inline void write(u32 to, const float4& v) { memcpy(at_shared(to), &v, sizeof v); }
 }
-inline float2 make_float2(float x, float y) { return {x, y}; }
 inline uint2 make_uint2(u32 x, u32 y) { return {x, y}; }
 inline uint4 make_uint4(u32 x, u32 y, u32 z, u32 w) { return {x, y, z, w}; }
 inline u32 __float_as_uint(float x) { return tenpak::to_bits(x); }
@@ -76,7 +74,6 @@ inline u32 opaque_minus_one() { return ~0u; }
 inline float reciprocal(float x) { return 1.0f / x; }
 static Barrier named[16];
 template <int OF> void wait_at_barrier(int barrier) { arrive(named[barrier], OF); }
-template <int OF> void wait_at_barrier_after(int barrier, u64) { arrive(named[barrier], OF); }
 }
 """
 

@@ -116,25 +116,6 @@ def test_blocks_of_many_rows(layout):
     check(layout, None, (19, 40, 128), batch=3)
 
 
-@pytest.mark.parametrize("layout", ["int4_g32_fp16", "int4_g16_u8", "int4_lut16", "int8_sym"])
-def test_strips_that_are_left_over_are_cut(layout):
-    def form(*which: int, **more: int) -> plans.Form:
-        return plans.Form(*which, engine=True, head=True, **more)
-
-    three = plans.Device(3, 225 << 10, 228 << 10, 90)
-    # One step of four each; two blocks a multiprocessor, each with the end of a strip and the beginning of the next.
-    check(layout, form(2, 2, 1), (1, 70, 1024))
-    check(layout, form(2, 2, 2), (1, 148, 1100), device=three)
-    check(layout, form(4, 2, 1, sharers=2), (1, 112, 968), device=three, bf16=True)
-    check(layout, form(4, 4, 1, strips=2, copiers=2, sharers=2), (1, 170, 1216), device=three)
-    check(layout, form(2, 3, 1), (5, 70, 1024))
-    for m in (1, 3):
-        check(layout, form(2, 2, 1), (m, 112, 576), device=three, batch=2)
-        fused = plans.Fused("rms", activation="silu", gated=True, overlaps=True)
-        check(layout, form(2, 2, 1), (m, 80, 768), fused=fused, device=three)
-        check(layout, form(2, 2, 1), (m, 70, 768), fused=plans.Fused(output="added", overlaps=True), device=three)
-
-
 @pytest.mark.parametrize("layout", ["int4_g32_fp16", "int4_lut16"])
 @pytest.mark.parametrize("engine", [False, True])
 def test_slices_batches_and_experts(layout, engine):

@@ -36,9 +36,6 @@ STAGE_BYTES = {
     "int8_sym": 2048,
 }
 
-#: Lanes of a warp.
-LANES = 32
-
 #: Layouts that look codes up in tables (Lut16 of cuda/layouts.cuh).
 TABLES = frozenset({"int4_lut16", "int4_lut32"})
 #: Layouts of which one token is multiplied in integers (cuda/integers.cuh). The others have so many bytes that memory
@@ -178,7 +175,6 @@ class Form:
 
     `strips` at a time. `engine`: the copy engine brings weights, asked for by `copiers`. `sharers`: warps that take a
     step together, of whom there are several groups in turn (0: all). `even`: no more blocks than as many turns need.
-    `head`: strips that are left over are cut (`head_steps`), with `engine` only.
     """
 
     warps: int
@@ -189,7 +185,6 @@ class Form:
     copiers: int = 1
     sharers: int = 0
     even: bool = False
-    head: bool = False
 
 
 #: Layouts of which one token of a large weight is multiplied with two strips at a time.
@@ -238,16 +233,6 @@ def _forms(device: Device, layout: str, n: int, k: int, m: int, integer: int, ov
     return forms
 
 
-def head_steps(turns: int, blocks: int, steps: int) -> int:
-    """Steps of the strips that are left over that each block does first (Walk of cuda/ring.cuh), 0 where none are cut.
-
-    `turns` of `steps` are for `blocks`. Where all but a few have one turn more than those, the last steps of these
-    are what time is saved; each block has whole turns, too.
-    """
-    share = divide_up(turns % blocks * steps, blocks)
-    return share if turns > blocks and share < steps else 0
-
-
 #: Tiles that a slice of K is a multiple of: those of a super-scale of `TABLES`.
 SLICE_TILES = 4
 
@@ -292,8 +277,6 @@ def skinny_plans(
     chunk = integer or 8 * columns
     at_once = min(chunk, m)
 
-    # Of a lane, for a strip and eight tokens (Sum of cuda/integers.cuh and cuda/halves.cuh).
-    sum_bytes = LANES * (8 if integer else 16)
     # Strips whose sums a block adds at a time, each by a warp (BUFFERS of cuda/skinny.cu).
     buffers = 2 if columns <= 2 else 1
 
@@ -305,18 +288,15 @@ def skinny_plans(
     def plan(form: Form, slices: int) -> Plan | None:
         slice_tiles = divide_up(divide_up(tiles, slices), SLICE_TILES) * SLICE_TILES
         sharers = form.sharers or form.warps
-        shared = form.strips * (buffers * form.warps * columns * sum_bytes + sharers * form.depth * stage)
+        shared = form.strips * (buffers * form.warps * columns * 512 + sharers * form.depth * stage)
         shared += at_once * x_row_bytes(layout, integer, slice_tiles)
         if shared > device.shared or form.blocks * (shared + RESERVED) > device.shared_all:
             return None
         slices, turns = divide_up(tiles, slice_tiles), divide_up(strips, form.strips)
         per_matrix = max(1, device.multiprocessors * form.blocks // (slices * batch))
         width = min(turns, per_matrix)
-        steps = divide_up(tiles, 2 * sharers)
-        head = head_steps(turns, width, steps) if form.head and form.engine and slices == 1 and not grouped else 0
-        if form.even and not head:
+        if form.even:
             width = divide_up(turns, divide_up(turns, width))
-        wholes = turns // width
         defines = {
             "LAYOUT": layout,
             "BF16": int(bf16),
@@ -335,8 +315,7 @@ def skinny_plans(
             # Each thread's part of a row, in fours (cuda/normed.cuh).
             defines["EACH"] = divide_up(tiles * TILE_COLS, 4 * 32 * form.warps)
         # Slots of partial sums: one for each chunk of tokens of each matrix.
-        parts, cut = (divide_up(steps - 1, head) + 1, strips - wholes * width * form.strips) if head else (slices, strips)
-        slots = (m // chunk + batch if grouped else batch * divide_up(m, chunk) + batch) if parts > 1 else 0
+        slots = (m // chunk + batch if grouped else batch * divide_up(m, chunk) + batch) if slices > 1 else 0
         # Those that multiply, that add, and one that asks for copies.
         warps = form.warps + buffers + form.engine * form.copiers
         int32 = np.int32
@@ -347,11 +326,8 @@ def skinny_plans(
             (width, slices, batch),
             (32 * warps,),
             shared,
-            (
-                *(int32(m), int32(n), int32(k), int32(tiles), int32(divide_up(k, 256)), int32(slice_tiles)),
-                *(int32(wholes), int32(head), np.uint32(divide_up(1 << 32, steps) & 0xFFFFFFFF)),
-            ),
-            slots * parts * cut * form.strips * columns * sum_bytes,
+            (int32(m), int32(n), int32(k), int32(tiles), int32(divide_up(k, 256)), int32(slice_tiles)),
+            slots * slices * strips * form.strips * columns * 512,
             slots * strips,
         )
 
