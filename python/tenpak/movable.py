@@ -125,6 +125,13 @@ class _Affine:
         self._unit = np.float32(2.0**info.exponent)
         self.moves = xp.zeros((2, *self._scales.shape), np.float32)
 
+    def _codes(self, stored: Any) -> Any:
+        """[rows, groups, size]: whole numbers, which the rounding of what was rebuilt from them does not hide."""
+        codes = _groups(stored / self._unit, self._group, self._xp)
+        codes -= self._offsets[..., None]
+        codes /= _nonzero(self._scales, self._xp)[..., None]
+        return self._xp.rint(codes)
+
     def _moved(self) -> tuple[Any, Any]:
         return self._scales * (1 + self.moves[0]), self._offsets + self._scales * self.moves[1]
 
@@ -132,15 +139,17 @@ class _Affine:
         scales, offsets = self._moved()
         if rounded:
             scales, offsets = (x.astype(np.float16).astype(np.float32) for x in (scales, offsets))
-        times = scales / _nonzero(self._scales, self._xp)
-        weight = _groups(stored, self._group, self._xp) * times[..., None]
-        weight += (self._unit * (offsets - self._offsets * times))[..., None]
+        weight = self._codes(stored)
+        weight *= scales[..., None]
+        weight += offsets[..., None]
+        weight *= self._unit
         return _ungrouped(weight, stored)
 
     def gradient(self, d: Any, stored: Any) -> Any:
-        d, weight = (_groups(x, self._group, self._xp) for x in (d, stored))
-        along, alone = self._xp.einsum("rgk,rgk->rg", d, weight), self._unit * d.sum(axis=-1)
-        return self._xp.stack([along - self._offsets * alone, self._scales * alone])
+        d = _groups(d, self._group, self._xp)
+        both = self._xp.stack([self._xp.einsum("rgk,rgk->rg", d, self._codes(stored)), d.sum(axis=-1)])
+        both *= self._scales * self._unit
+        return both
 
     def parts(self) -> dict[str, NDArray[Any]]:
         scales, offsets = (_on_host(x.astype(np.float16), self._xp) for x in self._moved())

@@ -268,6 +268,9 @@ class _Tuner:
             if norm.name in self.gains:
                 sums[norm.name] = self.gains[norm.name].gradient(gradient)
 
+        def add_norm(norm: Any, x: Any, d: Any) -> None:
+            add_gain(norm, gain_backward(norm, x, d, xp=self._xp))
+
         hidden = [self.student.embed(self.tokens[windows])]
         for index in layers:
             hidden.append(self.block(index)[0](hidden[-1]))
@@ -282,9 +285,6 @@ class _Tuner:
                     if name in self.weights:
                         at_weight = g.reshape(-1, g.shape[-1]).T @ x
                         sums[name] = self.weights[name].gradient(at_weight, stored.linears[name].weight)
-
-            def add_norm(norm: Any, x: Any, d: Any) -> None:
-                add_gain(norm, gain_backward(norm, x, d, xp=self._xp))
 
             d = block.backward(hidden.pop(), d, add_weights, add_norm)
             self._step(len(windows))
