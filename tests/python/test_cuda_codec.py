@@ -196,6 +196,8 @@ def test_lanes_and_words_of_the_reference_are_those_that_layouts_cuh_draws(name)
     if layout.row_part is not None:
         width = -(-k // (layout.row_run * layout.repeat)) if layout.row_run else layout.row_params
         parts[layout.row_part] = rng.integers(0, 2**16, (n, width)).astype(layout.row_param)
+        if tables:
+            parts[layout.row_part][0, 0] = 0x7C00
     more = layout.high_bits
     if more:
         parts.append(rng.integers(0, 256, (n, -(-k * more // 8)), np.uint8))
