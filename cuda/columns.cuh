@@ -37,20 +37,6 @@ struct NoSupers {
     static __device__ __forceinline__ u32 supers_of_strip(const Weight&) { return 0; }
 };
 
-// What the four lanes of this one's quad have.
-struct QuadCodes {
-    uint4 lanes[4];
-
-    __device__ __forceinline__ void load(u32 codes, int lane) {
-#pragma unroll
-        for (int c = 0; c < 4; ++c) lanes[c] = read<uint4>(codes + 16 * place_of(lane / 4 * 4 + c));
-    }
-    template <int WORD>
-    __device__ __forceinline__ u32 word(int c) const {
-        return FourBit::word(lanes[c], WORD);
-    }
-};
-
 // For layouts with scale and offset, whose codes are taken as they lie.
 template <class Layout, class Params>
 struct AffineColumns : NoSupers {
@@ -201,12 +187,20 @@ struct PlaneColumns : AffineColumns<AffineBytes<32, HIGH>, PlanesOfTile<HIGH>> {
 };
 
 // Codes in order, so that byte t is pair t, and two chunks of a row make one look-up: they are in one group.
-struct Lut16Columns : RowsOf<Lut16> {
+//
+// An entry + 128 as it lies ends a half, as codes of other layouts do: in FP16 it is 2^-24 of itself (BF16: 2^-133). One
+// instruction takes the 128 away and multiplies by d L, which is rounded first, times a power of two that its pair has room for:
+// d, packed to be below four, and L make at most 128. Codes are turned round by a product, since the pipe of logic is the fuller one.
+struct Lut16Columns {
     static constexpr int SUPER_BYTES = Lut16::SUPER_BYTES;
     struct Tile {
-        QuadCodes codes;
-        u32 params[2];  // of the first two chunks of each half, and the others
-        u32 supers;
+        uint4 lanes[4];  // codes of this lane's quad
+        // Of the first two chunks of each half, and the others: where half tables lie, a byte for each word; and of rows g and
+        // g + 8 the scales of both halves, and -128 times those.
+        u32 places[2], scales[2][2], biases[2][2];
+    };
+    struct Rows {
+        u32 tables, selector, minus_one;
     };
     static constexpr int PARAM_BYTES(int tiles) { return tiles * Lut16::SCALE_BYTES; }
     static __device__ __forceinline__ const u8* params(const Weight& w, int strip, int k) {
@@ -217,38 +211,54 @@ struct Lut16Columns : RowsOf<Lut16> {
         return w.row_params + (size_t)(u32)(strip * w.supers + k / Lut16::SUPER_TILES) * SUPER_BYTES;
     }
     static __device__ __forceinline__ u32 supers_of_strip(const Weight& w) { return w.supers * SUPER_BYTES; }
+    static __device__ __forceinline__ Rows rows(const Weight&, int, int lane) {
+        const u32 t = lane % 4;
+        return {keep_address(shared_address(Lut16::tables())), keep_address(t | (4 + t) << 4), opaque_minus_one()};
+    }
+    static __device__ __forceinline__ float row_scale(const Rows&, bool) { return BF16 ? 8192.0f : 32768.0f; }
     template <int J>
     static __device__ __forceinline__ Tile load(u32 codes, u32 params, u32 supers, int lane) {
         Tile tile;
-        tile.codes.load(codes + J * FourBit::CODE_BYTES, lane);
         const uint2 p = read<uint2>(params + J * Lut16::SCALE_BYTES + lane / 4 * 8);
-        tile.params[0] = p.x;
-        tile.params[1] = p.y;
-        tile.supers = permute(read<u16>(supers + lane / 4 * 2), read<u16>(supers + lane / 4 * 2 + 16), 0x5410);
+        const u32 d = permute(read<u16>(supers + lane / 4 * 2), read<u16>(supers + lane / 4 * 2 + 16), 0x5410);
+#pragma unroll
+        for (int c = 0; c < 4; ++c) tile.lanes[c] = read<uint4>(codes + J * FourBit::CODE_BYTES + 16 * place_of(lane / 4 * 4 + c));
+        // Times 2^9: at most 65504, times L.
+        const u32 supers_here = half_mul(d, 0x60006000);
+#pragma unroll
+        for (int s = 0; s < 2; ++s) {
+            const u32 all = s ? p.y : p.x;
+            tile.places[s] = all >> 2 & 0x30303030;
+#pragma unroll
+            for (int row = 0; row < 2; ++row) {
+                // L + 32 above 1024.
+                const u32 l = half_sub(and_xor(row ? all >> 8 : all, 0x003f003f, 0x64206420), 0x64206420);
+                u32& scales = tile.scales[s][row];
+                scales = half_mul(l, row ? high_twice(supers_here) : low_twice(supers_here));
+                // Times 2^111 more; -128 as it lies.
+                if constexpr (BF16) scales = bfloat_fma(to_bfloat(scales), 0x77007700, 0x80008000);
+                tile.biases[s][row] = fma_pair(scales, 0x80808080, 0x80008000);
+            }
+        }
         return tile;
     }
     template <int WORD, int SUBGROUP>
-    static __device__ __forceinline__ void row(const Tile& tile, u32 selector, u32& first, u32& second) {
-        const u32 params = tile.params[SUBGROUP];
-        const u32 codes = permute(tile.codes.word<WORD>(2 * SUBGROUP), tile.codes.word<WORD>(2 * SUBGROUP + 1), selector);
-        const uint4 table = read<uint4>(Lut16::tables() + ((WORD ? params >> (8 * WORD + 2) : params >> 2) & 0x30));
-        const u32 biased = permute(table.x, table.y, codes) ^ permute(table.z, table.w, codes ^ 0x8888);
-        // As Lut16::fragment has it.
-        const u32 l = half_sub(and_xor(WORD % 2 ? params >> 8 : params, 0x003f003f, 0x64206420), 0x64206420);
-        const u32 scales = half_mul(l, WORD % 2 ? high_twice(tile.supers) : low_twice(tile.supers));
-        const u32 s = WORD < 2 ? low_twice(scales) : high_twice(scales);
-        first = half_mul(half_sub(permute(biased, 0x64646464, 0x4140), 0x64806480), s);
-        second = half_mul(half_sub(permute(biased, 0x64646464, 0x4342), 0x64806480), s);
-        if constexpr (BF16) {
-            first = to_bfloat(first);
-            second = to_bfloat(second);
-        }
+    static __device__ __forceinline__ void row(const Tile& tile, const Rows& rows, u32& first, u32& second) {
+        constexpr int CHUNK = 2 * SUBGROUP;
+        const u32 codes = permute(FourBit::word(tile.lanes[CHUNK], WORD), FourBit::word(tile.lanes[CHUNK + 1], WORD), rows.selector);
+        // Tables begin at a multiple of 256.
+        const uint4 table = read<uint4>(permute(tile.places[SUBGROUP], rows.tables, 0x7650 + WORD));
+        const u32 turned = codes * rows.minus_one + rows.minus_one;
+        const u32 biased = permute(table.x, table.y, codes) ^ permute(table.z, table.w, turned);
+        const u32 scales = tile.scales[SUBGROUP][WORD % 2], biases = tile.biases[SUBGROUP][WORD % 2];
+        const u32 s = WORD < 2 ? low_twice(scales) : high_twice(scales), o = WORD < 2 ? low_twice(biases) : high_twice(biases);
+        first = fma_pair(permute(biased, 0, 0x4140), s, o);
+        second = fma_pair(permute(biased, 0, 0x4342), s, o);
     }
     template <int QUARTER>
-    static __device__ __forceinline__ void operand(const Tile& tile, const NoRows&, int lane, u32 (&a)[4]) {
-        const u32 t = lane % 4, selector = t | (4 + t) << 4;
-        row<QUARTER / 2 * 2, QUARTER % 2>(tile, selector, a[0], a[2]);
-        row<QUARTER / 2 * 2 + 1, QUARTER % 2>(tile, selector, a[1], a[3]);
+    static __device__ __forceinline__ void operand(const Tile& tile, const Rows& rows, int, u32 (&a)[4]) {
+        row<QUARTER / 2 * 2, QUARTER % 2>(tile, rows, a[0], a[2]);
+        row<QUARTER / 2 * 2 + 1, QUARTER % 2>(tile, rows, a[1], a[3]);
     }
 };
 

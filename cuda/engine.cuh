@@ -14,6 +14,13 @@ __device__ __forceinline__ u32 keep_address(u32 address) {
     return kept;
 }
 
+// -1, of which the compiler does not know that a product with it is a difference. (Blocks have one row of threads.)
+__device__ __forceinline__ u32 opaque_minus_one() {
+    u32 rows;
+    asm volatile("mov.u32 %0, %%ntid.y;" : "=r"(rows));
+    return 0 - rows;
+}
+
 __device__ __forceinline__ void barrier_init(u32 barrier, u32 count) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" :: "r"(barrier), "r"(count));
 }

@@ -45,13 +45,6 @@ __device__ __forceinline__ void copy_or_zeros(u32 to, const void* from, int byte
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" :: "r"(to), "l"(from), "r"(bytes) : "memory");
 }
 
-// -1, of which the compiler does not know that a product with it is a difference. (Blocks have one row of threads.)
-__device__ __forceinline__ u32 opaque_minus_one() {
-    u32 rows;
-    asm volatile("mov.u32 %0, %%ntid.y;" : "=r"(rows));
-    return 0 - rows;
-}
-
 __device__ __forceinline__ float reciprocal(float x) {
     float y;
     asm("rcp.approx.f32 %0, %1;" : "=f"(y) : "f"(x));

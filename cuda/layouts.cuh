@@ -548,21 +548,22 @@ struct Lut16 : FourBit {
     static __device__ __forceinline__ Rows rows(const Weight&, int, int) { return {}; }
 
     // Half tables in shared memory, (x, y) and (z, w), filled once by each block.
-    enum Form { SUM, BIASED_XOR };  // of entries, which must not be -1, the second half backwards; of entries + 128
+    // Of entries, which must not be -1, the second half backwards; of entries + 128; of those, the second half backwards.
+    enum Form { SUM, BIASED_XOR, BACKWARDS_XOR };
     static __device__ __forceinline__ const u8* tables() { return reinterpret_cast<const u8*>(half_tables()); }
     // Word `thread` of all half tables: of the first half's entries 0..3 or 8..11, or of the second's 4..7 or 12..15.
     static __device__ __forceinline__ u32 half_table(int thread, Form form) {
 #ifdef LUT16_TABLES
         const int place = thread % 4;
         const u32 entries = LUT16_WORDS[thread - place + place / 2 + place % 2 * 2];
+        // The second half table backwards, for codes that are turned round as a whole.
+        const u32 backwards = permute(LUT16_WORDS[thread - place + (place == 2 ? 3 : 1)], 0, 0x0123);
         if (form == SUM) {
-            // The second half table backwards, for codes that are turned round as a whole.
             if (place < 2) return place % 2 ? entries : entries + 0x01010101;
-            const u32 other = LUT16_WORDS[thread - place + (place == 2 ? 3 : 1)];
-            return permute(other, 0, 0x0123) + (place == 2 ? 0 : 0x01010101);
+            return backwards + (place == 2 ? 0 : 0x01010101);
         }
-        const u32 biased = entries ^ 0x80808080;
-        return place < 2 || place % 2 == 0 ? biased : ~biased;
+        if (form == BACKWARDS_XOR && place >= 2) return backwards ^ (place == 2 ? 0x7f7f7f7f : 0x80808080);
+        return entries ^ (place == 3 ? 0x7f7f7f7f : 0x80808080);
 #else
         return 0;
 #endif
@@ -571,7 +572,7 @@ struct Lut16 : FourBit {
         if (thread < 16) half_tables()[thread] = half_table(thread, form);
     }
     static __device__ __forceinline__ u32* half_tables() {
-        __shared__ uint4 words[4];
+        alignas(256) __shared__ uint4 words[4];
         return reinterpret_cast<u32*>(words);
     }
     // What the half tables give for a word's weights 0..3 and 4..7.

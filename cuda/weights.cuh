@@ -152,9 +152,10 @@ template <int REPEAT_>
 struct Lut16 {
     static constexpr int GROUP = 16, CODE_BITS = 4, ROW_RUN = 256, REPEAT = REPEAT_;
     static constexpr bool NATURAL = true;
-    using Halves = Unscaled;
     using Param = u8;
-    using RowParam = u16;
+    using RowParam = u16;  // d
+    using Halves = RowParam;
+    static __device__ __forceinline__ Magnitudes largest(Halves d) { return {larger(from_half(d), 0.0f), 0.0f}; }
     static __device__ __forceinline__ Param param(const Parts& parts, u64 i) { return parts.second[i]; }
     static __device__ __forceinline__ RowParam row_param(const Parts& parts, u64 i) { return element<u16>(parts.third, i); }
     static __device__ __forceinline__ float value(int code, Param p, RowParam d) {
@@ -232,7 +233,8 @@ __device__ __forceinline__ Magnitudes largest_of(const Parts& parts, const Place
     if constexpr (same<typename L::Halves, typename L::Param>) {
         if (at.column % L::GROUP == 0) found = L::largest(L::param(parts, part_group<L>(at, s)));
     } else if constexpr (!same<typename L::Halves, Unscaled>) {
-        if (at.column == 0) found = L::largest(L::row_param(parts, part_row<L>(at, s)));
+        constexpr int EVERY = L::ROW_RUN;
+        if (EVERY == 0 ? at.column == 0 : at.column % EVERY == 0) found = L::largest(L::row_param(parts, part_row<L>(at, s)));
     }
     return found;
 }

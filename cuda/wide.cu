@@ -384,7 +384,7 @@ wide(const __grid_constant__ tenpak::TensorMap x, const unsigned char* codes, co
         }
     } else {
 #ifdef LUT16_TABLES
-        Lut16::prepare(threadIdx.x, Lut16::BIASED_XOR);
+        Lut16::prepare(threadIdx.x, Lut16::BACKWARDS_XOR);
 #endif
         wait_for_block(128 * GROUPS + 128);
         take_registers<MANY>();

@@ -38,8 +38,8 @@ BYTES = ("int4_g8_u8", "int4_g16_u8", "int5_g32_u8", "int6_g32_u8")
 LAYOUTS = [*PAIRS, *BYTES, "int4_lut16", "int8_sym"]
 #: Bytes of the copies of a weight that a graph goes round: three times the L2 of an H200.
 RING = 180 << 20
-#: Scales and offsets are packed times this (`tenpak.cuda.layouts.power_of`).
-POWER = 512.0
+#: Scales and offsets, and super-scales, are packed times this (`tenpak.cuda.layouts.power_of`).
+POWER, SUPER_POWER = 512.0, 8192.0
 #: Bytes per second of a plain read of 8, 16, 64 and 2048 MiB on an H200, as (bytes, speed).
 READ_SPEEDS = [(8 << 20, 2.14e12), (16 << 20, 2.83e12), (64 << 20, 3.76e12), (2048 << 20, 4.25e12)]
 MULTIPLY_SPEED = 790e12
@@ -83,7 +83,7 @@ def random_weight(layout: str, n: int, k: int) -> Any:
         row_params = (line * (1 + uniform(strips * 16, 4))).astype(cupy.float16)
     elif layout == "int4_lut16":
         params = some_bytes(strips, tiles, 8, 2, 4)
-        row_params = (2e-4 * (1 + uniform(strips, supers, 16))).astype(cupy.float16)
+        row_params = (SUPER_POWER * 2e-4 * (1 + uniform(strips, supers, 16))).astype(cupy.float16)
     else:
         row_params = 0.001 * (1 + uniform(strips * 16))
     codes = some_bytes(strips, tiles, 1024 if layout == "int8_sym" else 512).view(cupy.uint32)
@@ -95,7 +95,7 @@ def random_weight(layout: str, n: int, k: int) -> Any:
         codes=codes,
         params=params,
         row_params=row_params,
-        scale=1.0 / POWER if layout in PAIRS or layout in BYTES else 1.0,
+        scale=1.0 / {"int4_lut16": SUPER_POWER, "int8_sym": 1.0}.get(layout, POWER),
         device=device,
     )
 

@@ -37,7 +37,7 @@ inline int __shfl_sync(u32, int x, int lane) { return (int)tenpak::share<1>({(u6
 
 namespace tenpak {
 // Shared arrays that are not dynamic have addresses by their distance from this.
-static u64 pinned;
+alignas(256) static u64 pinned;
 // Others are in a launch's dynamic shared memory.
 static u32 first_shared, shared_size;
 inline u8* at_shared(u32 address) {
@@ -106,6 +106,7 @@ inline void check(bool holds, const char* what) {
     abort();
 }
 inline u32 keep_address(u32 address) { return address; }
+inline u32 opaque_minus_one() { return ~0u; }
 
 struct Counter { int of, missing; long long bytes; u32 parity; };
 struct Piece { u32 to; const u8* from; u32 bytes; };

@@ -70,7 +70,6 @@ inline void read_if(u32 wanted, u32 from, u32& x, u32& y, u32& z, u32& w) {
     read_if(wanted, from + 8, z, w);
 }
 inline void copy_or_zeros(u32 to, const void* from, int bytes) { copy16(at_shared(to), from, bytes != 0); }
-inline u32 opaque_minus_one() { return ~0u; }
 inline float reciprocal(float x) { return 1.0f / x; }
 static Barrier named[16];
 template <int OF> void wait_at_barrier(int barrier) { arrive(named[barrier], OF); }

@@ -110,7 +110,9 @@ def test_an_array_becomes_the_weight_that_its_parts_make(cuda, codec):
     assert weight.nbytes == sum(part.nbytes for part in parts if part is not None)
 
 
-@pytest.mark.parametrize("layout", ["int4_g32_fp16", "int4_g128_fp16", "int4_g8_u8", "int6_g32_u8"])
+@pytest.mark.parametrize(
+    "layout", ["int4_g32_fp16", "int4_g128_fp16", "int4_g8_u8", "int6_g32_u8", "int4_lut16", "int4_lut32"]
+)
 @pytest.mark.parametrize("largest", [2.0**-20, 0.02, 3.99, 4.0, 60000.0])
 def test_scales_are_packed_as_large_as_kernels_want_them(cuda, layout, largest):
     about = layouts.find(layout)
@@ -123,6 +125,12 @@ def test_scales_are_packed_as_large_as_kernels_want_them(cuda, layout, largest):
             scales = largest * np.where(np.arange(shape[1]) == 1, 1.0, random.random(shape) / 64)
             parts = [codes, scales.astype(np.float16), np.clip(offset * scales, -65504, 65504).astype(np.float16)]
             halves = np.stack([part.astype(np.float32) for part in parts[1:]], -1)
+        elif about.name in layouts.TABLES:
+            groups = -(-k // (about.group * about.repeat))
+            supers = largest * (0.5 + 0.5 * random.random((n, -(-k // (about.row_run * about.repeat)))))
+            supers[3, 0] = largest
+            parts = [codes, random.integers(0, 256, (n, groups), np.uint8), supers.astype(np.float16)]
+            halves = parts[2].astype(np.float32)[..., None]
         else:
             line = largest * np.array([0.25, 0.75 / 255, 0.25 * offset, 0.75 * offset / 255])
             line = (line * (0.5 + 0.5 * random.random((n, 1)))).clip(-60000, 60000).astype(np.float16)
@@ -191,6 +199,8 @@ def test_lanes_and_words_of_the_reference_are_those_that_layouts_cuh_draws(name)
     if layout.row_part is not None:
         width = -(-k // (layout.row_run * layout.repeat)) if layout.row_run else layout.row_params
         parts[layout.row_part] = rng.integers(0, 2**16, (n, width)).astype(layout.row_param)
+        if tables:
+            parts[layout.row_part][0, 0] = 0x7C00
     more = layout.high_bits
     if more:
         parts.append(rng.integers(0, 256, (n, -(-k * more // 8)), np.uint8))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 
 import numpy as np
@@ -119,6 +120,26 @@ def test_scales_of_every_size(layout, bf16):
         error = np.square(values(y, bool(bf16))[0].astype(np.float64) - given @ weight.T).sum(0)
         norm = (np.square(given) @ np.square(weight).T).sum(0)
         assert (np.sqrt(error) <= (1.5e-2 if bf16 else 4e-3) * np.sqrt(norm) + 6e-8).all(), (scales.max(), middle)
+
+
+@pytest.mark.parametrize("bf16", [0, 1])
+@pytest.mark.parametrize("layout", sorted(layouts.TABLES))
+def test_super_scales_of_every_size(layout, bf16):
+    """From subnormal halves to the largest; zeros; one that is 1000 times as large as others."""
+    n, k, m, random = 72, 648, 5, np.random.default_rng(2)
+    encoded = tenpak.encode(random.standard_normal((n, k)).astype(np.float32), CODECS[layout])
+    x = bits(random.standard_normal((1, m, k)).astype(np.float32), bool(bf16))
+    alike = 1 + random.random(encoded.parts["supers"].shape)
+    outlier = np.where(np.arange(alike.size).reshape(alike.shape) == 5, 1000.0, 1.0)
+    for supers in (*(size * alike for size in (1e-6, 1e-3, 1.9, 500.0)), 0 * alike, 0.001 * alike * outlier):
+        given = dataclasses.replace(encoded, parts={**encoded.parts, "supers": supers.astype(np.float16)}, exponent=0)
+        parts = layouts.ordered(CODECS[layout], given.parts, (n, k), 1)
+        *packed, power = layouts.pack(layouts.find(layout), parts, n, k)
+        y = wide({"LAYOUT": layout, "BF16": bf16, **SMALL}, 1, x, k, packed, n, 2.0**-power * 2.0**-12, None)
+        exact, weight = values(x, bool(bf16)).astype(np.float64)[0], tenpak.decode(given).astype(np.float64) / 2**12
+        error = np.square(values(y, bool(bf16))[0].astype(np.float64) - exact @ weight.T).sum(0)
+        norm = (np.square(exact) @ np.square(weight).T).sum(0)
+        assert (np.sqrt(error) <= (1.5e-2 if bf16 else 4e-3) * np.sqrt(norm) + 6e-8).all(), supers.max()
 
 
 @pytest.mark.parametrize("grid", [1, 2, 3, 4, 5, 7, 12, 18])

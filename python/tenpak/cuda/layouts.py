@@ -21,6 +21,8 @@ from tenpak.errors import UsageError
 TILE_ROWS = 16
 TILE_COLS = 64
 
+#: Layouts that look codes up in tables (Lut16 of cuda/layouts.cuh).
+TABLES = frozenset({"int4_lut16", "int4_lut32"})
 #: Codes as they are packed, and packed ones as they were: bits 2 and 3 exchanged (cuda/layouts.cuh says why).
 EXCHANGED = (0, 1, 2, 3, 8, 9, 10, 11, 4, 5, 6, 7, 12, 13, 14, 15)
 
@@ -100,8 +102,8 @@ class Layout:
 
     @property
     def halves(self) -> tuple[str, int] | None:
-        """The packed array that has scales and offsets as halves, and how many make one of both; None for tables."""
-        if self.row_params > 1:
+        """The packed array that has scales and offsets as halves, and how many make one of both; 1: a scale alone."""
+        if self.row_param is not None and self.row_param.itemsize == 2:
             return "row_params", self.row_params
         return ("params", 2) if self.param is not None and self.param.itemsize == 4 else None
 
@@ -213,12 +215,12 @@ def power_of(scale: float, offset: float) -> int:
 
 
 def largest(halves: Any) -> tuple[float, float]:
-    """The largest magnitudes of scales and of offsets, of FP32 [..., (s, o)] or of lines [..., (s0, ds, o0, do)].
+    """The largest magnitudes of scales and of offsets, of FP32 [..., (s, o)], [..., (s0, ds, o0, do)] or [..., (d,)].
 
     Of NumPy or PyTorch; the reference for `largest` of cuda/pack.cu.
     """
-    found, each = [0.0, 0.0], halves.shape[-1] // 2
-    for i in range(2) if math.prod(halves.shape) else ():
+    found, each = [0.0, 0.0], (halves.shape[-1] + 1) // 2
+    for i in range(min(2, halves.shape[-1])) if math.prod(halves.shape) else ():
         first = halves[..., each * i]
         found[i] = float(abs(first).max())
         if each == 2:

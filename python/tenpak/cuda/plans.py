@@ -19,7 +19,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from tenpak.cuda import wide
-from tenpak.cuda.layouts import LAYOUTS, TILE_COLS, TILE_ROWS
+from tenpak.cuda.layouts import LAYOUTS, TABLES, TILE_COLS, TILE_ROWS
 from tenpak.decoder.kv import RECENT, TILE
 
 #: Bytes that two tiles take in shared memory: codes and parameters (STAGE_BYTES of cuda/layouts.cuh).
@@ -38,8 +38,6 @@ STAGE_BYTES = {
     "int8_sym": 2048,
 }
 
-#: Layouts that look codes up in tables (Lut16 of cuda/layouts.cuh).
-TABLES = frozenset({"int4_lut16", "int4_lut32"})
 #: Layouts of which one token is multiplied in integers (cuda/integers.cuh). The others have so many bytes that memory
 #: takes the time either way.
 INTEGER = TABLES | {"int4_g16_fp16", "int4_g32_fp16", "int4_g64_fp16", "int4_g128_fp16", "int4_g16_u8"}

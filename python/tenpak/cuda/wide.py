@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 
-from tenpak.cuda.layouts import TILE_COLS
+from tenpak.cuda.layouts import TABLES, TILE_COLS
 
 #: (GROUPS, TOKENS, STEP) by the most tokens of a product that would take them: all fit in registers.
 SHAPES = (
@@ -39,6 +39,8 @@ TILE_CYCLES, SHARE_CYCLES, CLUSTER_CYCLES = 1780.0, 4700.0, 1540.0
 #: What products of (GROUPS, TOKENS) reach of the tensor cores' speed; fewer tokens use an unpacked weight less often.
 PRODUCTS = {(2, 256): 0.83, (2, 192): 0.83, (3, 128): 0.84, (2, 128): 0.82}
 FEW_PRODUCTS = 0.625
+#: What a strip's look-ups of a tile add to those.
+TABLE_CYCLES = 130.0
 #: Cycles of each step beside those, and of each strip's step of two tiles: what takes small tiles their time.
 STEP_CYCLES, STRIP_CYCLES = 240.0, 53.6
 
@@ -152,6 +154,8 @@ def _of_shape(
     band = _up(token_tiles, bands)
     tiles = batch * _up(n, rows) * token_tiles
     products = step * 2 * groups * tokens / PRODUCTS.get((groups, tokens), FEW_PRODUCTS)
+    if layout in TABLES:
+        products += step * groups * TABLE_CYCLES
     reads = step * ((rows // 64) * tokens + strips * 8) + stage_bytes / SHARED_SPEED
     # Weights of tiles with other tokens come from L2.
     asked = STEP_CYCLES + strips * STRIP_CYCLES * step / 2
