@@ -228,7 +228,7 @@ def _forms(device: Device, layout: str, n: int, k: int, m: int, integer: int, ov
         forms[:0] = [engine(8, 3, 1, 2, 2), engine(12, 3, 1), engine(12, 2, 1)]
     elif m > 1:
         forms.insert(0, engine(8, 3, 2) if overlaps else engine(8, 3, 1, 2, 2))
-    elif layout == "int4_g8_u8":
+    elif layout == "int4_g8_u8" or (LAYOUTS[layout].high_bits and not large):
         forms.insert(0, engine(8, 2, 2))
     return forms
 
