@@ -41,8 +41,9 @@ PRODUCTS = {(2, 256): 0.83, (2, 192): 0.83, (3, 128): 0.84, (2, 128): 0.82}
 FEW_PRODUCTS = 0.625
 #: What a strip's look-ups of a tile add to those.
 TABLE_CYCLES = 130.0
-#: Cycles of each step beside those, and of each strip's step of two tiles: what takes small tiles their time.
-STEP_CYCLES, STRIP_CYCLES = 240.0, 53.6
+#: Cycles of each step beside those, and of each strip's step of two tiles, by code or in tables: what takes small tiles
+#: their time.
+STEP_CYCLES, STRIP_CYCLES, TABLE_STRIP_CYCLES = 240.0, 53.6, 110.0
 
 
 @dataclass(frozen=True)
@@ -158,7 +159,7 @@ def _of_shape(
         products += step * groups * TABLE_CYCLES
     reads = step * ((rows // 64) * tokens + strips * 8) + stage_bytes / SHARED_SPEED
     # Weights of tiles with other tokens come from L2.
-    asked = STEP_CYCLES + strips * STRIP_CYCLES * step / 2
+    asked = STEP_CYCLES + strips * (TABLE_STRIP_CYCLES if layout in TABLES else STRIP_CYCLES) * step / 2
     memory = weights / MEMORY_SPEED / min(token_tiles, 2)
     step_cycles = max(products, reads, asked, memory)
     # The first step's weights have nothing to hide behind.
