@@ -1,13 +1,14 @@
 """Products with quantised weights beside cuBLAS FP16, Humming, tinygemm and GemLite, on one GPU, in one run.
 
     python tests/bench/bench_gemm.py [--layouts int4_g32_fp16] [--tokens 1,16] [--shapes 4096x4096] [--peers Humming]
-                                     [--update]
+                                     [--update] [--soak 0.4]
 
 Needs CuPy and torch, which has tinygemm; Humming and GemLite are measured where they are installed. Random packed
 weights: speed does not depend on what they hold, but correctness does, so every product is first compared with the
 unpacked weight's in FP32. Times are medians over replays of a CUDA graph that goes round copies of the weight larger
 than three times L2, from 256 tokens on in turns with cuBLAS's, for clocks fall with power; products that unpack the
-weight for cuBLAS are not captured and are timed as a run of calls.
+weight for cuBLAS are not captured and are timed as a run of calls. Those bursts of some 20 ms begin before clocks have
+fallen; with --soak each kernel first runs for so many seconds, until it has the clocks that its power leaves it.
 `floor` is the time to read the weight once at the speed of a plain read of as many bytes, or to multiply at 790
 TFLOP/s (both measured on an H200), whichever is longer. Left out: packing, and what a Python call costs outside a
 graph.
@@ -110,8 +111,11 @@ def copy_of(w: Any) -> Any:
     return SimpleNamespace(**{**vars(w), **parts})
 
 
-def graph_us(calls: list[Callable[[], object]], replays: int = 15) -> float:
-    """Microseconds of one call: the median over replays of a graph of all of them, once each."""
+def graph_us(calls: list[Callable[[], object]], replays: int = 15, soak: float = 0.0) -> float:
+    """Microseconds of one call: the median over replays of a graph of all of them, once each.
+
+    `soak`: seconds for which the graph is replayed before that.
+    """
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         calls[0]()
@@ -120,6 +124,10 @@ def graph_us(calls: list[Callable[[], object]], replays: int = 15) -> float:
     with torch.cuda.graph(graph, stream=stream):
         for call in calls:
             call()
+    since = time.monotonic()
+    while time.monotonic() - since < soak:
+        graph.replay()
+        torch.cuda.synchronize()
     times = []
     for _ in range(replays + 2):
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -151,7 +159,7 @@ def multiply(w: Any, x: torch.Tensor, y: torch.Tensor) -> None:
     products.launch(w, x.data_ptr(), y.data_ptr(), x.shape[0], bf16=False, stream=stream)
 
 
-def time_ours(copies: list[Any], x: torch.Tensor, y: torch.Tensor) -> float:
+def time_ours(copies: list[Any], x: torch.Tensor, y: torch.Tensor, soak: float = 0.0) -> float:
     """Microseconds of the kernel that `matmul` takes for these tokens."""
     ring = [copies[i % len(copies)] for i in range(max(len(copies), 8))]
     hopper = products.device_of(copies[0].device).hopper
@@ -159,13 +167,13 @@ def time_ours(copies: list[Any], x: torch.Tensor, y: torch.Tensor) -> float:
         arrays = cupy.asarray(x), cupy.asarray(y)
         stream = cupy.cuda.ExternalStream(torch.cuda.current_stream().cuda_stream)
         return eager_us([partial(products.matmul, arrays[0], w, None, arrays[1], stream) for w in ring])
-    return graph_us([partial(multiply, w, x, y) for w in ring])
+    return graph_us([partial(multiply, w, x, y) for w in ring], soak=soak)
 
 
-def time_cublas(dense: list[torch.Tensor], x: torch.Tensor, y: torch.Tensor) -> float:
+def time_cublas(dense: list[torch.Tensor], x: torch.Tensor, y: torch.Tensor, soak: float = 0.0) -> float:
     """Microseconds of the FP16 product."""
     ring = [dense[i % len(dense)] for i in range(max(len(dense), 8))]
-    return graph_us([partial(torch.mm, x, w.T, out=y) for w in ring])
+    return graph_us([partial(torch.mm, x, w.T, out=y) for w in ring], soak=soak)
 
 
 def side_by_side(calls: list[Callable[[], float]], turns: int = 3) -> list[float]:
@@ -173,10 +181,10 @@ def side_by_side(calls: list[Callable[[], float]], turns: int = 3) -> list[float
     return [statistics.median(times) for times in zip(*([call() for call in calls] for _ in range(turns)), strict=True)]
 
 
-def time_peer(layers: list[Any], x: torch.Tensor) -> float:
+def time_peer(layers: list[Any], x: torch.Tensor, soak: float = 0.0) -> float:
     """Microseconds of another kernel's product."""
     ring = [layers[i % len(layers)] for i in range(max(len(layers), 8))]
-    return graph_us([partial(layer, x) for layer in ring])
+    return graph_us([partial(layer, x) for layer in ring], soak=soak)
 
 
 def activations(m: int, n: int, k: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -197,7 +205,14 @@ def main() -> None:
     parser.add_argument("--tokens", default=",".join(map(str, TOKENS)))
     parser.add_argument("--shapes", default=",".join(f"{k}x{n}" for k, n in SHAPES), help="K x N, with an x between")
     parser.add_argument("--peers", default="Humming,tinygemm,GemLite", help="other kernels, where they are installed")
-    parser.add_argument("--update", action="store_true", help="keep the other rows of results/gemm.json")
+    parser.add_argument("--update", action="store_true", help="keep the other rows of the results")
+    parser.add_argument(
+        "--soak",
+        type=float,
+        default=0.0,
+        metavar="SECONDS",
+        help=f"run each kernel for so long before it is timed, from {HOT} tokens on; results go to gemm_hot.json",
+    )
     args = parser.parse_args()
     tokens = [int(m) for m in args.tokens.split(",")]
     chosen = [peer for peer in peers() if peer.name in args.peers.split(",")]
@@ -234,14 +249,16 @@ def main() -> None:
                 error = float((y.float() - wanted).norm() / wanted.norm())
                 if not error < 2e-3:
                     raise SystemExit(f"{layout} {shape} M={m}: relative error {error}")
+                soak = args.soak if m >= HOT else 0.0
                 if m < HOT:
                     us = time_ours(copies, x, y)
                 else:
-                    us, cublas[m] = side_by_side([partial(time_ours, copies, x, y), partial(time_cublas, dense, x, y)])
+                    both = [partial(time_ours, copies, x, y, soak), partial(time_cublas, dense, x, y, soak)]
+                    us, cublas[m] = side_by_side(both)
                 times = {}
                 for peer, layers in list(others.items()):
                     try:
-                        times[f"x {peer.name}"] = time_peer(layers, x.to(peer.dtype)) / us
+                        times[f"x {peer.name}"] = time_peer(layers, x.to(peer.dtype), soak) / us
                     except Exception as error:
                         del others[peer]
                         notes.append(f"{peer.name}, {layout}, {shape}, M={m}: {type(error).__name__}: {error}"[:300])
@@ -265,10 +282,11 @@ def main() -> None:
                     ", ".join(f"{v:.2f} {k}" for k, v in ratios.items()),
                     flush=True,
                 )
+    name = "gemm_hot" if args.soak else "gemm"
     if args.update:
-        rows = updated("gemm", rows, "K x N", "layout", "M")
+        rows = updated(name, rows, "K x N", "layout", "M")
     report(
-        "gemm",
+        name,
         machine(*installed("tenpak", "torch", "cupy-cuda12x", "cupy-cuda13x", "humming-kernels", "gemlite")),
         rows,
         notes,
