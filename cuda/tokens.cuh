@@ -13,6 +13,9 @@
 #ifndef INTEGER
 #define INTEGER 0
 #endif
+#ifndef HEAD
+#define HEAD 0
+#endif
 
 namespace tenpak {
 

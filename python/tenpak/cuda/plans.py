@@ -175,6 +175,7 @@ class Form:
 
     `strips` at a time. `engine`: the copy engine brings weights, asked for by `copiers`. `sharers`: warps that take a
     step together, of whom there are several groups in turn (0: all). `even`: no more blocks than as many turns need.
+    `head`: strips that are left over are cut along K (`head_steps`), with `engine` only.
     """
 
     warps: int
@@ -185,6 +186,16 @@ class Form:
     copiers: int = 1
     sharers: int = 0
     even: bool = False
+    head: bool = False
+
+
+def head_steps(turns: int, blocks: int, steps: int) -> int:
+    """Steps that each of `blocks` has of the turns that are left over when all have as many, or 0 where none are cut.
+
+    A turn is `steps`. None are cut where a block would have nothing else, or as many steps as a turn (Walk of cuda/ring.cuh).
+    """
+    share = divide_up(turns % blocks * steps, blocks)
+    return share if turns > blocks and share < steps else 0
 
 
 #: Layouts of which one token of a large weight is multiplied with two strips at a time.
@@ -203,8 +214,10 @@ def _forms(device: Device, layout: str, n: int, k: int, m: int, integer: int, ov
     if not device.hopper or m > 16:
         return forms
 
-    def engine(warps: int, depth: int, blocks: int, strips: int = 1, copiers: int = 1, sharers: int = 0) -> Form:
-        return Form(warps, depth, blocks, strips, True, copiers, sharers, blocks == 1 and not sharers)
+    def engine(
+        warps: int, depth: int, blocks: int, strips: int = 1, copiers: int = 1, sharers: int = 0, head: bool = False
+    ) -> Form:
+        return Form(warps, depth, blocks, strips, True, copiers, sharers, blocks == 1 and not sharers, head)
 
     # Strips of a multiprocessor.
     strips = divide_up(n, TILE_ROWS) / device.multiprocessors
@@ -295,6 +308,8 @@ def skinny_plans(
         slices, turns = divide_up(tiles, slice_tiles), divide_up(strips, form.strips)
         per_matrix = max(1, device.multiprocessors * form.blocks // (slices * batch))
         width = min(turns, per_matrix)
+        steps = divide_up(tiles, 2 * sharers)
+        head = head_steps(turns, width, steps) if form.head and slices == 1 else 0
         if form.even:
             width = divide_up(turns, divide_up(turns, width))
         defines = {
@@ -309,13 +324,19 @@ def skinny_plans(
             "ENGINE": int(form.engine),
             "COPIERS": form.copiers,
             "SHARERS": sharers,
+            **({"HEAD": 1} if head else {}),
             **fused.defines,
         }
         if fused.norm != "none":
             # Each thread's part of a row, in fours (cuda/normed.cuh).
             defines["EACH"] = divide_up(tiles * TILE_COLS, 4 * 32 * form.warps)
+        # Strips whose sums are in parts, and how many at most (Parts of cuda/ring.cuh).
+        parts, cut = slices, strips
+        wholes = turns // width
+        if head:
+            parts, cut = divide_up(steps - 1, head) + 1, strips - wholes * width * form.strips
         # Slots of partial sums: one for each chunk of tokens of each matrix.
-        slots = (m // chunk + batch if grouped else batch * divide_up(m, chunk) + batch) if slices > 1 else 0
+        slots = (m // chunk + batch if grouped else batch * divide_up(m, chunk) + batch) if parts > 1 else 0
         # Those that multiply, that add, and one that asks for copies.
         warps = form.warps + buffers + form.engine * form.copiers
         int32 = np.int32
@@ -326,8 +347,11 @@ def skinny_plans(
             (width, slices, batch),
             (32 * warps,),
             shared,
-            (int32(m), int32(n), int32(k), int32(tiles), int32(divide_up(k, 256)), int32(slice_tiles)),
-            slots * slices * strips * form.strips * columns * 512,
+            (
+                *(int32(m), int32(n), int32(k), int32(tiles), int32(divide_up(k, 256)), int32(slice_tiles)),
+                *((int32(wholes), int32(head), np.uint32(divide_up(1 << 32, steps))) if head else ()),
+            ),
+            slots * parts * cut * form.strips * columns * 512,
             slots * strips,
         )
 
