@@ -55,8 +55,8 @@ struct Walk {
     __device__ __forceinline__ int end(int turn) const {
         return turn >= heads ? steps : turn ? head_end - steps : min(head_end, steps);
     }
-    __device__ __forceinline__ bool in_parts(int turn) const { return turn < heads; }
     __device__ __forceinline__ Parts parts(int turn) const {
+        if (turn >= heads) return {0, 1, 1, strip(turn), strips};
         const int before = wholes * every * STRIPS, begins = (strip(turn) - before) / STRIPS * steps, whose = begins / head;
         return {(u32)(first - whose), (begins + steps - 1) / head - whose + 1, (steps + head - 2) / head + 1, strip(turn) - before, strips - before};
     }
@@ -64,7 +64,6 @@ struct Walk {
     __device__ __forceinline__ bool has(int turn) const { return strip(turn) < strips; }
     __device__ __forceinline__ int strip(int turn) const { return (first + turn * every) * STRIPS; }
     __device__ __forceinline__ int end(int) const { return steps; }
-    __device__ __forceinline__ bool in_parts(int) const { return slices > 1; }
     __device__ __forceinline__ Parts parts(int turn) const { return {blockIdx.y, slices, slices, strip(turn), strips}; }
 #endif
     // One of a turn's; beyond the last the last again.

@@ -207,8 +207,8 @@ skinny(const unsigned char* codes, const unsigned char* params, const unsigned c
                 }
                 buffers.read(buffer, lane);
                 buffers.next(buffer);
-                if (walk.in_parts(turn)) {
-                    const Parts parts = walk.parts(turn);
+                const Parts parts = walk.parts(turn);
+                if (parts.count > 1) {
                     const size_t step = (size_t)parts.strips * PARTS * LANES;
                     float4* all = partial + (slot * parts.most * parts.strips + parts.strip) * PARTS * LANES + lane;
 #pragma unroll
