@@ -192,10 +192,10 @@ class Form:
 def head_steps(turns: int, blocks: int, steps: int) -> int:
     """Steps that each of `blocks` has of the turns that are left over when all have as many, or 0 where none are cut.
 
-    A turn is `steps`. None are cut where a block would have nothing else, or as many steps as a turn (Walk of cuda/ring.cuh).
+    A turn is `steps`. None are cut where each would have a turn's (Walk of cuda/ring.cuh).
     """
     share = divide_up(turns % blocks * steps, blocks)
-    return share if turns > blocks and share < steps else 0
+    return share if share < steps else 0
 
 
 #: Layouts of which one token of a large weight is multiplied with two strips at a time.
