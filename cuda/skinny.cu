@@ -58,6 +58,7 @@ constexpr int READY = 1, STAGED = 2;
 constexpr int X_STEPS = ENGINE && !INTEGER && !NORM && !HEAD ? 32 : 0;
 static_assert(ENGINE || !HEAD, "a warp that copies for itself begins and ends where strips do");
 
+using Sum = Products::Sum;
 using Sums = SumsBarriers<BUFFERS, WARPS, 1>;
 __device__ __forceinline__ void wait_for_staging() { wait_at_barrier<FIRST_COPIER * LANES>(STAGED); }
 
@@ -80,11 +81,11 @@ __device__ __forceinline__ void copy_x(const XSlice& from, u32 to, int row_bytes
 
 // x [batch, m, k] (FP32 before a norm) with rows of x_stride elements, or, with offsets [batch + 1], all experts' tokens one
 // after another, sorted by expert. y alike with rows of n, or n / 2 if gated. bias [batch, n] or null. slice: tiles of K for
-// each block, a multiple of four; partial [slots, parts, strips, PARTS, lanes] float4 (Parts of ring.cuh) and arrived [slots, strips] (of the
+// each block, a multiple of four; partial [slots, parts, strips, PARTS, lanes] of Sum (Parts of ring.cuh) and arrived [slots, strips] (of the
 // first strip of each turn) serve slices > 1 and, with -DHEAD, strips that are cut, where there is one slice. norm_weight, norm_bias (or null): FP32 [k], with -DNORM.
 extern "C" __global__ void __launch_bounds__(tenpak::ALL_WARPS * 32, BLOCKS)
 skinny(const unsigned char* codes, const unsigned char* params, const unsigned char* row_params, const unsigned short* x,
-       tenpak::Out* y, const unsigned short* bias, const int* offsets, float4* partial, unsigned int* arrived,
+       tenpak::Out* y, const unsigned short* bias, const int* offsets, tenpak::Sum* partial, unsigned int* arrived,
        long long codes_step, long long params_step, long long row_params_step, long long x_stride, int m, int n, int k,
        int tiles, int supers, int slice,
 #if HEAD
@@ -117,7 +118,7 @@ skinny(const unsigned char* codes, const unsigned char* params, const unsigned c
     if (total <= 0) return;
 
     const int row_bytes = Products::row_bytes(slice);
-    float4* sums_of_warps = reinterpret_cast<float4*>(dynamic);
+    Sum* sums_of_warps = reinterpret_cast<Sum*>(dynamic);
     u8* stages = reinterpret_cast<u8*>(sums_of_warps + BUFFERS * WARPS * PARTS * LANES);
     u8* staged_x = stages + DEPTH * STRIPS * BLOCK_STAGE_BYTES;
     __shared__ u64 barriers_of_sums[Sums::BARRIERS];
@@ -139,7 +140,9 @@ skinny(const unsigned char* codes, const unsigned char* params, const unsigned c
         Ring ring(keep_address(shared_address(stages)), ring_barriers);
         const u32 to = keep_address(shared_address(staged_x));
         const Weight weight = weight_of();
-        wait_at_barrier<(COPIERS + 1) * LANES>(READY);
+        // What the first copies are of is known by the time there are barriers.
+        const u64 known = (u64)weight.codes | (u64)weight.params | (u64)weight.row_params | (u32)(walk.strip(0) | tiles | supers);
+        wait_at_barrier_after<(COPIERS + 1) * LANES>(known, READY);
         for (int chunk = 0; chunk < chunks; ++chunk) {
             const XSlice here = slice_of_x(chunk);
             if (chunk) __syncthreads();
@@ -197,10 +200,10 @@ skinny(const unsigned char* codes, const unsigned char* params, const unsigned c
 #pragma unroll
                 for (int i = 0; i < STRIPS; ++i) rows[i] = Layout::rows(weight, walk.strip(turn, i), lane);
                 buffers.wait_until_written(buffer);
-                float4 sums[PARTS];
+                Sum sums[PARTS];
 #pragma unroll
                 for (int part = 0; part < PARTS; ++part) {
-                    const float4* from = sums_of_warps + (buffer * WARPS * PARTS + part) * LANES + lane;
+                    const Sum* from = sums_of_warps + (buffer * WARPS * PARTS + part) * LANES + lane;
                     sums[part] = from[0];
 #pragma unroll
                     for (int other = 1; other < WARPS; ++other) add(sums[part], from[other * PARTS * LANES]);
@@ -210,7 +213,7 @@ skinny(const unsigned char* codes, const unsigned char* params, const unsigned c
                 const Parts parts = walk.parts(turn);
                 if (parts.count > 1) {
                     const size_t step = (size_t)parts.strips * PARTS * LANES;
-                    float4* all = partial + (slot * parts.most * parts.strips + parts.strip) * PARTS * LANES + lane;
+                    Sum* all = partial + (slot * parts.most * parts.strips + parts.strip) * PARTS * LANES + lane;
 #pragma unroll
                     for (int part = 0; part < PARTS; ++part) __stcg(all + parts.mine * step + part * LANES, sums[part]);
                     __threadfence();
@@ -327,7 +330,7 @@ skinny(const unsigned char* codes, const unsigned char* params, const unsigned c
             buffers.wait_until_read(buffer);
 #pragma unroll
             for (int part = 0; part < PARTS; ++part)
-                write(my_sums + (buffer * WARPS * PARTS + part) * (LANES * 16), products.sum(part, lane));
+                write(my_sums + (buffer * WARPS * PARTS + part) * (LANES * (int)sizeof(Sum)), products.sum(part, lane));
             buffers.written(buffer, lane);
             buffers.next(buffer);
 #pragma unroll

@@ -46,6 +46,10 @@ struct XSlice {
     }
 };
 
+__device__ __forceinline__ void add(float2& a, const float2& b) {
+    a.x += b.x;
+    a.y += b.y;
+}
 __device__ __forceinline__ void add(float4& a, const float4& b) {
     a.x += b.x;
     a.y += b.y;

@@ -229,8 +229,10 @@ def _forms(device: Device, layout: str, n: int, k: int, m: int, integer: int, ov
         elif large or overlaps or k > 8192 or (layout == "int4_g16_u8" and strips <= 2):
             first = engine(16, 8, 1, 1, 2, 8)
         else:
-            # Small blocks have multiplied the sooner, and two of them wait at different times.
-            first = engine(8, 4, 2)
+            # Small blocks have multiplied the sooner, and two of them wait at different times. The less there is to
+            # multiply, the more it matters how soon the first warps begin.
+            small = tables and n * k < LARGE // 2
+            first = engine(8, 8, 2, sharers=4, head=True) if small else engine(8, 4, 2, head=tables)
         forms[:0] = [first, engine(16, 4, 1), engine(16, 3, 1), engine(12, 3, 1)]
     elif large and m > 1:
         first = (
@@ -242,7 +244,7 @@ def _forms(device: Device, layout: str, n: int, k: int, m: int, integer: int, ov
     elif m > 1:
         forms.insert(0, engine(8, 3, 2) if overlaps else engine(8, 3, 1, 2, 2))
     elif layout == "int4_g8_u8":
-        forms.insert(0, engine(8, 2, 2))
+        forms.insert(0, engine(8, 2, 2) if overlaps else engine(8, 4, 2, sharers=4, head=True))
     return forms
 
 
@@ -292,6 +294,8 @@ def skinny_plans(
 
     # Strips whose sums a block adds at a time, each by a warp (BUFFERS of cuda/skinny.cu).
     buffers = 2 if columns <= 2 else 1
+    # Of a warp's sums of up to eight tokens (Sum of cuda/integers.cuh and cuda/halves.cuh).
+    sum_bytes = 32 * (8 if integer else 16)
 
     # K goes over several blocks where there are too few rows for all multiprocessors, or x is too large for one.
     slices = 1
@@ -301,7 +305,7 @@ def skinny_plans(
     def plan(form: Form, slices: int) -> Plan | None:
         slice_tiles = divide_up(divide_up(tiles, slices), SLICE_TILES) * SLICE_TILES
         sharers = form.sharers or form.warps
-        shared = form.strips * (buffers * form.warps * columns * 512 + sharers * form.depth * stage)
+        shared = form.strips * (buffers * form.warps * columns * sum_bytes + sharers * form.depth * stage)
         shared += at_once * x_row_bytes(layout, integer, slice_tiles)
         if shared > device.shared or form.blocks * (shared + RESERVED) > device.shared_all:
             return None
@@ -351,7 +355,7 @@ def skinny_plans(
                 *(int32(m), int32(n), int32(k), int32(tiles), int32(divide_up(k, 256)), int32(slice_tiles)),
                 *((int32(wholes), int32(head), np.uint32(divide_up(1 << 32, steps))) if head else ()),
             ),
-            slots * parts * cut * form.strips * columns * 512,
+            slots * parts * cut * form.strips * columns * sum_bytes,
             slots * strips,
         )
 
