@@ -40,6 +40,9 @@ __device__ __forceinline__ void read_if(u32 wanted, u32 from, u32& x, u32& y, u3
     asm volatile("{\n.reg .pred wanted;\nsetp.ne.u32 wanted, %5, 0;\n@wanted ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];\n}"
                  : "+r"(x), "+r"(y), "+r"(z), "+r"(w) : "r"(from), "r"(wanted) : "memory");
 }
+__device__ __forceinline__ void write(u32 to, const float2& v) {
+    asm volatile("st.shared.v2.f32 [%0], {%1, %2};" :: "r"(to), "f"(v.x), "f"(v.y) : "memory");
+}
 // Sixteen bytes, of which so many are there; the others become zeros.
 __device__ __forceinline__ void copy_or_zeros(u32 to, const void* from, int bytes) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" :: "r"(to), "l"(from), "r"(bytes) : "memory");
@@ -55,6 +58,11 @@ __device__ __forceinline__ float reciprocal(float x) {
 template <int OF>
 __device__ __forceinline__ void wait_at_barrier(int barrier) {
     asm volatile("bar.sync %0, %1;" :: "r"(barrier), "n"(OF) : "memory");
+}
+// And not before `made`, which is not zero: what is to be made while the others are waited for.
+template <int OF>
+__device__ __forceinline__ void wait_at_barrier_after(u64 made, int barrier) {
+    asm volatile("{\n.reg .pred p;\nsetp.ne.u64 p, %2, 0;\n@p bar.sync %0, %1;\n}" :: "r"(barrier), "n"(OF), "l"(made) : "memory");
 }
 
 }  // namespace tenpak

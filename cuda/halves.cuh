@@ -160,7 +160,8 @@ struct Products {
     }
 
     // Rows g and g + 8 of a strip times tokens 2t and 2t + 1 of a column.
-    __device__ __forceinline__ float4 sum(int part, int) const {
+    using Sum = float4;
+    __device__ __forceinline__ Sum sum(int part, int) const {
         const float(&s)[4] = sums[part / COLUMNS][0][part % COLUMNS];
         float4 total = make_float4(s[0], s[1], s[2], s[3]);
         if (CHAINS == 2) {
@@ -170,7 +171,7 @@ struct Products {
         return total;
     }
     template <class Output>
-    static __device__ __forceinline__ void store(const Output& out, const float4& sum, int strip, int token, int tokens, float low,
+    static __device__ __forceinline__ void store(const Output& out, const Sum& sum, int strip, int token, int tokens, float low,
                                                  float high, int lane) {
         out.store(sum, strip, token, tokens, low, high, lane);
     }

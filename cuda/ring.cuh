@@ -9,18 +9,63 @@
 
 namespace tenpak {
 
+// Parts of K that the sums of a turn's strips are of: which is this block's, of how many, how many there are at most, and where
+// these strips are among those that have several.
+struct Parts {
+    u32 mine;
+    int count, most;
+    int strip, strips;
+};
+
 // What a block multiplies, in order: STRIPS strips from strip(turn) on for each turn that it has, and of each the tiles from
-// first_tile on. (How many turns there are takes a division, which is not made before the first copies.)
+// first_tile on, up to step end(turn). (How many turns there are takes a division, which is not made before the
+// first copies.)
+//
+// With -DHEAD=1 what is left over when all blocks have `wholes` turns is cut along K: each block has `head` steps of it before its
+// own turns, of one turn or the end of one and the beginning of the next. So there is no last turn for a few blocks only, and blocks
+// wait for each other's sums while they go on.
 struct Walk {
-    int strips, first, every;
+    int slices, strips, first, every;
     int first_tile, count;  // of this block's slice
-    int steps;              // of a turn
+    int steps;              // of a whole turn
 
     __device__ __forceinline__ Walk(int strips, int tiles, int slice)
-        : strips(strips), first(blockIdx.x), every(gridDim.x), first_tile(blockIdx.y * slice), count(min(slice, tiles - first_tile)),
+        : slices(gridDim.y), strips(strips), first(blockIdx.x), every(gridDim.x), first_tile(blockIdx.y * slice), count(min(slice, tiles - first_tile)),
           steps(((count + STEP_TILES - 1) / STEP_TILES + UNROLL - 1) / UNROLL * UNROLL) {}
+#if HEAD
+    int wholes, head;
+    int heads, head_strip;     // turns that are parts, and the first one's strip
+    int head_begin, head_end;  // its steps, counted on beyond its last
+
+    // step_ratio: 2^32 / steps, rounded up.
+    __device__ __forceinline__ Walk(int strips, int tiles, int slice, int wholes, int head, u32 step_ratio) : Walk(strips, tiles, slice) {
+        const int begin = first * head, before = (int)((u64)(u32)begin * step_ratio >> 32);
+        this->wholes = wholes;
+        this->head = head;
+        head_strip = (wholes * every + before) * STRIPS;
+        head_begin = begin - before * steps;
+        head_end = head_begin + head;
+        heads = head_strip >= strips ? 0 : head_end > steps && head_strip + STRIPS < strips ? 2 : 1;
+        if (!heads) head_begin = 0;
+    }
+    __device__ __forceinline__ bool has(int turn) const { return turn < heads + wholes; }
+    __device__ __forceinline__ int strip(int turn) const {
+        return turn < heads ? head_strip + turn * STRIPS : (first + (turn - heads) * every) * STRIPS;
+    }
+    __device__ __forceinline__ int end(int turn) const {
+        return turn >= heads ? steps : turn ? head_end - steps : min(head_end, steps);
+    }
+    __device__ __forceinline__ Parts parts(int turn) const {
+        if (turn >= heads) return {0, 1, 1, strip(turn), strips};
+        const int before = wholes * every * STRIPS, begins = (strip(turn) - before) / STRIPS * steps, whose = begins / head;
+        return {(u32)(first - whose), (begins + steps - 1) / head - whose + 1, (steps + head - 2) / head + 1, strip(turn) - before, strips - before};
+    }
+#else
     __device__ __forceinline__ bool has(int turn) const { return strip(turn) < strips; }
     __device__ __forceinline__ int strip(int turn) const { return (first + turn * every) * STRIPS; }
+    __device__ __forceinline__ int end(int) const { return steps; }
+    __device__ __forceinline__ Parts parts(int turn) const { return {blockIdx.y, slices, slices, strip(turn), strips}; }
+#endif
     // One of a turn's; beyond the last the last again.
     __device__ __forceinline__ int strip(int turn, int i) const { return min(strip(turn) + i, strips - 1); }
 };

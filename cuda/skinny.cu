@@ -6,7 +6,8 @@
 // turn. Copies of weights are DEPTH steps ahead, also across the end of a strip (ring.cuh), so that memory never waits
 // for sums. The warps' sums meet in shared memory, where warps of their own add them, so that nobody else waits for that
 // either. Where K is cut into slices over blocks, the last block to arrive at a strip adds the slices in order (always the
-// same order, so results repeat) and leaves the counter at zero for the next launch.
+// same order, so results repeat) and leaves the counter at zero for the next launch. With -DHEAD=1 it is the strips which are left
+// over that are cut (Walk of ring.cuh), and their parts meet alike.
 //
 // Grid: x strips (persistent), y slices of K, z matrices of a batch. -DWARPS, -DDEPTH, -DCOLUMNS (tiles of 8 tokens),
 // -DBLOCKS (a multiprocessor's blocks, for the register budget), -DENGINE=1 (the copy engine brings weights, and x where
@@ -54,8 +55,10 @@ static_assert(DEPTH % GROUPS == 0, "a stage is always the same group's: its barr
 // nobody else, and nobody for them.
 constexpr int READY = 1, STAGED = 2;
 // Steps of x that the copy engine may bring one by one.
-constexpr int X_STEPS = ENGINE && !INTEGER && !NORM ? 32 : 0;
+constexpr int X_STEPS = ENGINE && !INTEGER && !NORM && !HEAD ? 32 : 0;
+static_assert(ENGINE || !HEAD, "a warp that copies for itself begins and ends where strips do");
 
+using Sum = Products::Sum;
 using Sums = SumsBarriers<BUFFERS, WARPS, 1>;
 __device__ __forceinline__ void wait_for_staging() { wait_at_barrier<FIRST_COPIER * LANES>(STAGED); }
 
@@ -78,13 +81,17 @@ __device__ __forceinline__ void copy_x(const XSlice& from, u32 to, int row_bytes
 
 // x [batch, m, k] (FP32 before a norm) with rows of x_stride elements, or, with offsets [batch + 1], all experts' tokens one
 // after another, sorted by expert. y alike with rows of n, or n / 2 if gated. bias [batch, n] or null. slice: tiles of K for
-// each block, a multiple of four; partial [slots, slices, strips, PARTS, lanes] float4 and arrived [slots, strips] (of the first strip of
-// each turn) serve slices > 1. norm_weight, norm_bias (or null): FP32 [k], with -DNORM.
+// each block, a multiple of four; partial [slots, parts, strips, PARTS, lanes] of Sum (Parts of ring.cuh) and arrived [slots, strips] (of the
+// first strip of each turn) serve slices > 1 and, with -DHEAD, strips that are cut, where there is one slice. norm_weight, norm_bias (or null): FP32 [k], with -DNORM.
 extern "C" __global__ void __launch_bounds__(tenpak::ALL_WARPS * 32, BLOCKS)
 skinny(const unsigned char* codes, const unsigned char* params, const unsigned char* row_params, const unsigned short* x,
-       tenpak::Out* y, const unsigned short* bias, const int* offsets, float4* partial, unsigned int* arrived,
+       tenpak::Out* y, const unsigned short* bias, const int* offsets, tenpak::Sum* partial, unsigned int* arrived,
        long long codes_step, long long params_step, long long row_params_step, long long x_stride, int m, int n, int k,
-       int tiles, int supers, int slice, float scale
+       int tiles, int supers, int slice,
+#if HEAD
+       int wholes, int head, unsigned int step_ratio,
+#endif
+       float scale
 #if NORM
        , const float* norm_weight, const float* norm_bias, float eps
 #endif
@@ -92,9 +99,13 @@ skinny(const unsigned char* codes, const unsigned char* params, const unsigned c
     using namespace tenpak;
     extern __shared__ __align__(128) uint4 dynamic[];
     const int warp = __shfl_sync(~0u, threadIdx.x / LANES, 0), lane = threadIdx.x % LANES;
-    const int matrix = blockIdx.z, slices = gridDim.y;
+    const int matrix = blockIdx.z;
     const int strips = (n + TILE_ROWS - 1) / TILE_ROWS;
+#if HEAD
+    const Walk walk(strips, tiles, slice, wholes, head, step_ratio);
+#else
     const Walk walk(strips, tiles, slice);
+#endif
     // Each role makes its own, for what a launch begins with takes time by its instructions.
     auto weight_of = [&] {
         return Weight{codes + matrix * codes_step, params + matrix * params_step, row_params + matrix * row_params_step, tiles, supers};
@@ -107,7 +118,7 @@ skinny(const unsigned char* codes, const unsigned char* params, const unsigned c
     if (total <= 0) return;
 
     const int row_bytes = Products::row_bytes(slice);
-    float4* sums_of_warps = reinterpret_cast<float4*>(dynamic);
+    Sum* sums_of_warps = reinterpret_cast<Sum*>(dynamic);
     u8* stages = reinterpret_cast<u8*>(sums_of_warps + BUFFERS * WARPS * PARTS * LANES);
     u8* staged_x = stages + DEPTH * STRIPS * BLOCK_STAGE_BYTES;
     __shared__ u64 barriers_of_sums[Sums::BARRIERS];
@@ -129,13 +140,18 @@ skinny(const unsigned char* codes, const unsigned char* params, const unsigned c
         Ring ring(keep_address(shared_address(stages)), ring_barriers);
         const u32 to = keep_address(shared_address(staged_x));
         const Weight weight = weight_of();
-        wait_at_barrier<(COPIERS + 1) * LANES>(READY);
+        // What the first copies are of is known by the time there are barriers.
+        const u64 known = (u64)weight.codes | (u64)weight.params | (u64)weight.row_params | (u32)(walk.strip(0) | tiles | supers);
+        wait_at_barrier_after<(COPIERS + 1) * LANES>(known, READY);
         for (int chunk = 0; chunk < chunks; ++chunk) {
             const XSlice here = slice_of_x(chunk);
             if (chunk) __syncthreads();
             // Of each step x, where it is there, and then the weights: all by the same few instructions, for those that are new come from
             // far.
             int turn = 0, step = 0, x_steps = x_by_engine ? 0 : walk.steps;
+#if HEAD
+            step = walk.head_begin;
+#endif
 #pragma unroll 1
             for (int asked = chunk ? DEPTH : 0; walk.has(turn) || (X_STEPS && x_steps < walk.steps); ++asked) {
                 if (X_STEPS && OVERLAP && asked == DEPTH) wait_for_previous();
@@ -145,7 +161,7 @@ skinny(const unsigned char* codes, const unsigned char* params, const unsigned c
                 }
                 if (walk.has(turn)) {
                     ring.copy(walk, weight, turn, step, copier);
-                    if (++step == walk.steps) step = 0, ++turn;
+                    if (++step == walk.end(turn)) step = 0, ++turn;
                 }
             }
         }
@@ -184,31 +200,32 @@ skinny(const unsigned char* codes, const unsigned char* params, const unsigned c
 #pragma unroll
                 for (int i = 0; i < STRIPS; ++i) rows[i] = Layout::rows(weight, walk.strip(turn, i), lane);
                 buffers.wait_until_written(buffer);
-                float4 sums[PARTS];
+                Sum sums[PARTS];
 #pragma unroll
                 for (int part = 0; part < PARTS; ++part) {
-                    const float4* from = sums_of_warps + (buffer * WARPS * PARTS + part) * LANES + lane;
+                    const Sum* from = sums_of_warps + (buffer * WARPS * PARTS + part) * LANES + lane;
                     sums[part] = from[0];
 #pragma unroll
                     for (int other = 1; other < WARPS; ++other) add(sums[part], from[other * PARTS * LANES]);
                 }
                 buffers.read(buffer, lane);
                 buffers.next(buffer);
-                if (slices > 1) {
-                    const size_t step = (size_t)strips * PARTS * LANES;
-                    float4* all = partial + (slot * slices * strips + strip) * PARTS * LANES + lane;
+                const Parts parts = walk.parts(turn);
+                if (parts.count > 1) {
+                    const size_t step = (size_t)parts.strips * PARTS * LANES;
+                    Sum* all = partial + (slot * parts.most * parts.strips + parts.strip) * PARTS * LANES + lane;
 #pragma unroll
-                    for (int part = 0; part < PARTS; ++part) __stcg(all + blockIdx.y * step + part * LANES, sums[part]);
+                    for (int part = 0; part < PARTS; ++part) __stcg(all + parts.mine * step + part * LANES, sums[part]);
                     __threadfence();
                     __syncwarp();
                     unsigned int* counter = arrived + slot * strips + strip;
                     u32 before = 0;
                     if (lane == 0) before = atomicAdd(counter, 1u);
-                    if (__shfl_sync(~0u, before, 0) + 1 != (u32)slices) continue;
+                    if (__shfl_sync(~0u, before, 0) + 1 != (u32)parts.count) continue;
                     __threadfence();
 #pragma unroll
                     for (int part = 0; part < PARTS; ++part) sums[part] = __ldcg(all + part * LANES);
-                    for (int other = 1; other < slices; ++other)
+                    for (int other = 1; other < parts.count; ++other)
 #pragma unroll
                         for (int part = 0; part < PARTS; ++part) add(sums[part], __ldcg(all + other * step + part * LANES));
                     if (lane == 0) *counter = 0;
@@ -273,6 +290,9 @@ skinny(const unsigned char* codes, const unsigned char* params, const unsigned c
         }
 #endif
         wait_for_staging();
+#if HEAD
+        ahead += walk.head_begin;
+#endif
 
         for (int turn = 0; walk.has(turn); ++turn) {
             Layout::Rows rows_after[STRIPS];
@@ -282,7 +302,7 @@ skinny(const unsigned char* codes, const unsigned char* params, const unsigned c
 #if ENGINE
             int step = ahead, tile = STAGE_TILES * (warp % SHARERS) + step * STEP_TILES;
 #pragma unroll 1
-            for (; step < walk.steps; step += GROUPS, tile += GROUPS * STEP_TILES) {
+            for (; step < walk.end(turn); step += GROUPS, tile += GROUPS * STEP_TILES) {
                 Products::Pair pair;
                 if (x_by_engine && turn < GROUPS) barrier_wait(x_full + 8 * step, chunk % 2);
                 products.load(pair, ring.wait(), lane);
@@ -290,7 +310,7 @@ skinny(const unsigned char* codes, const unsigned char* params, const unsigned c
                 products.multiply(pair, rows, tile, walk.count);
             }
             // The groups take turns across the ends of strips, too.
-            ahead = step - walk.steps;
+            ahead = step - walk.end(turn);
 #else
             int tile = STAGE_TILES * warp;
 #pragma unroll 1
@@ -310,7 +330,7 @@ skinny(const unsigned char* codes, const unsigned char* params, const unsigned c
             buffers.wait_until_read(buffer);
 #pragma unroll
             for (int part = 0; part < PARTS; ++part)
-                write(my_sums + (buffer * WARPS * PARTS + part) * (LANES * 16), products.sum(part, lane));
+                write(my_sums + (buffer * WARPS * PARTS + part) * (LANES * (int)sizeof(Sum)), products.sum(part, lane));
             buffers.written(buffer, lane);
             buffers.next(buffer);
 #pragma unroll

@@ -13,6 +13,9 @@
 #ifndef INTEGER
 #define INTEGER 0
 #endif
+#ifndef HEAD
+#define HEAD 0
+#endif
 
 namespace tenpak {
 
@@ -43,6 +46,10 @@ struct XSlice {
     }
 };
 
+__device__ __forceinline__ void add(float2& a, const float2& b) {
+    a.x += b.x;
+    a.y += b.y;
+}
 __device__ __forceinline__ void add(float4& a, const float4& b) {
     a.x += b.x;
     a.y += b.y;

@@ -21,6 +21,7 @@ inline void copy_once(u32 to, const u8* from) { copy16(at_shared(to), from); }
 inline void commit_copies() { commit(); }
 template <int PENDING> void wait_for_copies() { wait<PENDING>(); }
 inline void write(u32 to, const float4& v) { memcpy(at_shared(to), &v, sizeof v); }
+inline void write(u32 to, const float2& v) { memcpy(at_shared(to), &v, sizeof v); }
 }
 inline uint2 make_uint2(u32 x, u32 y) { return {x, y}; }
 inline uint4 make_uint4(u32 x, u32 y, u32 z, u32 w) { return {x, y, z, w}; }
@@ -73,6 +74,7 @@ inline void copy_or_zeros(u32 to, const void* from, int bytes) { copy16(at_share
 inline float reciprocal(float x) { return 1.0f / x; }
 static Barrier named[16];
 template <int OF> void wait_at_barrier(int barrier) { arrive(named[barrier], OF); }
+template <int OF> void wait_at_barrier_after(u64, int barrier) { wait_at_barrier<OF>(barrier); }
 }
 """
 

@@ -52,7 +52,8 @@ def defines_of(name: str, layout: str, arch: str) -> list[dict[str, object]]:
         integer = INTEGER[: 2 if layout in plans.TABLES else int(layout in plans.INTEGER)]
         configurations = [*SKINNY, *integer]
         if arch != "sm_80":
-            configurations += [*ENGINE, *({**defines, "ENGINE": 1} for defines in integer)]
+            engine = [*ENGINE, *({**defines, "ENGINE": 1} for defines in integer)]
+            configurations += [*engine, {**engine[len(ENGINE) if integer else 0], "DEPTH": 4, "SHARERS": 4, "HEAD": 1}]
         return [{"LAYOUT": layout, "BF16": i % 2, **defines} for i, defines in enumerate(configurations)]
     configurations = {"wide.cu": WIDE, "rows.cu": ROWS, "prefill.cu": PREFILL}[name]
     return [{"LAYOUT": layout, "BF16": bf16, **defines} for bf16 in (0, 1) for defines in configurations]

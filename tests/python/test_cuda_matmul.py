@@ -5,9 +5,11 @@ Skipped where there is no GPU. Outputs are poisoned with NaN before they are wri
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 from functools import partial
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -187,6 +189,27 @@ def test_products_of_few_tokens(cupy, layout, dtype):
 
     device = products.device_of(0)
     check_every_plan(cupy, layout, dtype, (1, 2, 3, 4, 7, 16, 19), partial(plans.skinny_plans, device, layout))
+
+
+@every_layout
+@every_dtype
+def test_strips_that_are_left_over_are_cut(cupy, layout, dtype):
+    """Along K, each block's share first: of one strip, of two, or nothing; and with two strips at a time."""
+    from tenpak.cuda import plans, products
+
+    device = products.device_of(0)
+    if not device.hopper:
+        pytest.skip("strips are cut where the copy engine brings them")
+    few = dataclasses.replace(device, multiprocessors=4)
+    forms = [plans.Form(8, 4, 2, 1, True, 1, 4, head=True), plans.Form(16, 4, 1, 2, True, 2, 4, head=True)]
+
+    def plans_of(*about: Any) -> list[plans.Plan]:
+        with patch.object(plans, "_forms", lambda *_: forms):
+            found = plans.skinny_plans(few, layout, *about)
+        assert any("HEAD" in plan.defines for plan in found)
+        return found
+
+    check_every_plan(cupy, layout, dtype, (1, 5), plans_of, ((150, 2112, 0), (277, 2112, 0), (420, 1290, 0)))
 
 
 @every_layout

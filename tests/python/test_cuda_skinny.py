@@ -137,3 +137,24 @@ def test_what_a_decoders_step_does_in_the_same_launch(layout, engine):
         check(layout, form, (m, 36, 324), fused=plans.Fused("rms", output="added", overlaps=True))
         check(layout, form, (m, 48, 576), fused=plans.Fused("layer", overlaps=True))
         check(layout, form, (m, 48, 256), fused=plans.Fused(activation="silu", gated=True, overlaps=True))
+
+
+@pytest.mark.parametrize("layout", ["int4_g32_fp16", "int4_g8_u8", "int4_lut16"])
+def test_strips_that_are_left_over_are_cut(layout):
+    def form(*which: int, **more: int) -> plans.Form:
+        return plans.Form(*which, engine=True, head=True, **more)
+
+    three = plans.Device(3, 225 << 10, 228 << 10, 90)
+    # One strip is left over for two blocks, each with half; for six, of which the last has nothing of it.
+    check(layout, form(2, 2, 1), (1, 70, 1024))
+    check(layout, form(2, 2, 2), (1, 112, 1100), device=three)
+    # Each block has the end of a strip and the beginning of the next, and rows are no multiple of sixteen.
+    check(layout, form(4, 2, 1, sharers=2), (1, 75, 968), device=three, bf16=True)
+    check(layout, form(2, 3, 2), (1, 148, 1100), device=three)
+    check(layout, form(4, 4, 1, strips=2, copiers=2, sharers=2), (1, 170, 1216), device=three)
+    check(layout, form(2, 3, 1), (5, 70, 1024))
+    for m in (1, 3):
+        check(layout, form(2, 2, 1), (m, 112, 576), device=three, batch=2)
+        fused = plans.Fused("rms", activation="silu", gated=True, overlaps=True)
+        check(layout, form(2, 2, 1), (m, 80, 768), fused=fused, device=three)
+        check(layout, form(2, 2, 1), (m, 70, 768), fused=plans.Fused(output="added", overlaps=True), device=three)

@@ -175,6 +175,7 @@ class Form:
 
     `strips` at a time. `engine`: the copy engine brings weights, asked for by `copiers`. `sharers`: warps that take a
     step together, of whom there are several groups in turn (0: all). `even`: no more blocks than as many turns need.
+    `head`: strips that are left over are cut along K (`head_steps`), with `engine` only.
     """
 
     warps: int
@@ -185,6 +186,16 @@ class Form:
     copiers: int = 1
     sharers: int = 0
     even: bool = False
+    head: bool = False
+
+
+def head_steps(turns: int, blocks: int, steps: int) -> int:
+    """Steps that each of `blocks` has of the turns that are left over when all have as many, or 0 where none are cut.
+
+    A turn is `steps`. None are cut where each would have a turn's (Walk of cuda/ring.cuh).
+    """
+    share = divide_up(turns % blocks * steps, blocks)
+    return share if share < steps else 0
 
 
 #: Layouts of which one token of a large weight is multiplied with two strips at a time.
@@ -203,8 +214,10 @@ def _forms(device: Device, layout: str, n: int, k: int, m: int, integer: int, ov
     if not device.hopper or m > 16:
         return forms
 
-    def engine(warps: int, depth: int, blocks: int, strips: int = 1, copiers: int = 1, sharers: int = 0) -> Form:
-        return Form(warps, depth, blocks, strips, True, copiers, sharers, blocks == 1 and not sharers)
+    def engine(
+        warps: int, depth: int, blocks: int, strips: int = 1, copiers: int = 1, sharers: int = 0, head: bool = False
+    ) -> Form:
+        return Form(warps, depth, blocks, strips, True, copiers, sharers, blocks == 1 and not sharers, head)
 
     # Strips of a multiprocessor.
     strips = divide_up(n, TILE_ROWS) / device.multiprocessors
@@ -216,8 +229,10 @@ def _forms(device: Device, layout: str, n: int, k: int, m: int, integer: int, ov
         elif large or overlaps or k > 8192 or (layout == "int4_g16_u8" and strips <= 2):
             first = engine(16, 8, 1, 1, 2, 8)
         else:
-            # Small blocks have multiplied the sooner, and two of them wait at different times.
-            first = engine(8, 4, 2)
+            # Small blocks have multiplied the sooner, and two of them wait at different times. The less there is to
+            # multiply, the more it matters how soon the first warps begin.
+            small = tables and n * k < LARGE // 2
+            first = engine(8, 8, 2, sharers=4, head=True) if small else engine(8, 4, 2, head=tables)
         forms[:0] = [first, engine(16, 4, 1), engine(16, 3, 1), engine(12, 3, 1)]
     elif large and m > 1:
         first = (
@@ -229,7 +244,8 @@ def _forms(device: Device, layout: str, n: int, k: int, m: int, integer: int, ov
     elif m > 1:
         forms.insert(0, engine(8, 3, 2) if overlaps else engine(8, 3, 1, 2, 2))
     elif layout == "int4_g8_u8" or (LAYOUTS[layout].high_bits and not large):
-        forms.insert(0, engine(8, 2, 2))
+        cut = layout == "int4_g8_u8" and not (overlaps or large or k > 8192)
+        forms.insert(0, engine(8, 4, 2, sharers=4, head=True) if cut else engine(8, 2, 2))
     return forms
 
 
@@ -279,6 +295,8 @@ def skinny_plans(
 
     # Strips whose sums a block adds at a time, each by a warp (BUFFERS of cuda/skinny.cu).
     buffers = 2 if columns <= 2 else 1
+    # Of a warp's sums of up to eight tokens (Sum of cuda/integers.cuh and cuda/halves.cuh).
+    sum_bytes = 32 * (8 if integer else 16)
 
     # K goes over several blocks where there are too few rows for all multiprocessors, or x is too large for one.
     slices = 1
@@ -288,13 +306,15 @@ def skinny_plans(
     def plan(form: Form, slices: int) -> Plan | None:
         slice_tiles = divide_up(divide_up(tiles, slices), SLICE_TILES) * SLICE_TILES
         sharers = form.sharers or form.warps
-        shared = form.strips * (buffers * form.warps * columns * 512 + sharers * form.depth * stage)
+        shared = form.strips * (buffers * form.warps * columns * sum_bytes + sharers * form.depth * stage)
         shared += at_once * x_row_bytes(layout, integer, slice_tiles)
         if shared > device.shared or form.blocks * (shared + RESERVED) > device.shared_all:
             return None
         slices, turns = divide_up(tiles, slice_tiles), divide_up(strips, form.strips)
         per_matrix = max(1, device.multiprocessors * form.blocks // (slices * batch))
         width = min(turns, per_matrix)
+        steps = divide_up(tiles, 2 * sharers)
+        head = head_steps(turns, width, steps) if form.head and slices == 1 else 0
         if form.even:
             width = divide_up(turns, divide_up(turns, width))
         defines = {
@@ -309,13 +329,19 @@ def skinny_plans(
             "ENGINE": int(form.engine),
             "COPIERS": form.copiers,
             "SHARERS": sharers,
+            **({"HEAD": 1} if head else {}),
             **fused.defines,
         }
         if fused.norm != "none":
             # Each thread's part of a row, in fours (cuda/normed.cuh).
             defines["EACH"] = divide_up(tiles * TILE_COLS, 4 * 32 * form.warps)
+        # Strips whose sums are in parts, and how many at most (Parts of cuda/ring.cuh).
+        parts, cut = slices, strips
+        wholes = turns // width
+        if head:
+            parts, cut = divide_up(steps - 1, head) + 1, strips - wholes * width * form.strips
         # Slots of partial sums: one for each chunk of tokens of each matrix.
-        slots = (m // chunk + batch if grouped else batch * divide_up(m, chunk) + batch) if slices > 1 else 0
+        slots = (m // chunk + batch if grouped else batch * divide_up(m, chunk) + batch) if parts > 1 else 0
         # Those that multiply, that add, and one that asks for copies.
         warps = form.warps + buffers + form.engine * form.copiers
         int32 = np.int32
@@ -326,8 +352,11 @@ def skinny_plans(
             (width, slices, batch),
             (32 * warps,),
             shared,
-            (int32(m), int32(n), int32(k), int32(tiles), int32(divide_up(k, 256)), int32(slice_tiles)),
-            slots * slices * strips * form.strips * columns * 512,
+            (
+                *(int32(m), int32(n), int32(k), int32(tiles), int32(divide_up(k, 256)), int32(slice_tiles)),
+                *((int32(wholes), int32(head), np.uint32(divide_up(1 << 32, steps))) if head else ()),
+            ),
+            slots * parts * cut * form.strips * columns * sum_bytes,
             slots * strips,
         )
 
