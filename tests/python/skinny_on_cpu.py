@@ -23,6 +23,7 @@ template <int PENDING> void wait_for_copies() { wait<PENDING>(); }
 inline void write(u32 to, const float4& v) { memcpy(at_shared(to), &v, sizeof v); }
 inline void write(u32 to, const float2& v) { memcpy(at_shared(to), &v, sizeof v); }
 }
+inline float2 make_float2(float x, float y) { return {x, y}; }
 inline uint2 make_uint2(u32 x, u32 y) { return {x, y}; }
 inline uint4 make_uint4(u32 x, u32 y, u32 z, u32 w) { return {x, y, z, w}; }
 inline u32 __float_as_uint(float x) { return tenpak::to_bits(x); }
