@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import tempfile
@@ -17,7 +18,7 @@ from tenpak import _core, dtypes
 from tenpak import artifact as _artifact
 from tenpak.errors import InputError, UnsupportedError, UsageError
 from tenpak.evaluate import Device, array_module
-from tenpak.outputs import refuse_existing
+from tenpak.outputs import put_back, refuse_existing
 from tenpak.progress import Progress, StageProgress
 from tenpak.report import Report
 from tenpak.statistics import tokens_of
@@ -149,8 +150,7 @@ def compress(
 
     Args:
         src: A Hugging Face folder, a `.safetensors`, `.gguf` or JSON bundle file, or a mapping of names to arrays.
-        dst: The artifact. A failure leaves what was there before, or nothing; in the last seconds, when norms shrink,
-            in the place of an older file the artifact without that.
+        dst: The artifact. A failure leaves what was there before, or nothing.
         codec: For the weights of linear layers; a name from `tenpak.codecs()`.
         embeddings: For embeddings and output heads: a codec, or `keep`.
         rules: Pairs of a regular expression, searched in tensor names, and a codec or `keep`; the first that
@@ -199,36 +199,32 @@ def compress(
             stages=stages,
         )
     statistics = None if calibration in (None, "none") else os.fspath(calibration)
-    existed = os.path.lexists(dst)
-    report = json.loads(
-        _core.compress(
-            source_of(src),
-            os.fspath(dst),
-            codec,
-            embeddings,
-            [(pattern, choice) for pattern, choice in rules],
-            [(pattern, axis) for pattern, axis in input_axes],
-            checked_threads(threads),
-            force,
-            strict,
-            dry_run,
-            None if statistics is None else (statistics, encoder),
-            calibration is None,
-            progress,
+    # Norms shrink in what has been written.
+    with put_back(dst) if statistics is not None and not dry_run else contextlib.nullcontext():
+        report = json.loads(
+            _core.compress(
+                source_of(src),
+                os.fspath(dst),
+                codec,
+                embeddings,
+                [(pattern, choice) for pattern, choice in rules],
+                [(pattern, axis) for pattern, axis in input_axes],
+                checked_threads(threads),
+                force,
+                strict,
+                dry_run,
+                None if statistics is None else (statistics, encoder),
+                calibration is None,
+                progress,
+            )
         )
-    )
-    report["tensors"] = tuple(TensorReport(**{**t, "shape": tuple(t["shape"])}) for t in report["tensors"])
-    report["groups"] = tuple(Group(**g) for g in report["groups"])
-    report["files"], report["notes"] = tuple(report["files"]), tuple(report["notes"])
-    done = CompressReport(**report)
-    if statistics is None or dry_run or isinstance(src, Mapping):
-        return done
-    try:
+        report["tensors"] = tuple(TensorReport(**{**t, "shape": tuple(t["shape"])}) for t in report["tensors"])
+        report["groups"] = tuple(Group(**g) for g in report["groups"])
+        report["files"], report["notes"] = tuple(report["files"]), tuple(report["notes"])
+        done = CompressReport(**report)
+        if statistics is None or dry_run or isinstance(src, Mapping):
+            return done
         return _with_shrunk_norms(done, src, dst, statistics, device, stages)
-    except BaseException:
-        if not existed:
-            os.unlink(dst)
-        raise
 
 
 def source_of(src: PathLike | Mapping[str, ArrayLike]) -> Any:

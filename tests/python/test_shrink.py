@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -86,16 +87,39 @@ def test_compressing_with_statistics_ends_with_it(tmp_path, model):
     assert tenpak.compress(model, second, force=True).norm_factor is None
 
 
-def test_interrupted_it_leaves_nothing(tmp_path, model):
+@pytest.mark.parametrize("links", [True, False])
+@pytest.mark.parametrize("before", [None, b"an older file"])
+def test_interrupted_it_leaves_what_was_there(tmp_path, model, monkeypatch, before, links):
     statistics, out = tmp_path / "s.safetensors", tmp_path / "a.tenpak"
     tenpak.calibrate(model, statistics, TEXT, windows=8, context=64, gradients=False)
+    if before is not None:
+        out.write_bytes(before)
+    if not links:
+
+        def refuse(*_: object, **__: object) -> None:
+            raise PermissionError
+
+        monkeypatch.setattr(os, "link", refuse)
+        monkeypatch.setattr(os, "supports_follow_symlinks", {refuse})
 
     def stop(*_: object) -> None:
         raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(UsageError if before else KeyboardInterrupt):
         tenpak.compress(model, out, calibration=statistics, stages=stop)
-    assert files_in(tmp_path) == {statistics.name}
+    assert files_in(tmp_path) == {statistics.name} | ({out.name} if before else set())
+    with pytest.raises(KeyboardInterrupt):
+        tenpak.compress(model, out, calibration=statistics, stages=stop, force=True)
+    if before is None:
+        assert files_in(tmp_path) == {statistics.name}
+        return
+    assert files_in(tmp_path) == {statistics.name, out.name}
+    if links:
+        assert out.read_bytes() == before
+    else:
+        tenpak.open(out).verify()
+    assert tenpak.compress(model, out, calibration=statistics, force=True).norm_factor < 1
+    assert files_in(tmp_path) == {statistics.name, out.name}
 
 
 def test_a_model_that_does_not_run_keeps_its_norms(tmp_path, llama):
