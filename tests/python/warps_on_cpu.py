@@ -295,11 +295,13 @@ def built(
     library = Path(tempfile.gettempdir()) / "tenpak-on-cpu" / key / "kernel.so"
     if not library.exists():
         library.parent.mkdir(parents=True, exist_ok=True)
-        for file, content in files.items():
-            (library.parent / file).write_text(content)
-        command = [COMPILER, "-shared", "-fPIC", *flags, "kernel.cpp"]
-        subprocess.run([*command, "-o", "part.so"], check=True, cwd=library.parent)
-        (library.parent / "part.so").rename(library)
+        # Several tests may build the same at a time.
+        with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+            for file, content in files.items():
+                Path(folder, file).write_text(content)
+            command = [COMPILER, "-shared", "-fPIC", *flags, "kernel.cpp", "-o", "kernel.so"]
+            subprocess.run(command, check=True, cwd=folder)
+            Path(folder, "kernel.so").replace(library)
     return ctypes.CDLL(str(library))
 
 
