@@ -496,7 +496,8 @@ struct Products : Digits {
     __device__ __forceinline__ Sum sum(int strip, int) const { return make_float2(sums[strip][0], sums[strip][1]); }
     // To y. Of a quad's lanes, each TOKENS-th has sums of one token, of other parts of K or the same.
     template <class Output>
-    static __device__ __forceinline__ void store(const Output& out, const Sum& sum, int strip, int, int tokens, float low, float high, int lane) {
+    static __device__ __forceinline__ void store(const Output& out, const Sum& sum, int strip, int, int tokens, float low, float high,
+                                                 int lane) {
         float upper = sum.x, lower = sum.y;
 #pragma unroll
         for (int lanes = TOKENS; lanes < TOKENS * SPLITS; lanes *= 2) {

@@ -30,7 +30,8 @@ struct Walk {
     int steps;              // of a whole turn
 
     __device__ __forceinline__ Walk(int strips, int tiles, int slice)
-        : slices(gridDim.y), strips(strips), first(blockIdx.x), every(gridDim.x), first_tile(blockIdx.y * slice), count(min(slice, tiles - first_tile)),
+        : slices(gridDim.y), strips(strips), first(blockIdx.x), every(gridDim.x), first_tile(blockIdx.y * slice),
+          count(min(slice, tiles - first_tile)),
           steps(((count + STEP_TILES - 1) / STEP_TILES + UNROLL - 1) / UNROLL * UNROLL) {}
 #if HEAD
     int wholes, head;
@@ -58,7 +59,8 @@ struct Walk {
     __device__ __forceinline__ Parts parts(int turn) const {
         if (turn >= heads) return {0, 1, 1, strip(turn), strips};
         const int before = wholes * every * STRIPS, begins = (strip(turn) - before) / STRIPS * steps, whose = begins / head;
-        return {(u32)(first - whose), (begins + steps - 1) / head - whose + 1, (steps + head - 2) / head + 1, strip(turn) - before, strips - before};
+        return {(u32)(first - whose), (begins + steps - 1) / head - whose + 1, (steps + head - 2) / head + 1, strip(turn) - before,
+                strips - before};
     }
 #else
     __device__ __forceinline__ bool has(int turn) const { return strip(turn) < strips; }

@@ -81,8 +81,9 @@ __device__ __forceinline__ void copy_x(const XSlice& from, u32 to, int row_bytes
 
 // x [batch, m, k] (FP32 before a norm) with rows of x_stride elements, or, with offsets [batch + 1], all experts' tokens one
 // after another, sorted by expert. y alike with rows of n, or n / 2 if gated. bias [batch, n] or null. slice: tiles of K for
-// each block, a multiple of four; partial [slots, parts, strips, PARTS, lanes] of Sum (Parts of ring.cuh) and arrived [slots, strips] (of the
-// first strip of each turn) serve slices > 1 and, with -DHEAD, strips that are cut, where there is one slice. norm_weight, norm_bias (or null): FP32 [k], with -DNORM.
+// each block, a multiple of four; partial [slots, parts, strips, PARTS, lanes] of Sum (Parts of ring.cuh) and arrived
+// [slots, strips] (of the first strip of each turn) serve slices > 1 and, with -DHEAD, strips that are cut, where there is one
+// slice. norm_weight, norm_bias (or null): FP32 [k], with -DNORM.
 extern "C" __global__ void __launch_bounds__(tenpak::ALL_WARPS * 32, BLOCKS)
 skinny(const unsigned char* codes, const unsigned char* params, const unsigned char* row_params, const unsigned short* x,
        tenpak::Out* y, const unsigned short* bias, const int* offsets, tenpak::Sum* partial, unsigned int* arrived,
