@@ -270,12 +270,21 @@ def test_choices_made_ahead_are_those_of_products():
         for about in gpus:
             here = ahead.device(*about, capability)
             for n, k in shapes:
-                for in_boxes in (False, True):
+                for in_boxes, heads in [(False, True), (False, False), (True, True), (True, False)]:
                     last = min(plans.dense_from("int4_lut16", here.hopper, in_boxes), 2100)
                     for m in range(1, last):
-                        plan = plans.choose(here, "int4_lut16", n, k, m, in_boxes=in_boxes)
+                        plan = plans.choose(here, "int4_lut16", n, k, m, in_boxes=in_boxes, heads=heads)
                         chosen = (plan.source, tuple(sorted(plan.defines.items())))
-                        assert chosen in made, (capability, n, k, m, in_boxes)
+                        assert chosen in made, (capability, n, k, m, in_boxes, heads)
+
+
+def test_strips_are_cut_only_where_counters_are_at_zero():
+    for layout in layouts.LAYOUTS:
+        with_heads, without = (plans.choose(H200, layout, 11008, 4096, 1, heads=heads) for heads in (True, False))
+        assert without.counters == without.partial_bytes == 0
+        assert "HEAD" not in without.defines
+        cut = layout in {*layouts.TABLES, "int4_g8_u8"}
+        assert ("HEAD" in with_heads.defines, with_heads.counters > 0) == (cut, cut)
 
 
 def test_what_fails_to_compile_is_said_with_the_log(tmp_path, monkeypatch):

@@ -174,6 +174,8 @@ def _plans(
             for m in range(1, min(dense_from(layout, here.hopper, False), 130)):
                 plan = choose(here, layout, n, k, m, bf16=bf16)
                 yield plan.source, plan.defines
+            plan = choose(here, layout, n, k, 1, bf16=bf16, heads=False)
+            yield plan.source, plan.defines
             # `wide` has tiles of up to 256, and which of them fit best changes with their number.
             more = range(FEW + 1, min(dense_from(layout, here.hopper, True), 8192), 16)
             for m in (ROWS_FROM, ROWS_FROM_LARGE, *more) if here.hopper else ():

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from tenpak.cuda import fallback, layouts
+from tenpak.cuda.plans import Plan
 
 #: Bytes of a weight's rows that are unpacked at a time for a product by cuBLAS.
 _DENSE_BYTES = 64 << 20
@@ -181,7 +182,7 @@ def matmul_cuda(
     if x.device != torch.device("cuda", torch.cuda.current_device()):
         with torch.cuda.device(x.device):
             return matmul_cuda(x, codes, params, row_params, layout, n, k, scale, bias)
-    from tenpak.cuda.products import is_dense, launch
+    from tenpak.cuda.products import is_dense, plan_for, run
 
     compute = x.dtype if x.dtype in (torch.float16, torch.bfloat16) else torch.float16
     rows = x if x.dim() == 2 and x.dtype == compute else x.reshape(-1, k).to(compute)
@@ -197,37 +198,39 @@ def matmul_cuda(
         y = torch.empty(m, n, dtype=compute, device=x.device)
         if m and n:
             stride = rows.stride(0) if m > 1 else k
-            launch(
+            capturing = torch.cuda.is_current_stream_capturing()
+            # Counters of a graph's own are made zero at each replay.
+            chosen = plan_for(weight, rows.data_ptr(), stride, m, bf16, heads=not capturing)  # type: ignore[arg-type]
+            run(
+                chosen,
                 weight,  # type: ignore[arg-type]
                 rows.data_ptr(),
                 y.data_ptr(),
                 m,
+                stride,
                 bf16=bf16,
                 stream=stream,
-                x_stride=stride,
                 bias=0 if bias is None else bias.data_ptr(),
-                workspace=_workspace(weight, rows, stride, bf16, stream),
+                workspace=_workspace(chosen[0], weight.device, stream, capturing),
             )
     y = y if x.dim() == 2 else y.view(*x.shape[:-1], n)
     return y if x.dtype == compute else y.to(x.dtype)
 
 
-def _workspace(weight: _Weight, rows: torch.Tensor, stride: int, bf16: bool, stream: Any) -> Any:
+def _workspace(plan: Plan, device: int, stream: Any, capturing: bool) -> Any:
     """The stream's workspace; memory of the graph's own while one is captured, because CuPy could not allocate then."""
-    from tenpak.cuda.products import plan_for, workspace_of
+    from tenpak.cuda.products import workspace_of
 
-    device = rows.device
-    needs, _ = plan_for(weight, rows.data_ptr(), stride, rows.shape[0], bf16)  # type: ignore[arg-type]
-    if torch.cuda.is_current_stream_capturing():
+    if capturing:
         return _Workspace(
-            _Memory(torch.empty(needs.partial_bytes, dtype=torch.uint8, device=device)),
-            _Memory(torch.zeros(needs.counters, dtype=torch.int32, device=device)),
+            _Memory(torch.empty(plan.partial_bytes, dtype=torch.uint8, device=device)),
+            _Memory(torch.zeros(plan.counters, dtype=torch.int32, device=device)),
         )
-    workspace = workspace_of(weight.device, stream.ptr)
-    if needs.partial_bytes > workspace.partial.size or needs.counters > workspace.counters.size:
+    workspace = workspace_of(device, stream.ptr)
+    if plan.partial_bytes > workspace.partial.size or plan.counters > workspace.counters.size:
         # It is CuPy's memory, and must be made on the stream that will use it.
         with stream:
-            workspace.reserve(needs.partial_bytes, needs.counters)
+            workspace.reserve(plan.partial_bytes, plan.counters)
     return workspace
 
 

@@ -279,10 +279,11 @@ def skinny_plans(
     bf16: bool = False,
     grouped: bool = False,
     fused: Fused = PLAIN,
+    heads: bool = True,
 ) -> list[Plan]:
     """Configurations of `skinny` for a product, the one to take first.
 
-    `m` is the number of tokens a matrix, or, grouped, of all experts together.
+    `m` is the number of tokens a matrix, or, grouped, of all experts together. `heads`: as for `choose`.
     """
     strips, tiles, stage = divide_up(n, TILE_ROWS), divide_up(k, TILE_COLS), STAGE_BYTES[layout]
     average = divide_up(m, batch) if grouped else m
@@ -314,7 +315,7 @@ def skinny_plans(
         per_matrix = max(1, device.multiprocessors * form.blocks // (slices * batch))
         width = min(turns, per_matrix)
         steps = divide_up(tiles, 2 * sharers)
-        head = head_steps(turns, width, steps) if form.head and slices == 1 else 0
+        head = head_steps(turns, width, steps) if heads and form.head and slices == 1 else 0
         if form.even:
             width = divide_up(turns, divide_up(turns, width))
         defines = {
@@ -496,10 +497,12 @@ def choose(
     grouped: bool = False,
     fused: Fused = PLAIN,
     in_boxes: bool = False,
+    heads: bool = True,
 ) -> Plan:
     """The kernel and configuration for a product of `m` tokens with a weight [batch, n, k].
 
-    `in_boxes`: the copy engine can read x.
+    `in_boxes`: the copy engine can read x. `heads`: whether strips that are left over may be cut (`head_steps`), which
+    takes counters: to make those zero for each launch takes longer than is gained.
     """
     first = ROWS_FROM if n * k < LARGE else ROWS_FROM_LARGEST if layout in LARGEST else ROWS_FROM_LARGE
     if device.hopper and not grouped and in_boxes and fused == PLAIN and first <= m < WIDE_FROM:
@@ -514,7 +517,7 @@ def choose(
             if in_boxes
             else _prefill(device, layout, n, k, m, batch, bf16)
         )
-    return skinny_plans(device, layout, n, k, m, batch, bf16, grouped, fused)[0]
+    return skinny_plans(device, layout, n, k, m, batch, bf16, grouped, fused, heads)[0]
 
 
 #: Head sizes that the kernels are tested with.

@@ -79,18 +79,26 @@ def plan(
     grouped: bool = False,
     fused: Fused = PLAIN,
     in_boxes: bool = False,
+    heads: bool = True,
 ) -> tuple[Plan, Any]:
     """What `choose` says for a device, and the loaded kernel."""
-    chosen = choose(device_of(device), layout, n, k, m, batch, bf16, grouped, fused, in_boxes)
+    chosen = choose(device_of(device), layout, n, k, m, batch, bf16, grouped, fused, in_boxes, heads)
     return chosen, function(chosen.source, chosen.kernel, chosen.defines, device)
 
 
 def plan_for(
-    w: QuantizedWeight, x: int, stride: int, m: int, bf16: bool, grouped: bool = False, fused: Fused = PLAIN
+    w: QuantizedWeight,
+    x: int,
+    stride: int,
+    m: int,
+    bf16: bool,
+    grouped: bool = False,
+    fused: Fused = PLAIN,
+    heads: bool = True,
 ) -> tuple[Plan, Any]:
     """What `launch` takes for x at an address, rows `stride` elements apart: it says what workspace that needs."""
     in_boxes = m >= plans.ROWS_FROM and tensormap.fits(x, stride)
-    return plan(w.device, w.layout, *w.shape, m, max(w.batch, 1), bf16, grouped, fused, in_boxes)
+    return plan(w.device, w.layout, *w.shape, m, max(w.batch, 1), bf16, grouped, fused, in_boxes, heads)
 
 
 def is_dense(w: QuantizedWeight, x: int, stride: int, m: int) -> bool:
