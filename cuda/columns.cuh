@@ -231,8 +231,7 @@ struct Lut16Columns {
             tile.places[s] = all >> 2 & 0x30303030;
 #pragma unroll
             for (int row = 0; row < 2; ++row) {
-                // L + 32 above 1024.
-                const u32 l = half_sub(and_xor(row ? all >> 8 : all, 0x003f003f, 0x64206420), 0x64206420);
+                const u32 l = Lut16::levels(all, row);
                 u32& scales = tile.scales[s][row];
                 scales = half_mul(l, row ? high_twice(supers_here) : low_twice(supers_here));
                 // Times 2^111 more; -128 as it lies.

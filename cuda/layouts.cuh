@@ -585,13 +585,16 @@ struct Lut16 : FourBit {
         second[0] = permute(table.z, table.w, turned);
         second[1] = permute(table.z, table.w, turned >> 16);
     }
+    // L of two groups of a row as halves, from L + 32 above 1024; or of the row eight below.
+    static __device__ __forceinline__ u32 levels(u32 params, bool below) {
+        return half_sub(and_xor(below ? params >> 8 : params, 0x003f003f, 0x64206420), 0x64206420);
+    }
     template <int WORD>
     static __device__ __forceinline__ void fragment(const Tile& tile, const Rows&, u32 (&out)[4]) {
         u32 one[2], other[2];
         look_up<WORD>(tile.codes, tile.params, one, other);
         const u32 first = one[0] ^ other[0], second = one[1] ^ other[1];
-        // L + 32 above 1024, for both words of this row.
-        const u32 l = half_sub(and_xor(WORD % 2 ? tile.params >> 8 : tile.params, 0x003f003f, 0x64206420), 0x64206420);
+        const u32 l = levels(tile.params, WORD % 2);
         const u32 scales = half_mul(l, WORD % 2 ? high_twice(tile.supers) : low_twice(tile.supers));
         const u32 s = WORD < 2 ? low_twice(scales) : high_twice(scales);
         const u32 pairs[4] = {permute(first, 0x64646464, 0x4140), permute(first, 0x64646464, 0x4342),

@@ -63,6 +63,8 @@ struct Walk {
                 strips - before};
     }
 #else
+    static constexpr int head_begin = 0;
+
     __device__ __forceinline__ bool has(int turn) const { return strip(turn) < strips; }
     __device__ __forceinline__ int strip(int turn) const { return (first + turn * every) * STRIPS; }
     __device__ __forceinline__ int end(int) const { return steps; }

@@ -149,10 +149,7 @@ skinny(const unsigned char* codes, const unsigned char* params, const unsigned c
             if (chunk) __syncthreads();
             // Of each step x, where it is there, and then the weights: all by the same few instructions, for those that are new come from
             // far.
-            int turn = 0, step = 0, x_steps = x_by_engine ? 0 : walk.steps;
-#if HEAD
-            step = walk.head_begin;
-#endif
+            int turn = 0, step = walk.head_begin, x_steps = x_by_engine ? 0 : walk.steps;
 #pragma unroll 1
             for (int asked = chunk ? DEPTH : 0; walk.has(turn) || (X_STEPS && x_steps < walk.steps); ++asked) {
                 if (X_STEPS && OVERLAP && asked == DEPTH) wait_for_previous();
@@ -291,7 +288,7 @@ skinny(const unsigned char* codes, const unsigned char* params, const unsigned c
         }
 #endif
         wait_for_staging();
-#if HEAD
+#if ENGINE
         ahead += walk.head_begin;
 #endif
 

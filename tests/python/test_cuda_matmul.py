@@ -36,6 +36,17 @@ def cupy() -> Any:
     return cupy
 
 
+@pytest.fixture(scope="module")
+def hopper(cupy: Any) -> Any:
+    """The first GPU, as plans ask for it: with the copy engine and the products that rows.cu and wide.cu need."""
+    from tenpak.cuda import products
+
+    device = products.device_of(0)
+    if not device.hopper:
+        pytest.skip("the first GPU is not of Hopper's generation (9.0)")
+    return device
+
+
 def type_of(name: str) -> np.dtype:
     return np.dtype(name) if name != "bfloat16" else np.dtype(pytest.importorskip("ml_dtypes").bfloat16)
 
@@ -193,14 +204,11 @@ def test_products_of_few_tokens(cupy, layout, dtype):
 
 @every_layout
 @every_dtype
-def test_strips_that_are_left_over_are_cut(cupy, layout, dtype):
+def test_strips_that_are_left_over_are_cut(cupy, hopper, layout, dtype):
     """Along K, each block's share first: of one strip, of two, or nothing; and with two strips at a time."""
-    from tenpak.cuda import plans, products
+    from tenpak.cuda import plans
 
-    device = products.device_of(0)
-    if not device.hopper:
-        pytest.skip("strips are cut where the copy engine brings them")
-    few = dataclasses.replace(device, multiprocessors=4)
+    few = dataclasses.replace(hopper, multiprocessors=4)
     forms = [plans.Form(8, 4, 2, 1, True, 1, 4, head=True), plans.Form(16, 4, 1, 2, True, 2, 4, head=True)]
 
     def plans_of(*about: Any) -> list[plans.Plan]:
@@ -214,28 +222,22 @@ def test_strips_that_are_left_over_are_cut(cupy, layout, dtype):
 
 @every_layout
 @every_dtype
-def test_products_of_many_rows(cupy, layout, dtype):
+def test_products_of_many_rows(cupy, hopper, layout, dtype):
     """rows.cu with two strips a block and with fourteen, in one turn and in two, and for several matrices."""
-    from tenpak.cuda import plans, products
+    from tenpak.cuda import plans
 
-    device = products.device_of(0)
-    if not device.hopper:
-        pytest.skip("rows.cu is taken on Hopper")
     shapes = ((2500, 320, 0), (29000, 192, 0), (60000, 64, 0), (1300, 192, 3))
-    one = partial(plans.rows_plan, device, layout)
+    one = partial(plans.rows_plan, hopper, layout)
     check_every_plan(cupy, layout, dtype, (2, 5, 8, 9, 16, 19), lambda *about: [one(*about)], shapes)
 
 
 @every_layout
 @every_dtype
-def test_products_of_boxes(cupy, layout, dtype, monkeypatch):
+def test_products_of_boxes(cupy, hopper, layout, dtype, monkeypatch):
     """wide.cu wherever the copy engine can read x, in every configuration it may choose for a shape."""
     from tenpak.cuda import plans, products, tensormap
 
-    device = products.device_of(0)
-    if not device.hopper:
-        pytest.skip("wide.cu has Hopper's own instructions")
-    check_every_plan(cupy, layout, dtype, (1, 9, 17, 65, 130, 300), partial(plans.wide_plans, device, layout))
+    check_every_plan(cupy, layout, dtype, (1, 9, 17, 65, 130, 300), partial(plans.wide_plans, hopper, layout))
     # As `matmul` takes it once it is chosen; rows that do not fit take another kernel.
     monkeypatch.setattr(plans, "WIDE_FROM", 9)
     w = random_weight(layout, 130, 1001)

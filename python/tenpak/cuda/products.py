@@ -96,7 +96,10 @@ def plan_for(
     fused: Fused = PLAIN,
     heads: bool = True,
 ) -> tuple[Plan, Any]:
-    """What `launch` takes for x at an address, rows `stride` elements apart: it says what workspace that needs."""
+    """What `launch` takes for x at an address, rows `stride` elements apart: it says what workspace that needs.
+
+    `heads`: as for `plans.choose`; `launch` itself always allows them.
+    """
     in_boxes = m >= plans.ROWS_FROM and tensormap.fits(x, stride)
     return plan(w.device, w.layout, *w.shape, m, max(w.batch, 1), bf16, grouped, fused, in_boxes, heads)
 
