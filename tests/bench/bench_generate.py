@@ -85,6 +85,10 @@ class RandomSource(ArtifactSource):
     def parts(self, name: str) -> Any:
         return self._one(name).parts
 
+    def quantised(self, name: str) -> tuple[str, Any, tuple[int, ...], int, int]:
+        one = self._one(name)
+        return one.codec, one.parts, one.shape, one.axis, one.exponent
+
     def read(self, name: str, dtype: Any = None) -> Any:
         return np.ones(self.shapes[name], np.float32)
 
