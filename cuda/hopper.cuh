@@ -1,7 +1,7 @@
 // What Hopper adds to engine.cuh's barriers: boxes of the copy engine, clusters, and products of a warpgroup.
 //
 // Apart from the kernels so that tests can put plain C++ in its place and run them on a CPU. sm_90a. -DTOKENS, the columns
-// of a product.
+// of a block's products.
 #pragma once
 #include "boxes.cuh"
 #include "cluster.cuh"
@@ -118,61 +118,66 @@ __device__ __forceinline__ u32 descriptor(u32 address) { return (address & 0x3ff
 #else
 #define WGMMA_TYPE ".f32.f16.f16"
 #endif
-#define D8(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
-#define OPERANDS "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b)
-// d += a b, under way until a wait: a is 64 x 16, sixteen rows a warp, as of mma.m16n8k16; b is 16 x TOKENS.
-__device__ __forceinline__ void wgmma(float (&d)[SUMS], const u32 (&a)[4], u32 b) {
-#if TOKENS == 16
-    asm volatile("{\n.reg .b64 b;\nmov.b64 b, {%12, " UPPER_DESCRIPTOR "};\nwgmma.mma_async.sync.aligned.m64n16k16" WGMMA_TYPE
-                 " {%0,%1,%2,%3,%4,%5,%6,%7}"
-                 ", {%8,%9,%10,%11}, b, 1, 1, 1, 0;\n}"
-                 : D8(0)
-                 : OPERANDS);
-#elif TOKENS == 32
-    asm volatile("{\n.reg .b64 b;\nmov.b64 b, {%20, " UPPER_DESCRIPTOR "};\nwgmma.mma_async.sync.aligned.m64n32k16" WGMMA_TYPE
-                 " {%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15}"
-                 ", {%16,%17,%18,%19}, b, 1, 1, 1, 0;\n}"
-                 : D8(0), D8(8)
-                 : OPERANDS);
-#elif TOKENS == 64
-    asm volatile("{\n.reg .b64 b;\nmov.b64 b, {%36, " UPPER_DESCRIPTOR "};\nwgmma.mma_async.sync.aligned.m64n64k16" WGMMA_TYPE
-                 " {%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,"
-                 "%28,%29,%30,%31}"
-                 ", {%32,%33,%34,%35}, b, 1, 1, 1, 0;\n}"
-                 : D8(0), D8(8), D8(16), D8(24)
-                 : OPERANDS);
-#elif TOKENS == 128
-    asm volatile("{\n.reg .b64 b;\nmov.b64 b, {%68, " UPPER_DESCRIPTOR "};\nwgmma.mma_async.sync.aligned.m64n128k16" WGMMA_TYPE
-                 " {%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,"
-                 "%28,%29,%30,%31,%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,"
-                 "%54,%55,%56,%57,%58,%59,%60,%61,%62,%63}"
-                 ", {%64,%65,%66,%67}, b, 1, 1, 1, 0;\n}"
-                 : D8(0), D8(8), D8(16), D8(24), D8(32), D8(40), D8(48), D8(56)
-                 : OPERANDS);
-#elif TOKENS == 192
-    asm volatile("{\n.reg .b64 b;\nmov.b64 b, {%100, " UPPER_DESCRIPTOR "};\nwgmma.mma_async.sync.aligned.m64n192k16" WGMMA_TYPE
-                 " {%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,"
-                 "%28,%29,%30,%31,%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,"
-                 "%54,%55,%56,%57,%58,%59,%60,%61,%62,%63,%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79,"
-                 "%80,%81,%82,%83,%84,%85,%86,%87,%88,%89,%90,%91,%92,%93,%94,%95}"
-                 ", {%96,%97,%98,%99}, b, 1, 1, 1, 0;\n}"
-                 : D8(0), D8(8), D8(16), D8(24), D8(32), D8(40), D8(48), D8(56), D8(64), D8(72), D8(80), D8(88)
-                 : OPERANDS);
-#elif TOKENS == 256
-    asm volatile("{\n.reg .b64 b;\nmov.b64 b, {%132, " UPPER_DESCRIPTOR "};\nwgmma.mma_async.sync.aligned.m64n256k16" WGMMA_TYPE
-                 " {%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,"
-                 "%28,%29,%30,%31,%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,"
-                 "%54,%55,%56,%57,%58,%59,%60,%61,%62,%63,%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79,"
-                 "%80,%81,%82,%83,%84,%85,%86,%87,%88,%89,%90,%91,%92,%93,%94,%95,%96,%97,%98,%99,%100,%101,%102,%103,%104,"
-                 "%105,%106,%107,%108,%109,%110,%111,%112,%113,%114,%115,%116,%117,%118,%119,%120,%121,%122,%123,%124,%125,"
-                 "%126,%127}"
-                 ", {%128,%129,%130,%131}, b, 1, 1, 1, 0;\n}"
-                 : D8(0), D8(8), D8(16), D8(24), D8(32), D8(40), D8(48), D8(56), D8(64), D8(72), D8(80), D8(88), D8(96), D8(104), D8(112), D8(120)
-                 : OPERANDS);
-#else
-#error "TOKENS is 16, 32, 64, 128, 192 or 256"
-#endif
-}
+// Operands %0 to %127 and sums 0 to 127, eight at a time; those of a product are the first of them.
+#define R8 "%0,%1,%2,%3,%4,%5,%6,%7"
+#define R16 R8 ",%8,%9,%10,%11,%12,%13,%14,%15"
+#define R24 R16 ",%16,%17,%18,%19,%20,%21,%22,%23"
+#define R32 R24 ",%24,%25,%26,%27,%28,%29,%30,%31"
+#define R40 R32 ",%32,%33,%34,%35,%36,%37,%38,%39"
+#define R48 R40 ",%40,%41,%42,%43,%44,%45,%46,%47"
+#define R56 R48 ",%48,%49,%50,%51,%52,%53,%54,%55"
+#define R64 R56 ",%56,%57,%58,%59,%60,%61,%62,%63"
+#define R72 R64 ",%64,%65,%66,%67,%68,%69,%70,%71"
+#define R80 R72 ",%72,%73,%74,%75,%76,%77,%78,%79"
+#define R88 R80 ",%80,%81,%82,%83,%84,%85,%86,%87"
+#define R96 R88 ",%88,%89,%90,%91,%92,%93,%94,%95"
+#define R104 R96 ",%96,%97,%98,%99,%100,%101,%102,%103"
+#define R112 R104 ",%104,%105,%106,%107,%108,%109,%110,%111"
+#define R120 R112 ",%112,%113,%114,%115,%116,%117,%118,%119"
+#define R128 R120 ",%120,%121,%122,%123,%124,%125,%126,%127"
+#define D(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
+#define D8 D(0)
+#define D16 D8, D(8)
+#define D24 D16, D(16)
+#define D32 D24, D(24)
+#define D40 D32, D(32)
+#define D48 D40, D(40)
+#define D56 D48, D(48)
+#define D64 D56, D(56)
+#define D72 D64, D(64)
+#define D80 D72, D(72)
+#define D88 D80, D(80)
+#define D96 D88, D(88)
+#define D104 D96, D(96)
+#define D112 D104, D(104)
+#define D120 D112, D(112)
+#define D128 D120, D(120)
+// d += a b, under way until a wait: a is 64 x 16, sixteen rows a warp, as of mma.m16n8k16; b is 16 x COLUMNS, of which a thread has
+// half as many sums; then come the numbers of the operands of a and b.
+#define WGMMA(COLUMNS, SUMS, A0, A1, A2, A3, B)                                                                                   \
+    __device__ __forceinline__ void wgmma(float (&d)[SUMS], const u32 (&a)[4], u32 b) {                                           \
+        asm volatile("{\n.reg .b64 b;\nmov.b64 b, {%" #B ", " UPPER_DESCRIPTOR "};\nwgmma.mma_async.sync.aligned.m64n" #COLUMNS \
+                     "k16" WGMMA_TYPE " {" R##SUMS "}, {%" #A0 ",%" #A1 ",%" #A2 ",%" #A3 "}, b, 1, 1, 1, 0;\n}"                  \
+                     : D##SUMS                                                                                                    \
+                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b));                                                       \
+    }
+WGMMA(16, 8, 8, 9, 10, 11, 12)
+WGMMA(32, 16, 16, 17, 18, 19, 20)
+WGMMA(48, 24, 24, 25, 26, 27, 28)
+WGMMA(64, 32, 32, 33, 34, 35, 36)
+WGMMA(80, 40, 40, 41, 42, 43, 44)
+WGMMA(96, 48, 48, 49, 50, 51, 52)
+WGMMA(112, 56, 56, 57, 58, 59, 60)
+WGMMA(128, 64, 64, 65, 66, 67, 68)
+WGMMA(144, 72, 72, 73, 74, 75, 76)
+WGMMA(160, 80, 80, 81, 82, 83, 84)
+WGMMA(176, 88, 88, 89, 90, 91, 92)
+WGMMA(192, 96, 96, 97, 98, 99, 100)
+WGMMA(208, 104, 104, 105, 106, 107, 108)
+WGMMA(224, 112, 112, 113, 114, 115, 116)
+WGMMA(240, 120, 120, 121, 122, 123, 124)
+WGMMA(256, 128, 128, 129, 130, 131, 132)
+#undef D
 
 // Makes the compiler keep `values` where wgmma, unseen, reads and writes them.
 template <int N>

@@ -6,8 +6,9 @@
 // 32 are multiplied. Those groups own nearly all registers, so that a block may have 256 tokens and each operand that is
 // made serves as many as that: weights are unpacked for less than the time of multiplying.
 //
-// Tiles go round the blocks one each. What does not come out even is cut along K, in units of STEP times 64 columns, in one of
-// three ways, all of which repeat their results:
+// Tiles go round the blocks one each. Where they do not come out even, the last rows' tiles have fewer tokens (-DNARROW), so that
+// there is one for each block of the last round; or tiles are cut along K, in units of STEP times 64 columns, in one of three ways,
+// all of which repeat their results:
 //
 // - one to two tiles a block, or many fewer than blocks: cut evenly. The block that begins a tile finishes it, adding the sums
 //   of those that went on with it in order, which they have stored as their first deed;
@@ -18,8 +19,11 @@
 //
 // A block waits only for blocks that were started before it, or with it.
 //
-// sm_90a. -DGROUPS, -DTOKENS, -DSTEP (1, 2 or 4), -DSTAGES, -DCLUSTER (1 to 4).
+// sm_90a. -DGROUPS, -DTOKENS, -DSTEP (1, 2 or 4), -DSTAGES, -DCLUSTER (1 to 4), -DNARROW (a multiple of 16, or 0).
 #include "columns.cuh"
+#ifndef NARROW
+#define NARROW 0
+#endif
 
 namespace tenpak {
 
@@ -33,6 +37,7 @@ constexpr int STRIP_BYTES = SUPERS_AT + Columns::SUPER_BYTES;
 constexpr int WEIGHTS_AT = STEP * X_BYTES;
 constexpr int BYTES_OF_STAGE = (WEIGHTS_AT + STRIPS * STRIP_BYTES + 1023) / 1024 * 1024;
 static_assert(X_BYTES % 1024 == 0, "the swizzle repeats every 1024 bytes");
+static_assert(NARROW % 16 == 0 && NARROW < TOKENS && (!NARROW || CLUSTER == 1), "narrow tiles have no room, or parts");
 constexpr int PRODUCER_STRIPS = STRIPS / PRODUCER_WARPS;
 static_assert(STRIP_BYTES % 16 == 0 && STRIPS % PRODUCER_WARPS == 0, "copies are of sixteen bytes, warps have as many strips");
 
@@ -69,7 +74,7 @@ struct Schedule {
     __device__ __forceinline__ Schedule(u32 tiles, int steps, int head) : steps(steps), head(head), tiles(tiles) {
         share = blockIdx.x;
         unit = end = 0;
-        if (CLUSTER > 1) {
+        if (CLUSTER > 1 || NARROW) {
             whole = share / CLUSTER;
         } else if (head) {
             const u32 helpers = gridDim.x - tiles;
@@ -107,7 +112,7 @@ struct Schedule {
         return last;
     }
     __device__ __forceinline__ bool next(Segment& segment) {
-        if (unit < end) {
+        if (!NARROW && unit < end) {
             if (head) {
                 segment = {unit++, head, steps - head};
                 return true;
@@ -119,7 +124,7 @@ struct Schedule {
             return true;
         }
         if (whole >= tiles) return false;
-        segment = {whole, 0, head ? head : steps};
+        segment = {whole, 0, head && !NARROW ? head : steps};
         whole += gridDim.x;
         if constexpr (CLUSTER > 1) {
             const int rank = share % CLUSTER;
@@ -130,24 +135,44 @@ struct Schedule {
     }
 };
 
+// The tiles of a product: of TOKENS tokens all or, with NARROW, those of the first `wide_rows` rows of tiles, and then narrow ones.
+struct Tiles {
+    u32 wide_rows, wide_tokens, narrow_rows, narrow_tokens;  // how many follow each other
+    int band;
+
+    __device__ __forceinline__ Tiles(int m, int n, int band, int head) : band(band) {
+        const u32 rows = (n + ROWS - 1) / ROWS;
+        wide_rows = NARROW ? head : rows;
+        wide_tokens = (m + TOKENS - 1) / TOKENS;
+        narrow_rows = rows - wide_rows;
+        narrow_tokens = NARROW ? (m + NARROW - 1) / max(NARROW, 1) : 0;
+    }
+    __device__ __forceinline__ u32 wide() const { return wide_rows * wide_tokens; }
+    __device__ __forceinline__ u32 of_matrix() const { return wide() + narrow_rows * narrow_tokens; }
+};
+
 // Where a tile is: tiles of the same rows follow each other, so that their weights are still in L2, but no more of them than
 // `band`, whose tokens stay there, too.
 struct Place {
     int matrix, strip, token;
+    bool narrow;
 
-    __device__ __forceinline__ Place(u32 tile, int row_tiles, int token_tiles, int band) {
-        const u32 of_matrix = row_tiles * token_tiles;
-        u32 first = 0, width = token_tiles;
-        matrix = tile < of_matrix ? 0 : tile / of_matrix;
-        tile -= matrix * of_matrix;
-        if (band < token_tiles) {
-            first = tile / (row_tiles * band) * band;
-            tile -= first * row_tiles;
-            width = min(band, token_tiles - (int)first);
+    __device__ __forceinline__ Place(u32 tile, const Tiles& tiles) {
+        u32 first = 0, width = tiles.wide_tokens;
+        matrix = tile < tiles.of_matrix() ? 0 : tile / tiles.of_matrix();
+        tile -= matrix * tiles.of_matrix();
+        narrow = NARROW && tile >= tiles.wide();
+        if (narrow) {
+            tile -= tiles.wide();
+            width = tiles.narrow_tokens;
+        } else if (tiles.band < (int)width) {
+            first = tile / (tiles.wide_rows * tiles.band) * tiles.band;
+            tile -= first * tiles.wide_rows;
+            width = min(tiles.band, (int)(width - first));
         }
         const u32 row = width == 1 ? tile : tile / width;
-        token = (first + tile - row * width) * TOKENS;
-        strip = row * STRIPS;
+        token = (first + tile - row * width) * (narrow ? NARROW : TOKENS);
+        strip = (row + (narrow ? tiles.wide_rows : 0)) * STRIPS;
     }
 };
 
@@ -163,6 +188,11 @@ struct Turn {
             phase ^= 1;
         }
     }
+};
+
+// Of boxes of x, those of wide tiles first.
+struct Maps {
+    TensorMap of[NARROW ? 2 : 1];
 };
 
 // ---- Producer -----------------------------------------------------------------------------------------------------------
@@ -189,7 +219,7 @@ __device__ __forceinline__ void copy_step(const TensorMap& x, const Weight& w, c
                                           u32 barrier, int producer, int lane) {
     const int k = STEP * step, count = STEP == 1 ? 1 : min(STEP, w.tiles - k);
     if (producer == 0 && elected()) {
-        barrier_expect(barrier, count * X_BYTES);
+        barrier_expect(barrier, count * (at.narrow ? NARROW * TILE_COLS * 2 : X_BYTES));
 #pragma unroll
         for (int j = 0; j < STEP; ++j)
             if (j < count) copy_box(stage + j * X_BYTES, x, (k + j) * TILE_COLS, at.token, at.matrix, barrier, KEEP_LONG);
@@ -225,8 +255,8 @@ __device__ __forceinline__ Columns::Tile load_tile(int j, u32 codes, u32 params,
 }
 
 // Half of a tile's columns, which are then under way with at most the half before them.
-template <int HALF>
-__device__ __forceinline__ void multiply(float (&sums)[SUMS], const Columns::Tile& tile, const Columns::Rows& rows, u32 x, int lane) {
+template <int HALF, int COUNT>
+__device__ __forceinline__ void multiply(float (&sums)[COUNT], const Columns::Tile& tile, const Columns::Rows& rows, u32 x, int lane) {
     u32 a[2][4];
     Columns::template operand<2 * HALF>(tile, rows, lane, a[0]);
     Columns::template operand<2 * HALF + 1>(tile, rows, lane, a[1]);
@@ -238,8 +268,40 @@ __device__ __forceinline__ void multiply(float (&sums)[SUMS], const Columns::Til
     wgmma_wait<1>();
 }
 
+// A segment's sums: what a warp of a group reads of each stage is `own` bytes into it.
+template <int COUNT>
+__device__ __forceinline__ void accumulate(float (&sums)[COUNT], Turn& turn, const Segment& segment, const Columns::Rows& rows, int tiles,
+                                           u32 stages, u32 own, u32 full, u32 empty, int lane) {
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i) sums[i] = 0.0f;
+    u32 to_release = 0;  // the barrier of the stage whose products may still be under way
+#pragma unroll 1
+    for (int step = segment.first; step < segment.first + segment.count; ++step) {
+        const u32 stage = stages + turn.stage * BYTES_OF_STAGE, here = stage + own;
+        // Exchanged so that the compiler knows it to be the same for all lanes, as descriptors must be.
+        const u32 boxes = __shfl_sync(~0u, descriptor(stage), 0);
+        barrier_wait(full + 8 * turn.stage, turn.phase);
+#pragma unroll
+        for (int j = 0; j < STEP; ++j) {
+            if (j > 0 && STEP * step + j >= tiles) break;
+            const u32 box = boxes + j * (X_BYTES / 16);
+            const Columns::Tile tile = load_tile(j, here, here + PARAMS_AT, here + SUPERS_AT, lane);
+            multiply<0>(sums, tile, rows, box, lane);
+            // Only this step's are under way.
+            if (j == 0) release(to_release, lane);
+            multiply<1>(sums, tile, rows, box, lane);
+        }
+        to_release = empty + 8 * turn.stage;
+        turn.next();
+    }
+    wgmma_wait<0>();
+    release(to_release, lane);
+    pin(sums);
+}
+
 // A group's sums of 64 rows to y [tokens, n], by its 128 threads; `staged` is the group's own.
-__device__ __forceinline__ void store(const float (&sums)[SUMS], u8* staged, u16* y, const u16* bias, int strip, int tokens, int n,
+template <int COUNT>
+__device__ __forceinline__ void store(const float (&sums)[COUNT], u8* staged, u16* y, const u16* bias, int strip, int tokens, int n,
                                       float low, float high, int group) {
     const int thread = threadIdx.x % 128, warp = thread / LANES, lane = thread % LANES;
     const int first_row = strip * TILE_ROWS, row = first_row + warp * TILE_ROWS + lane / 4;
@@ -251,11 +313,11 @@ __device__ __forceinline__ void store(const float (&sums)[SUMS], u8* staged, u16
     // What was stored last has been read.
     group_barrier(group);
 #pragma unroll
-    for (int first = 0; first < TOKENS; first += CHUNK) {
+    for (int first = 0; first < 2 * COUNT; first += CHUNK) {
         if (first >= tokens) break;
         const int chunk = first / CHUNK % CHUNKS * CHUNK_BYTES;
 #pragma unroll
-        for (int token = 0; token < CHUNK; token += 16) {
+        for (int token = 0; token < CHUNK && first + token < 2 * COUNT; token += 16) {
             u32 pairs[4];
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
@@ -266,7 +328,7 @@ __device__ __forceinline__ void store(const float (&sums)[SUMS], u8* staged, u16
             store_transposed(to + chunk + token * LINE_BYTES, pairs[0], pairs[1], pairs[2], pairs[3]);
         }
         group_barrier(group);
-        const int here = min(CHUNK, tokens - first), r = first_row + thread % 8 * 8;
+        const int here = min(min(CHUNK, 2 * COUNT - first), tokens - first), r = first_row + thread % 8 * 8;
         if (r >= n) continue;
 #pragma unroll
         for (int token = thread / 8; token < CHUNK; token += 16) {
@@ -329,14 +391,15 @@ __device__ __forceinline__ void store_exchanged(u32 exchange, int rank, u16* y, 
 
 }  // namespace tenpak
 
-// x: a map of [batch, m, k] with boxes of 64 columns and TOKENS rows, swizzled by 128 bytes; y [batch, m, n]; bias [batch, n] or
-// null. partial: [gridDim.x, or tiles where `head` > 0][GROUPS][SUMS / 4][128] float4; arrived: a counter for each tile and
-// group, zero before and after. At most one block a multiprocessor, and no more than there are units.
+// x: maps of [batch, m, k] with boxes of 64 columns and TOKENS (NARROW) rows, swizzled by 128 bytes; y [batch, m, n]; bias
+// [batch, n] or null. head: a tile's units that its own block does, or with NARROW the rows of tiles before narrow ones, or 0.
+// partial: [gridDim.x, or tiles where there are helpers][GROUPS][SUMS / 4][128] float4; arrived: a counter for each tile and group,
+// zero before and after. At most one block a multiprocessor, and no more than there are units.
 extern "C" __global__ void IN_CLUSTERS __launch_bounds__(128 * GROUPS + 128, 1)
-wide(const __grid_constant__ tenpak::TensorMap x, const unsigned char* codes, const unsigned char* params,
-     const unsigned char* row_params, unsigned short* y, const unsigned short* bias, float4* partial, unsigned int* arrived,
-     long long codes_step, long long params_step, long long row_params_step, int batch, int m, int n, int tiles, int supers,
-     int head, int band, float scale) {
+wide(const __grid_constant__ tenpak::Maps x, const unsigned char* codes, const unsigned char* params, const unsigned char* row_params,
+     unsigned short* y, const unsigned short* bias, float4* partial, unsigned int* arrived, long long codes_step,
+     long long params_step, long long row_params_step, int batch, int m, int n, int tiles, int supers, int head, int band,
+     float scale) {
     using namespace tenpak;
     extern __shared__ __align__(1024) u8 dynamic[];
     __shared__ u64 barriers[2 * STAGES];
@@ -344,10 +407,10 @@ wide(const __grid_constant__ tenpak::TensorMap x, const unsigned char* codes, co
     const u32 stages_address = keep_address(shared_address(stages));
     const u32 full = keep_address(shared_address(barriers)), empty = full + 8 * STAGES;
 
-    const int row_tiles = (n + ROWS - 1) / ROWS, token_tiles = (m + TOKENS - 1) / TOKENS;
+    const Tiles all(m, n, band, head);
     const int strips = (n + TILE_ROWS - 1) / TILE_ROWS;
     // Each role makes its own: what both keep must fit in the registers of the smaller one.
-    auto own_schedule = [&] { return Schedule((u32)batch * row_tiles * token_tiles, (tiles + STEP - 1) / STEP, head); };
+    auto own_schedule = [&] { return Schedule((u32)batch * all.of_matrix(), (tiles + STEP - 1) / STEP, head); };
     auto weight = [&](int matrix) {
         return Weight{codes + matrix * codes_step, params + matrix * params_step, row_params + matrix * row_params_step, tiles, supers};
     };
@@ -356,7 +419,7 @@ wide(const __grid_constant__ tenpak::TensorMap x, const unsigned char* codes, co
     if (warp >= CONSUMER_WARPS) {
         // Who asks for copies makes the barriers, so that they need nobody else for the first.
         if (threadIdx.x == CONSUMER_WARPS * LANES) {
-            prefetch_map(x);
+            for (const TensorMap& map : x.of) prefetch_map(map);
             for (int i = 0; i < STAGES; ++i) {
                 // Each thread's copies of weights, and the one that asks for x.
                 barrier_init(full + 8 * i, PRODUCER_WARPS * LANES + 1);
@@ -371,13 +434,13 @@ wide(const __grid_constant__ tenpak::TensorMap x, const unsigned char* codes, co
         Segment segment;
         Turn turn(1);  // all stages are empty
         while (schedule.next(segment)) {
-            const Place at(segment.tile, row_tiles, token_tiles, band);
+            const Place at(segment.tile, all);
             const Weight w = weight(at.matrix);
             const Distances on(w, at.strip, strips, warp - CONSUMER_WARPS, lane);
 #pragma unroll 1
             for (int step = segment.first; step < segment.first + segment.count; ++step) {
                 barrier_wait(empty + 8 * turn.stage, turn.phase);
-                copy_step(x, w, at, on, step, stages_address + turn.stage * BYTES_OF_STAGE, full + 8 * turn.stage,
+                copy_step(x.of[NARROW ? at.narrow : 0], w, at, on, step, stages_address + turn.stage * BYTES_OF_STAGE, full + 8 * turn.stage,
                           warp - CONSUMER_WARPS, lane);
                 turn.next();
             }
@@ -396,40 +459,21 @@ wide(const __grid_constant__ tenpak::TensorMap x, const unsigned char* codes, co
         const u32 own = WEIGHTS_AT + (group * GROUP_STRIPS + warp % 4) * STRIP_BYTES;
         Turn turn(0);
         while (schedule.next(segment)) {
-            const Place at(segment.tile, row_tiles, token_tiles, band);
+            const Place at(segment.tile, all);
             const Weight w = weight(at.matrix);
             const int first_strip = at.strip + group * GROUP_STRIPS;
             const Columns::Rows rows = Columns::rows(w, min(first_strip + warp % 4, strips - 1), lane);
-            float sums[SUMS];
-#pragma unroll
-            for (int i = 0; i < SUMS; ++i) sums[i] = 0.0f;
-
-            u32 to_release = 0;  // the barrier of the stage whose products may still be under way
-#pragma unroll 1
-            for (int step = segment.first; step < segment.first + segment.count; ++step) {
-                const u32 stage = stages_address + turn.stage * BYTES_OF_STAGE, here = stage + own;
-                // Exchanged so that the compiler knows it to be the same for all lanes, as descriptors must be.
-                const u32 boxes = __shfl_sync(~0u, descriptor(stage), 0);
-                barrier_wait(full + 8 * turn.stage, turn.phase);
-#pragma unroll
-                for (int j = 0; j < STEP; ++j) {
-                    if (j > 0 && STEP * step + j >= tiles) break;
-                    const u32 box = boxes + j * (X_BYTES / 16);
-                    const Columns::Tile tile = load_tile(j, here, here + PARAMS_AT, here + SUPERS_AT, lane);
-                    multiply<0>(sums, tile, rows, box, lane);
-                    // Only this step's are under way.
-                    if (j == 0) release(to_release, lane);
-                    multiply<1>(sums, tile, rows, box, lane);
-                }
-                to_release = empty + 8 * turn.stage;
-                turn.next();
-            }
-            wgmma_wait<0>();
-            release(to_release, lane);
-            pin(sums);
-
             auto to = [&] { return y + ((size_t)at.matrix * m + at.token) * n; };
             auto plus = [&] { return bias ? bias + (size_t)at.matrix * n : nullptr; };
+            if (NARROW && at.narrow) {
+                float sums[NARROW ? NARROW / 2 : SUMS];
+                accumulate(sums, turn, segment, rows, tiles, stages_address, own, full, empty, lane);
+                store(sums, staged, to(), plus(), first_strip, m - at.token, n, scale * Columns::row_scale(rows, false),
+                      scale * Columns::row_scale(rows, true), group);
+                continue;
+            }
+            float sums[SUMS];
+            accumulate(sums, turn, segment, rows, tiles, stages_address, own, full, empty, lane);
             if constexpr (CLUSTER > 1) {
                 // Everybody's products have read their stages.
                 consumers_barrier(128 * GROUPS);
@@ -445,7 +489,7 @@ wide(const __grid_constant__ tenpak::TensorMap x, const unsigned char* codes, co
             constexpr int ROOM = (MANY - 40) / SUMS - 1, AT_ONCE = ROOM < 1 ? 1 : ROOM > 4 ? 4 : ROOM;
             unsigned int* const counter = arrived + (size_t)segment.tile * GROUPS + group;
             auto part = [&](u32 place) { return partial + ((size_t)place * GROUPS + group) * PART + thread; };
-            if (segment.first > 0) {
+            if (!NARROW && segment.first > 0) {
                 float4* left = part(schedule.left_at(segment.tile));
 #pragma unroll
                 for (int i = 0; i < SUMS; i += 4) __stcg(left + i / 4 * 128, make_float4(sums[i], sums[i + 1], sums[i + 2], sums[i + 3]));
@@ -453,7 +497,7 @@ wide(const __grid_constant__ tenpak::TensorMap x, const unsigned char* codes, co
                 if (thread == 0) add_release(counter, 1);
                 continue;
             }
-            if (segment.count < schedule.steps) {
+            if (!NARROW && segment.count < schedule.steps) {
                 const u32 first = schedule.first_left(segment.tile), last = schedule.last_left(segment.tile);
                 if (thread == 0) {
                     while (load_acquire(counter) < last - first + 1) {}

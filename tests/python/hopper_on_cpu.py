@@ -215,12 +215,12 @@ BOXES = """
 
 namespace tenpak {
 constexpr u64 KEEP_LONG = 2;
-struct TensorMap { u64 x, stride; int columns, rows, matrices, unused; u64 more[12]; };
+struct TensorMap { u64 x, stride; int columns, rows, matrices, tokens; u64 more[12]; };
 inline void prefetch_map(const TensorMap&) {}
 // A tile of a box, in sixteen bytes each; those beyond the matrix are zeros (the test's rows end between two).
 inline void copy_tile(u32 to, const TensorMap& map, int column, int row, int matrix, u32 barrier) {
     check(to % 1024 == 0, "a box is not aligned");
-    for (int r = 0; r < TOKENS; ++r)
+    for (int r = 0; r < map.tokens; ++r)
         for (int c = 0; c < 8; ++c) {
             const u32 at = to + r * 128 + c * 16;
             const bool there = row + r < map.rows && column + 8 * c < map.columns;
@@ -310,7 +310,7 @@ inline void store_transposed(u32 row, u32 a, u32 b, u32 c, u32 d) {
 }
 
 constexpr int SUMS = TOKENS / 2;
-struct Product { float* sums; u32 a[4][4]; u32 b; };
+struct Product { float* sums; int count; u32 a[4][4]; u32 b; };
 struct Products { std::deque<std::vector<Product>> groups; std::vector<Product> open; };
 static std::map<int, Products> products;
 inline float of_half(u16 x) {
@@ -325,7 +325,7 @@ inline void run(const Product& p) {
     const u32 start = ((u32)(u64)memory() >> 18 << 18) + ((p.b & 0x3fff) << 4);
     check(p.b >> 14 == 4, "a descriptor is not one of rows");
     const int t = threadIdx.x % 4;
-    for (int j = 0; j < TOKENS / 8; ++j)
+    for (int j = 0; j < p.count / 4; ++j)
         for (int i = 0; i < 4; ++i) {
             const int column = 8 * j + 2 * t + i % 2;
             double sum = p.sums[4 * j + i];
@@ -340,9 +340,9 @@ inline void run(const Product& p) {
 }
 inline void wgmma_fence() {}
 inline u32 descriptor(u32 address) { return (address & 0x3ffff) >> 4 | 1 << 16; }
-inline void wgmma(float (&d)[SUMS], const u32 (&a)[4], u32 b) {
+template <int COUNT> void wgmma(float (&d)[COUNT], const u32 (&a)[4], u32 b) {
     auto all = share<4>({a[0], a[1], a[2], a[3]});
-    Product p = {d, {}, b};
+    Product p = {d, COUNT, {}, b};
     for (int c = 0; c < 4; ++c)
         for (int i = 0; i < 4; ++i) p.a[c][i] = (u32)all[threadIdx.x % 32 / 4 * 4 + c][i];
     products[threadIdx.x].open.push_back(p);
@@ -395,11 +395,11 @@ def aligned(array: NDArray[Any] | None) -> NDArray[Any] | None:
     return copy
 
 
-def tensor_map(x: NDArray[Any], k: int) -> NDArray[Any]:
-    """TensorMap, as `BOXES` has it, of the first k columns of x [batch, m, at least k]."""
+def tensor_map(x: NDArray[Any], k: int, tokens: int) -> NDArray[Any]:
+    """TensorMap, as `BOXES` has it, of the first k columns of x [batch, m, at least k], boxes having `tokens` rows."""
     batch, m, stride = x.shape
     mapped = np.zeros(1, np.dtype([("wide", "<u8", 2), ("narrow", "<i4", 4), ("more", "<u8", 12)]))
-    mapped["wide"], mapped["narrow"] = (x.ctypes.data, stride), (k, m, batch, 0)
+    mapped["wide"], mapped["narrow"] = (x.ctypes.data, stride), (k, m, batch, tokens)
     return mapped
 
 
@@ -421,20 +421,21 @@ def wide(
     arrays = [aligned(part) for part in packed]
     y = aligned(np.full((batch, m, n), 0x7FFF, np.uint16))
     groups, tokens = (int(str(defines[name])) for name in ("GROUPS", "TOKENS"))
+    narrow = int(str(defines.get("NARROW", 0)))
     step, stages = int(str(defines["STEP"])), int(str(defines["STAGES"]))
     layout = str(defines["LAYOUT"])
     strip = plans.strip_bytes(layout, STAGE_BYTES[layout], step)
     fixed, stage = plans.shared_bytes(groups, tokens, step, strip)
     tiles = -(-k // 64)
     rows = 64 * groups
-    output_tiles = batch * -(-n // rows) * -(-m // tokens)
+    output_tiles = batch * -(-n // rows) * -(-m // min(tokens, narrow or tokens))
     partial = aligned(np.full((output_tiles if head else grid) * rows * tokens, np.nan, np.float32))
     arrived = aligned(np.zeros(output_tiles * groups, np.uint32))
     assert x is not None
     assert y is not None
     assert partial is not None
     assert arrived is not None
-    mapped = tensor_map(x, k)
+    mapped = np.concatenate([tensor_map(x, k, many) for many in (tokens, narrow)])
 
     def address(array: NDArray[Any] | None) -> NDArray[np.uint64]:
         return np.array([0 if array is None else array.ctypes.data], np.uint64)

@@ -111,7 +111,7 @@ def run(
     boxes = []
     if plan.box:
         x = aligned(x)
-        boxes = [tensor_map(x, x.shape[-1])]
+        boxes = [tensor_map(x, x.shape[-1], plan.box)]
         arrays, stride = [*parts, y, bias, partial, counters], []
     else:
         arrays, stride = [*parts, x, y, bias, offsets, partial, counters], [np.int64(x.shape[-1])]

@@ -161,6 +161,15 @@ def test_helpers(grid, head):
     check("int4_g32_fp16", (20, 300, 192), grid, head=head, **SMALL)
 
 
+@pytest.mark.parametrize("bf16", [0, 1])
+@pytest.mark.parametrize("layout", ["int4_g32_fp16", "int4_lut16", "int8_sym"])
+def test_narrow_tiles(layout, bf16):
+    """Of four rows of tiles one to three are wide; tokens end within a tile of either kind, rows within a strip."""
+    for head, grid, band in ((1, 3, 3), (2, 4, 2), (3, 7, 1)):
+        check(layout, (75, 430, 200), grid, bf16=bf16, head=head, band=band, NARROW=16, **{**SMALL, "TOKENS": 32})
+    check(layout, (150, 150, 200), 2, bf16=bf16, head=1, NARROW=48, **{**SMALL, "TOKENS": 128})
+
+
 @pytest.mark.parametrize("layout", ["int4_g32_fp16", "int8_sym"])
 def test_clusters(layout):
     """Blocks share the columns of a tile; of the last tile's rows some are beyond the weight; N is odd or even."""
@@ -202,11 +211,18 @@ def test_choices_fit(layout, m, n, k):
     assert found
     for choice in found:
         steps = (k + 64 * choice.step - 1) // (64 * choice.step)
-        assert choice.tiles == -(-n // choice.rows) * -(-m // choice.tokens)
+        rows, wide = -(-n // choice.rows), choice.head if choice.narrow else 0
+        if choice.narrow:
+            assert 0 < wide < rows
+            assert choice.tiles == wide * -(-m // choice.tokens) + (rows - wide) * -(-m // choice.narrow)
+            # No block has two narrow tiles.
+            assert choice.tiles - wide * -(-m // choice.tokens) <= choice.grid
+        else:
+            assert choice.tiles == rows * -(-m // choice.tokens)
         assert 1 <= choice.grid <= min(132, choice.tiles * steps)
         assert choice.stages >= 2
         assert choice.shared <= 230400
-        if choice.head:
+        if choice.head and not choice.narrow:
             assert choice.tiles < choice.grid <= 2 * choice.tiles
             assert 0 < choice.head < steps
             assert choice.partial_bytes == choice.tiles * choice.rows * choice.tokens * 4

@@ -150,6 +150,8 @@ class Plan:
     #: columns, where it has several.
     box: int = 0
     box_tiles: int = 0
+    #: Tokens of a second map's boxes, which follows the first, or 0.
+    box_narrow: int = 0
 
 
 def divide_up(a: int, b: int) -> int:
@@ -481,6 +483,7 @@ def wide_plans(device: Device, layout: str, n: int, k: int, m: int, batch: int, 
             choice.partial_bytes,
             choice.counters,
             choice.tokens,
+            box_narrow=choice.narrow,
         )
         for choice in found
     ]

@@ -175,7 +175,7 @@ def run(
     partial, counters = workspace.partial.data.ptr, workspace.counters.data.ptr
     arguments: tuple[Any, ...]
     if p.box:
-        boxes = tensormap.map_of(x, w.shape[1], m, batch, stride, p.box, bf16, p.box_tiles)
+        boxes = tensormap.map_of(x, w.shape[1], m, batch, stride, p.box, bf16, p.box_tiles, p.box_narrow)
         arguments = (boxes, *weights, y, bias, partial, counters, *steps)
     elif p.source == "prefill.cu":
         arguments = (*weights, x, y, bias, partial, counters, *steps, stride)

@@ -30,44 +30,48 @@ def fits(address: int, stride: int) -> bool:
 
 @functools.lru_cache(maxsize=4096)
 def map_of(
-    address: int, k: int, m: int, batch: int, stride: int, tokens: int, bf16: bool, tiles: int = 0
+    address: int, k: int, m: int, batch: int, stride: int, tokens: int, bf16: bool, tiles: int = 0, narrow: int = 0
 ) -> NDArray[Any]:
     """The map of x [batch, m, k], rows `stride` elements apart, with boxes of `tokens` rows by 64 columns.
 
     With `tiles`, a box has so many times 64 columns, those of all its rows one after another; k is a multiple of 64.
-    Returns an array of one element of 128 bytes, which CuPy hands to a kernel by value.
+    With `narrow`, another map with boxes of so many rows follows. Returns an array of one element, 128 bytes for
+    each map, which CuPy hands to a kernel by value.
 
     Raises:
         UnsupportedError: The driver is older than Hopper.
         TenpakError: The driver refuses: the text is its error's number.
     """
-    memory = np.zeros(_BYTES + _ALIGNMENT, np.uint8)
+    boxes = (tokens, narrow) if narrow else (tokens,)
+    memory = np.zeros(_BYTES * len(boxes) + _ALIGNMENT, np.uint8)
     start = -memory.ctypes.data % _ALIGNMENT
-    encoded = memory[start : start + _BYTES]
-    sizes, strides, box = [k, m, batch], [2 * stride, 2 * stride * m], [BOX_COLUMNS, tokens, 1]
-    if tiles:
-        sizes[0] = BOX_COLUMNS
-        sizes.insert(2, k // BOX_COLUMNS)
-        strides.insert(1, 2 * BOX_COLUMNS)
-        box.insert(2, tiles)
-    rank = len(sizes)
-    error = _encoder()(
-        ctypes.c_void_p(encoded.ctypes.data),
-        _TYPES[bf16],
-        rank,
-        ctypes.c_void_p(address),
-        (ctypes.c_uint64 * rank)(*sizes),
-        (ctypes.c_uint64 * (rank - 1))(*strides),
-        (ctypes.c_uint32 * rank)(*box),
-        (ctypes.c_uint32 * rank)(*[1] * rank),
-        _NO_INTERLEAVE,
-        _SWIZZLE_128,
-        _PROMOTE_256,
-        _FILL_ZERO,
-    )
-    if error:
-        raise TenpakError(f"cuTensorMapEncodeTiled of [{batch}, {m}, {k}] with rows of {stride} failed: error {error}")
-    return encoded.view(np.dtype((np.void, _BYTES)))
+    encoded = memory[start : start + _BYTES * len(boxes)]
+    for i, rows in enumerate(boxes):
+        sizes, strides, box = [k, m, batch], [2 * stride, 2 * stride * m], [BOX_COLUMNS, rows, 1]
+        if tiles:
+            sizes[0] = BOX_COLUMNS
+            sizes.insert(2, k // BOX_COLUMNS)
+            strides.insert(1, 2 * BOX_COLUMNS)
+            box.insert(2, tiles)
+        rank = len(sizes)
+        error = _encoder()(
+            ctypes.c_void_p(encoded.ctypes.data + i * _BYTES),
+            _TYPES[bf16],
+            rank,
+            ctypes.c_void_p(address),
+            (ctypes.c_uint64 * rank)(*sizes),
+            (ctypes.c_uint64 * (rank - 1))(*strides),
+            (ctypes.c_uint32 * rank)(*box),
+            (ctypes.c_uint32 * rank)(*[1] * rank),
+            _NO_INTERLEAVE,
+            _SWIZZLE_128,
+            _PROMOTE_256,
+            _FILL_ZERO,
+        )
+        if error:
+            shape = f"[{batch}, {m}, {k}] with rows of {stride}"
+            raise TenpakError(f"cuTensorMapEncodeTiled of {shape} failed: error {error}")
+    return encoded.view(np.dtype((np.void, encoded.nbytes)))
 
 
 @functools.cache

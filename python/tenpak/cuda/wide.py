@@ -21,6 +21,9 @@ SHAPES = (
     (192, ((2, 192, 1), (3, 128, 2), (2, 128, 2))),
     (1 << 31, ((2, 256, 1), (3, 128, 2), (2, 128, 2))),
 )
+#: Tokens of tiles in a last round that is not full (-DNARROW), where others have so many.
+NARROW_OF = 256
+NARROW = (64, 96, 128, 160, 176, 192, 208, 224)
 #: Parameters that tiles share: bytes of one tile, and of four, where they are not half of two, and twice as many.
 ONE_TILE = {"int4_g128_fp16": 576, "int4_lut16": 608, "int4_lut32": 608}
 FOUR_TILES = {"int4_lut16": 2336, "int4_lut32": 2336}
@@ -37,7 +40,7 @@ CUT, HEAD = 1.07, 1.12
 #: Cycles to begin and end a tile, to wait for other blocks' sums, and for those of a cluster.
 TILE_CYCLES, SHARE_CYCLES, CLUSTER_CYCLES = 1780.0, 4700.0, 1540.0
 #: What products of (GROUPS, TOKENS) reach of the tensor cores' speed; fewer tokens use an unpacked weight less often.
-PRODUCTS = {(2, 256): 0.83, (2, 192): 0.83, (3, 128): 0.84, (2, 128): 0.82}
+PRODUCTS = {(3, 128): 0.84, **{(2, tokens): 0.82 if tokens < 192 else 0.83 for tokens in range(128, 257, 16)}}
 FEW_PRODUCTS = 0.625
 #: What a strip's look-ups of a tile add to those.
 TABLE_CYCLES = 130.0
@@ -58,11 +61,13 @@ class Choice:
     grid: int
     tiles: int
     cycles: float
-    #: Units of a tile that its own block does, if others help, or 0.
+    #: Units of a tile that its own block does, if others help; rows of tiles before narrow ones, if there are; or 0.
     head: int = 0
     cluster: int = 1
     #: Tiles of tokens that go round together.
     band: int = 1
+    #: Tokens of the last rows' tiles, or 0.
+    narrow: int = 0
 
     @property
     def defines(self) -> dict[str, object]:
@@ -73,7 +78,8 @@ class Choice:
             "STEP": self.step,
             "STAGES": self.stages,
         }
-        return {**values, "CLUSTER": self.cluster} if self.cluster > 1 else values
+        more = {"CLUSTER": self.cluster if self.cluster > 1 else 0, "NARROW": self.narrow}
+        return {**values, **{name: value for name, value in more.items() if value}}
 
     @property
     def rows(self) -> int:
@@ -82,7 +88,9 @@ class Choice:
     @property
     def partial_bytes(self) -> int:
         """What blocks write of tiles that others finish."""
-        cut = 0 if self.cluster > 1 else self.tiles if self.head else self.grid if self.tiles % self.grid else 0
+        if self.cluster > 1 or self.narrow:
+            return 0
+        cut = self.tiles if self.head else self.grid if self.tiles % self.grid else 0
         return cut * self.rows * self.tokens * 4
 
     @property
@@ -154,21 +162,25 @@ def _of_shape(
     bands = _up(token_tiles, max(1, BAND_BYTES // (2 * k * tokens)))
     band = _up(token_tiles, bands)
     tiles = batch * _up(n, rows) * token_tiles
-    products = step * 2 * groups * tokens / PRODUCTS.get((groups, tokens), FEW_PRODUCTS)
-    if layout in TABLES:
-        products += step * groups * TABLE_CYCLES
-    reads = step * ((rows // 64) * tokens + strips * 8) + stage_bytes / SHARED_SPEED
     # Weights of tiles with other tokens come from L2.
-    asked = STEP_CYCLES + strips * (TABLE_STRIP_CYCLES if layout in TABLES else STRIP_CYCLES) * step / 2
     memory = weights / MEMORY_SPEED / min(token_tiles, 2)
-    step_cycles = max(products, reads, asked, memory)
-    # The first step's weights have nothing to hide behind.
-    store_cycles = TILE_CYCLES + rows * tokens * 2 / L2_SPEED + weights / MEMORY_SPEED
+
+    def cycles_of(tokens: int) -> tuple[float, float]:
+        """Of a step, and of a tile's end, with so many tokens."""
+        products = step * 2 * groups * tokens / PRODUCTS.get((groups, tokens), FEW_PRODUCTS)
+        if layout in TABLES:
+            products += step * groups * TABLE_CYCLES
+        reads = step * (groups * tokens + strips * 8) + shared_bytes(groups, tokens, step, strip)[1] / SHARED_SPEED
+        asked = STEP_CYCLES + strips * (TABLE_STRIP_CYCLES if layout in TABLES else STRIP_CYCLES) * step / 2
+        # The first step's weights have nothing to hide behind.
+        return max(products, reads, asked, memory), TILE_CYCLES + rows * tokens * 2 / L2_SPEED + weights / MEMORY_SPEED
+
+    step_cycles, store_cycles = cycles_of(tokens)
     sum_cycles = rows * tokens * 4 / L2_SPEED
 
-    def choice(grid: int, cycles: float, head: int = 0, cluster: int = 1) -> Choice:
+    def choice(grid: int, cycles: float, head: int = 0, cluster: int = 1, tiles: int = tiles, narrow: int = 0) -> Choice:
         shared_now = fixed + stages * stage_bytes
-        return Choice(groups, tokens, step, stages, shared_now, grid, tiles, cycles, head, cluster, band)
+        return Choice(groups, tokens, step, stages, shared_now, grid, tiles, cycles, head, cluster, band, narrow)
 
     # Whole tiles go round in as many rounds as they need of all multiprocessors, or of fewer where those divide them;
     # cut ones take all multiprocessors, if there is a unit for each.
@@ -184,6 +196,16 @@ def _of_shape(
         # Where each tile is that of as many blocks, no block has parts of two.
         cut = CUT if every % tiles else 1.0
         found.append(choice(every, cut * (share + store_cycles * max(1, rounds - 1) + sums)))
+    if tokens == NARROW_OF and rounds > 1 and batch == 1:
+        # As many rows of tiles as fit before the last round; the others' tiles are as narrow as that round has room for.
+        wide_rows = (rounds - 1) * multiprocessors // token_tiles
+        for narrow in NARROW:
+            all_tiles = wide_rows * token_tiles + (_up(n, rows) - wide_rows) * _up(m, narrow)
+            if all_tiles <= rounds * multiprocessors:
+                last_step, last_store = cycles_of(narrow)
+                cycles = (steps * step_cycles + store_cycles) * (rounds - 1) + steps * last_step + last_store
+                found.append(choice(multiprocessors, cycles, wide_rows, tiles=all_tiles, narrow=narrow))
+                break
     helpers = min(multiprocessors - tiles, tiles)
     if helpers > 0:
         # A helper does what is left of `each` tiles while their own blocks do their heads; storing sums takes it time.
