@@ -30,6 +30,7 @@ ROWS = [
 PREFILL = [{"GROUPS": 4, "BLOCKS": 1, "TOKENS": 16, "DEPTH": 3, "STAGES": 3}]
 WIDE = [
     {"GROUPS": 2, "TOKENS": 256, "STEP": 1, "STAGES": 4},
+    {"GROUPS": 2, "TOKENS": 256, "STEP": 1, "STAGES": 4, "NARROW": 176},
     {"GROUPS": 4, "TOKENS": 32, "STEP": 4, "STAGES": 3},
     {"GROUPS": 3, "TOKENS": 128, "STEP": 2, "STAGES": 3, "CLUSTER": 3},
 ]

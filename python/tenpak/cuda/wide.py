@@ -40,7 +40,7 @@ CUT, HEAD = 1.07, 1.12
 #: Cycles to begin and end a tile, to wait for other blocks' sums, and for those of a cluster.
 TILE_CYCLES, SHARE_CYCLES, CLUSTER_CYCLES = 1780.0, 4700.0, 1540.0
 #: What products of (GROUPS, TOKENS) reach of the tensor cores' speed; fewer tokens use an unpacked weight less often.
-PRODUCTS = {(3, 128): 0.84, **{(2, tokens): 0.82 if tokens < 192 else 0.83 for tokens in range(128, 257, 16)}}
+PRODUCTS = {(3, 128): 0.84, (2, 96): 0.7, **{(2, tokens): 0.82 if tokens < 192 else 0.83 for tokens in range(128, 257, 16)}}
 FEW_PRODUCTS = 0.625
 #: What a strip's look-ups of a tile add to those.
 TABLE_CYCLES = 130.0
