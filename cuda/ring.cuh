@@ -87,7 +87,7 @@ struct Ring {
     __device__ __forceinline__ Ring(u32 stages, u32 barriers, int first = 0)
         : stages(stages), full(barriers), empty(barriers + 8 * DEPTH), slot(first) {}
     static __device__ __forceinline__ PairAt place(u32 stages, int warp) {
-        static_assert(STAGE_TILES == 2, "two warps' tiles have one super-scale");
+        static_assert(STAGE_TILES == 2 && (SHARERS % 2 == 0 || !TABLES), "two warps' tiles have one super-scale");
         return {stages + warp * STAGE_TILES * Layout::CODE_BYTES, stages + PARAMS_AT + warp * Layout::PAIR_BYTES,
                 stages + SUPERS_AT + warp / 2 * (Layout::PARAM_BYTES - Layout::PAIR_BYTES)};
     }

@@ -215,8 +215,9 @@ def test_choices_fit(layout, m, n, k):
         if choice.narrow:
             assert 0 < wide < rows
             assert choice.tiles == wide * -(-m // choice.tokens) + (rows - wide) * -(-m // choice.narrow)
-            # No block has two narrow tiles.
-            assert choice.tiles - wide * -(-m // choice.tokens) <= choice.grid
+            # The last round has narrow ones alone.
+            rounds = -(-choice.tiles // choice.grid)
+            assert wide * -(-m // choice.tokens) <= (rounds - 1) * choice.grid
         else:
             assert choice.tiles == rows * -(-m // choice.tokens)
         assert 1 <= choice.grid <= min(132, choice.tiles * steps)

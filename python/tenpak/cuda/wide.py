@@ -40,7 +40,8 @@ CUT, HEAD = 1.07, 1.12
 #: Cycles to begin and end a tile, to wait for other blocks' sums, and for those of a cluster.
 TILE_CYCLES, SHARE_CYCLES, CLUSTER_CYCLES = 1780.0, 4700.0, 1540.0
 #: What products of (GROUPS, TOKENS) reach of the tensor cores' speed; fewer tokens use an unpacked weight less often.
-PRODUCTS = {(3, 128): 0.84, (2, 96): 0.7, **{(2, tokens): 0.82 if tokens < 192 else 0.83 for tokens in range(128, 257, 16)}}
+PRODUCTS = {(3, 128): 0.84, (2, 96): 0.7, (2, 128): 0.82, (2, 160): 0.82, (2, 176): 0.82}
+PRODUCTS |= {(2, tokens): 0.83 for tokens in (192, 208, 224, 256)}
 FEW_PRODUCTS = 0.625
 #: What a strip's look-ups of a tile add to those.
 TABLE_CYCLES = 130.0
@@ -178,7 +179,9 @@ def _of_shape(
     step_cycles, store_cycles = cycles_of(tokens)
     sum_cycles = rows * tokens * 4 / L2_SPEED
 
-    def choice(grid: int, cycles: float, head: int = 0, cluster: int = 1, tiles: int = tiles, narrow: int = 0) -> Choice:
+    def choice(
+        grid: int, cycles: float, head: int = 0, cluster: int = 1, tiles: int = tiles, narrow: int = 0
+    ) -> Choice:
         shared_now = fixed + stages * stage_bytes
         return Choice(groups, tokens, step, stages, shared_now, grid, tiles, cycles, head, cluster, band, narrow)
 
@@ -196,9 +199,9 @@ def _of_shape(
         # Where each tile is that of as many blocks, no block has parts of two.
         cut = CUT if every % tiles else 1.0
         found.append(choice(every, cut * (share + store_cycles * max(1, rounds - 1) + sums)))
-    if tokens == NARROW_OF and rounds > 1 and batch == 1:
-        # As many rows of tiles as fit before the last round; the others' tiles are as narrow as that round has room for.
-        wide_rows = (rounds - 1) * multiprocessors // token_tiles
+    # As many rows of tiles as fit before the last round; the others' tiles are as narrow as that round has room for.
+    wide_rows = (rounds - 1) * multiprocessors // token_tiles
+    if tokens == NARROW_OF and wide_rows and batch == 1:
         for narrow in NARROW:
             all_tiles = wide_rows * token_tiles + (_up(n, rows) - wide_rows) * _up(m, narrow)
             if all_tiles <= rounds * multiprocessors:
