@@ -87,9 +87,10 @@ struct Ring {
     __device__ __forceinline__ Ring(u32 stages, u32 barriers, int first = 0)
         : stages(stages), full(barriers), empty(barriers + 8 * DEPTH), slot(first) {}
     static __device__ __forceinline__ PairAt place(u32 stages, int warp) {
-        static_assert(STAGE_TILES == 2 && (SHARERS % 2 == 0 || !TABLES), "two warps' tiles have one super-scale");
+        constexpr int SUPER_BYTES = Layout::PARAM_BYTES - Layout::PAIR_BYTES;
+        static_assert(STAGE_TILES == 2 && (SHARERS % 2 == 0 || SUPER_BYTES == 0), "two warps' tiles have one super-scale");
         return {stages + warp * STAGE_TILES * Layout::CODE_BYTES, stages + PARAMS_AT + warp * Layout::PAIR_BYTES,
-                stages + SUPERS_AT + warp / 2 * (Layout::PARAM_BYTES - Layout::PAIR_BYTES)};
+                stages + SUPERS_AT + warp / 2 * SUPER_BYTES};
     }
     // By one thread.
     static __device__ __forceinline__ void init(u32 barriers) {
