@@ -239,8 +239,8 @@ def main() -> None:
                 if PAIRS.get(layout) in peer.groups:
                     try:
                         others[peer] = peer.layers(n, k, PAIRS[layout], len(copies))
-                    except Exception as error:  # a peer that fails is a note, not a failed run
-                        notes.append(f"{peer.name}, {layout}, {shape}: {type(error).__name__}: {error}"[:300])
+                    except Exception as failure:  # a peer that fails is a note, not a failed run
+                        notes.append(f"{peer.name}, {layout}, {shape}: {type(failure).__name__}: {failure}"[:300])
             for m in tokens:
                 x, y = activations(m, n, k)
                 products.matmul(cupy.asarray(x), weight, out=cupy.asarray(y))
@@ -259,9 +259,14 @@ def main() -> None:
                 for peer, layers in list(others.items()):
                     try:
                         times[f"x {peer.name}"] = time_peer(layers, x.to(peer.dtype), soak) / us
-                    except Exception as error:
+                    except Exception as failure:
                         del others[peer]
-                        notes.append(f"{peer.name}, {layout}, {shape}, M={m}: {type(error).__name__}: {error}"[:300])
+                        what = f"{peer.name}, {layout}, {shape}, M={m}: {type(failure).__name__}: {failure}"[:300]
+                        notes.append(what)
+                        try:
+                            torch.cuda.synchronize()
+                        except Exception:  # nothing runs on the device after that
+                            raise SystemExit(what) from failure
                 floor = floor_us(size, 2.0 * m * n * k)
                 rows.append(
                     {
