@@ -227,6 +227,8 @@ def test_choices_fit(layout, m, n, k):
             assert choice.tiles < choice.grid <= 2 * choice.tiles
             assert 0 < choice.head < steps
             assert choice.partial_bytes == choice.tiles * choice.rows * choice.tokens * 4
+        whole = choice.cluster > 1 or choice.narrow > 0 or choice.tiles % choice.grid == 0
+        assert (choice.partial_bytes == 0, choice.counters == 0) == (whole, whole)
         if choice.cluster > 1:
             assert choice.grid == choice.cluster * choice.tiles
             assert choice.cluster <= steps

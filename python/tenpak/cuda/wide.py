@@ -96,7 +96,8 @@ class Choice:
 
     @property
     def counters(self) -> int:
-        return self.tiles * self.groups
+        """Where blocks say that they have written those; a captured graph of PyTorch's makes them zero at each replay."""
+        return self.tiles * self.groups if self.partial_bytes else 0
 
     @property
     def threads(self) -> int:
