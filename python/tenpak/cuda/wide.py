@@ -96,7 +96,7 @@ class Choice:
 
     @property
     def counters(self) -> int:
-        """Where blocks say that they have written those; a captured graph of PyTorch's makes them zero at each replay."""
+        """Where blocks say that they have written those; captured graphs of PyTorch make them zero at each replay."""
         return self.tiles * self.groups if self.partial_bytes else 0
 
     @property
