@@ -117,6 +117,8 @@ def graph_us(calls: list[Callable[[], object]], replays: int = 15, soak: float =
     `soak`: seconds for which the graph is replayed before that.
     """
     stream = torch.cuda.Stream()
+    # What the calls read may still be on its way.
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         calls[0]()
     stream.synchronize()
