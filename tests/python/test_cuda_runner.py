@@ -6,6 +6,7 @@ On the CPU, where their warps are played by fibers and graphs are lists of calls
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,11 +16,14 @@ import numpy as np
 import pytest
 import tenpak
 from runner_on_cpu import runner_on_cpu
-from support import DATA, require
+from support import DATA, ROOT, require
 from tenpak.decoder import Decoder
 from tenpak.decoder.layers import LayerNorm, RMSNorm, activation
 from tenpak.sampling import Sampling, choose
 from warps_on_cpu import COMPILER
+
+sys.path.insert(0, str(ROOT / "tests" / "bench"))
+from random_source import RandomSource
 
 
 @pytest.fixture(scope="module", params=["cpu", "cuda"])
@@ -219,6 +223,26 @@ def test_one_text_at_a_time(gpu, tmp_path):
     with pytest.raises(tenpak.UsageError, match="another text was begun"):
         next(first)
     assert len(list(second)) == 2
+
+
+def test_a_model_with_made_up_weights(gpu):
+    """What bench_generate.py measures is all that a runner asks for."""
+    config = {
+        "model_type": "llama",
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "vocab_size": 100,
+        "max_position_embeddings": 64,
+    }
+    source = RandomSource(config, "int4_g32_fp16_v1", "int8_sym_v1")
+    runner = gpu.runner.Runner(Decoder(source, xp=gpu.cupy), "int8")
+    assert len(list(runner.tokens([1, 2, 3], Sampling(), 3))) == 3
+    # A matrix has 5 bits a weight, or 8 and a scale of each row.
+    weights = 64 * (64 + 32 + 32 + 64 + 3 * 96)
+    assert runner.weight_bytes >= weights * 5 // 8 + 2 * 100 * 64
 
 
 @pytest.mark.parametrize("name", ["tiny-gpt2", "tiny-llama"])
