@@ -32,9 +32,12 @@ __device__ __forceinline__ void barrier_arrive(u32 barrier) {
 // At barriers in shared memory a lane arrives for its warp. With -DRACECHECK=1 each does, for that is what compute-sanitizer's
 // racecheck follows.
 constexpr int ARRIVALS = RACECHECK ? LANES : 1;
+__device__ __forceinline__ void lane_arrives(u32 barrier, int lane) {
+    if (RACECHECK || lane == 0) barrier_arrive(barrier);
+}
 __device__ __forceinline__ void warp_arrives(u32 barrier, int lane) {
     __syncwarp();
-    if (RACECHECK || lane == 0) barrier_arrive(barrier);
+    lane_arrives(barrier, lane);
 }
 // And the phase does not end before so many bytes have been copied.
 __device__ __forceinline__ void barrier_expect(u32 barrier, u32 bytes) {

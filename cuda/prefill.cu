@@ -294,11 +294,11 @@ prefill(const unsigned char* codes, const unsigned char* params, const unsigned 
                             // The tile before is done, and with it, at a step's first tile, the step before. The next tile is
                             // made while this one is multiplied.
                             wgmma_wait<1>();
-                            if (j == 0 && block == 0 && to_release >= 0 && (RACECHECK || lane == 0)) barrier_arrive(empty + 8 * to_release);
+                            if (j == 0 && block == 0 && to_release >= 0) lane_arrives(empty + 8 * to_release, lane);
                         }
                     }
                 }
-                if (BLOCKS == 1 && (RACECHECK || lane == 0)) barrier_arrive(empty + 8 * stage);
+                if (BLOCKS == 1) lane_arrives(empty + 8 * stage, lane);
                 to_release = stage;
                 if (++stage == STAGES) {
                     stage = 0;

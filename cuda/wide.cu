@@ -112,7 +112,7 @@ struct Schedule {
         return last;
     }
     __device__ __forceinline__ bool next(Segment& segment) {
-        if (!NARROW && unit < end) {
+        if (unit < end) {
             if (head) {
                 segment = {unit++, head, steps - head};
                 return true;
@@ -124,7 +124,7 @@ struct Schedule {
             return true;
         }
         if (whole >= tiles) return false;
-        segment = {whole, 0, head && !NARROW ? head : steps};
+        segment = {whole, 0, head ? head : steps};
         whole += gridDim.x;
         if constexpr (CLUSTER > 1) {
             const int rank = share % CLUSTER;
@@ -243,7 +243,7 @@ __device__ __forceinline__ void copy_step(const TensorMap& x, const Weight& w, c
 // That all lanes have read a stage, if there is one.
 __device__ __forceinline__ void release(u32 barrier, int lane) {
     __syncwarp();
-    if (barrier && (RACECHECK || lane == 0)) barrier_arrive(barrier);
+    if (barrier) lane_arrives(barrier, lane);
 }
 
 // Tile j of a stage; j is known when this is compiled.
@@ -394,7 +394,7 @@ __device__ __forceinline__ void store_exchanged(u32 exchange, int rank, u16* y, 
 // x: maps of [batch, m, k] with boxes of 64 columns and TOKENS (NARROW) rows, swizzled by 128 bytes; y [batch, m, n]; bias
 // [batch, n] or null. head: a tile's units that its own block does, or with NARROW the rows of tiles before narrow ones, or 0.
 // partial: [gridDim.x, or tiles where there are helpers][GROUPS][SUMS / 4][128] float4; arrived: a counter for each tile and group,
-// zero before and after. At most one block a multiprocessor, and no more than there are units.
+// zero before and after; both serve tiles that are cut, but in clusters. At most one block a multiprocessor, and no more than there are units.
 extern "C" __global__ void IN_CLUSTERS __launch_bounds__(128 * GROUPS + 128, 1)
 wide(const __grid_constant__ tenpak::Maps x, const unsigned char* codes, const unsigned char* params, const unsigned char* row_params,
      unsigned short* y, const unsigned short* bias, float4* partial, unsigned int* arrived, long long codes_step,
@@ -410,7 +410,7 @@ wide(const __grid_constant__ tenpak::Maps x, const unsigned char* codes, const u
     const Tiles all(m, n, band, head);
     const int strips = (n + TILE_ROWS - 1) / TILE_ROWS;
     // Each role makes its own: what both keep must fit in the registers of the smaller one.
-    auto own_schedule = [&] { return Schedule((u32)batch * all.of_matrix(), (tiles + STEP - 1) / STEP, head); };
+    auto own_schedule = [&] { return Schedule((u32)batch * all.of_matrix(), (tiles + STEP - 1) / STEP, NARROW ? 0 : head); };
     auto weight = [&](int matrix) {
         return Weight{codes + matrix * codes_step, params + matrix * params_step, row_params + matrix * row_params_step, tiles, supers};
     };
@@ -489,7 +489,7 @@ wide(const __grid_constant__ tenpak::Maps x, const unsigned char* codes, const u
             constexpr int ROOM = (MANY - 40) / SUMS - 1, AT_ONCE = ROOM < 1 ? 1 : ROOM > 4 ? 4 : ROOM;
             unsigned int* const counter = arrived + (size_t)segment.tile * GROUPS + group;
             auto part = [&](u32 place) { return partial + ((size_t)place * GROUPS + group) * PART + thread; };
-            if (!NARROW && segment.first > 0) {
+            if (segment.first > 0) {
                 float4* left = part(schedule.left_at(segment.tile));
 #pragma unroll
                 for (int i = 0; i < SUMS; i += 4) __stcg(left + i / 4 * 128, make_float4(sums[i], sums[i + 1], sums[i + 2], sums[i + 3]));
@@ -497,7 +497,7 @@ wide(const __grid_constant__ tenpak::Maps x, const unsigned char* codes, const u
                 if (thread == 0) add_release(counter, 1);
                 continue;
             }
-            if (!NARROW && segment.count < schedule.steps) {
+            if (segment.count < schedule.steps) {
                 const u32 first = schedule.first_left(segment.tile), last = schedule.last_left(segment.tile);
                 if (thread == 0) {
                     while (load_acquire(counter) < last - first + 1) {}

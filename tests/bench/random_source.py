@@ -11,7 +11,13 @@ from tenpak.decoder.source import ArtifactSource
 
 
 class RandomSource(ArtifactSource):
-    """A source that makes up its tensors: Gaussian matrices under a codec, norms of ones."""
+    """A source that makes up its tensors: Gaussian matrices under a codec, norms of ones.
+
+    Args:
+        config: A Llama's, as its `config.json`; heads are `hidden_size` / `num_attention_heads` wide.
+        codec: For the layers' matrices, each shape of which is encoded once.
+        embeddings: The codec for both matrices of `vocab_size` rows.
+    """
 
     def __init__(self, config: dict[str, Any], codec: str, embeddings: str) -> None:
         self.path, self.config = f"random weights, {codec}", config

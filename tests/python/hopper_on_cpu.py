@@ -159,9 +159,12 @@ inline void barrier_arrive(u32 barrier) {
 }
 #define RACECHECK 0
 constexpr int ARRIVALS = 1;
+inline void lane_arrives(u32 barrier, int lane) {
+    if (lane == 0) barrier_arrive(barrier);
+}
 inline void warp_arrives(u32 barrier, int lane) {
     __syncwarp();
-    if (lane == 0) barrier_arrive(barrier);
+    lane_arrives(barrier, lane);
 }
 inline bool elected() {
     __syncwarp();

@@ -42,18 +42,18 @@ def map_of(
         UnsupportedError: The driver is older than Hopper.
         TenpakError: The driver refuses: the text is its error's number.
     """
-    boxes = (tokens, narrow) if narrow else (tokens,)
+    sizes, strides, rest = [k, m, batch], [2 * stride, 2 * stride * m], [1]
+    if tiles:
+        sizes[0] = BOX_COLUMNS
+        sizes.insert(2, k // BOX_COLUMNS)
+        strides.insert(1, 2 * BOX_COLUMNS)
+        rest.insert(0, tiles)
+    rank = len(sizes)
+    boxes = [[BOX_COLUMNS, rows, *rest] for rows in (tokens, narrow) if rows]
     memory = np.zeros(_BYTES * len(boxes) + _ALIGNMENT, np.uint8)
     start = -memory.ctypes.data % _ALIGNMENT
     encoded = memory[start : start + _BYTES * len(boxes)]
-    for i, rows in enumerate(boxes):
-        sizes, strides, box = [k, m, batch], [2 * stride, 2 * stride * m], [BOX_COLUMNS, rows, 1]
-        if tiles:
-            sizes[0] = BOX_COLUMNS
-            sizes.insert(2, k // BOX_COLUMNS)
-            strides.insert(1, 2 * BOX_COLUMNS)
-            box.insert(2, tiles)
-        rank = len(sizes)
+    for i, box in enumerate(boxes):
         error = _encoder()(
             ctypes.c_void_p(encoded.ctypes.data + i * _BYTES),
             _TYPES[bf16],

@@ -1,8 +1,9 @@
 """Tiles, stages and blocks of `wide.cu` for a product, by what each would cost.
 
 The estimate counts cycles of a multiprocessor of an H200: its tensor cores', its shared memory's, and those in which
-its share of memory's speed brings the weights. It decides how large tiles are, and between tiles that come out even and
-tiles that are cut, whose sums then travel through memory or, in clusters, between two multiprocessors.
+its share of memory's speed brings the weights. It decides how large tiles are, and between tiles that come out even, of
+one size or with fewer tokens in the last round, and tiles that are cut, whose sums then travel through memory or, in
+clusters, between multiprocessors.
 """
 
 from __future__ import annotations
