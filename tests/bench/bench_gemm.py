@@ -216,9 +216,21 @@ def main() -> None:
         help=f"run each kernel for so long before it is timed, from {HOT} tokens on; results go to gemm_hot.json",
     )
     args = parser.parse_args()
+    rows: list[dict[str, Any]] = []
+    notes = [f"{torch.cuda.get_device_name()}, torch {torch.__version__}, CuPy {cupy.__version__}"]
+    name = "gemm_hot" if args.soak else "gemm"
+    try:
+        measure(args, rows, notes)
+    finally:  # a peer that takes the device with it leaves what was measured before
+        if rows:
+            about = machine(*installed("tenpak", "torch", "cupy-cuda12x", "cupy-cuda13x", "humming-kernels", "gemlite"))
+            report(name, about, updated(name, rows, "K x N", "layout", "M") if args.update else rows, notes)
+
+
+def measure(args: argparse.Namespace, rows: list[dict[str, Any]], notes: list[str]) -> None:
+    """Appends what is measured to `rows`, a product at a time, and to `notes` why a peer was not."""
     tokens = [int(m) for m in args.tokens.split(",")]
     chosen = [peer for peer in peers() if peer.name in args.peers.split(",")]
-    rows, notes = [], [f"{torch.cuda.get_device_name()}, torch {torch.__version__}, CuPy {cupy.__version__}"]
     for shape in args.shapes.split(","):
         k, n = map(int, shape.split("x"))
         dense = [torch.randn(n, k, device="cuda", dtype=torch.float16) for _ in range(max(2, RING // (2 * n * k)))]
@@ -257,10 +269,13 @@ def main() -> None:
                 else:
                     both = [partial(time_ours, copies, x, y, soak), partial(time_cublas, dense, x, y, soak)]
                     us, cublas[m] = side_by_side(both)
-                times = {}
+                floor = floor_us(size, 2.0 * m * n * k)
+                row = {"layout": layout, "K x N": shape, "M": m, "us": us, "of floor": floor / us}
+                row |= {"x cuBLAS": cublas[m] / us, "cuBLAS us": cublas[m], "error": error}
+                rows.append(row)
                 for peer, layers in list(others.items()):
                     try:
-                        times[f"x {peer.name}"] = time_peer(layers, x.to(peer.dtype), soak) / us
+                        row[f"x {peer.name}"] = time_peer(layers, x.to(peer.dtype), soak) / us
                     except Exception as failure:
                         del others[peer]
                         what = f"{peer.name}, {layout}, {shape}, M={m}: {type(failure).__name__}: {failure}"[:300]
@@ -269,35 +284,8 @@ def main() -> None:
                             torch.cuda.synchronize()
                         except Exception:  # nothing runs on the device after that
                             raise SystemExit(what) from failure
-                floor = floor_us(size, 2.0 * m * n * k)
-                rows.append(
-                    {
-                        "layout": layout,
-                        "K x N": shape,
-                        "M": m,
-                        "us": us,
-                        "of floor": floor / us,
-                        "x cuBLAS": cublas[m] / us,
-                        "cuBLAS us": cublas[m],
-                        "error": error,
-                        **times,
-                    }
-                )
-                ratios = {"x cuBLAS": cublas[m] / us, **times}
-                print(
-                    f"{layout} {shape} M={m}: {us:.2f} us,",
-                    ", ".join(f"{v:.2f} {k}" for k, v in ratios.items()),
-                    flush=True,
-                )
-    name = "gemm_hot" if args.soak else "gemm"
-    if args.update:
-        rows = updated(name, rows, "K x N", "layout", "M")
-    report(
-        name,
-        machine(*installed("tenpak", "torch", "cupy-cuda12x", "cupy-cuda13x", "humming-kernels", "gemlite")),
-        rows,
-        notes,
-    )
+                ratios = ", ".join(f"{value:.2f} {name}" for name, value in row.items() if name.startswith("x "))
+                print(f"{layout} {shape} M={m}: {us:.2f} us, {ratios}", flush=True)
 
 
 if __name__ == "__main__":
