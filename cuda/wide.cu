@@ -157,6 +157,8 @@ struct Place {
     int matrix, strip, token;
     bool narrow;
 
+    __device__ __forceinline__ int most_tokens() const { return narrow ? NARROW : TOKENS; }
+
     __device__ __forceinline__ Place(u32 tile, const Tiles& tiles) {
         u32 first = 0, width = tiles.wide_tokens;
         matrix = tile < tiles.of_matrix() ? 0 : tile / tiles.of_matrix();
@@ -171,7 +173,7 @@ struct Place {
             width = min(tiles.band, (int)(width - first));
         }
         const u32 row = width == 1 ? tile : tile / width;
-        token = (first + tile - row * width) * (narrow ? NARROW : TOKENS);
+        token = (first + tile - row * width) * most_tokens();
         strip = (row + (narrow ? tiles.wide_rows : 0)) * STRIPS;
     }
 };
@@ -190,9 +192,10 @@ struct Turn {
     }
 };
 
-// Of boxes of x, those of wide tiles first.
+// Of boxes of x: of a tile's tokens, and of those that the last tile has; and the same of narrow ones. With boxes that reach
+// beyond the matrix, of which the copy engine makes zeros, some products take up to 40 % longer.
 struct Maps {
-    TensorMap of[NARROW ? 2 : 1];
+    TensorMap of[NARROW ? 4 : 2];
 };
 
 // ---- Producer -----------------------------------------------------------------------------------------------------------
@@ -215,11 +218,11 @@ struct Distances {
 
 // One step's copies: boxes of x by one thread, and each producer warp's strips by its lanes, sixteen bytes each. The copy engine
 // is not asked for weights: with its bulk copies of each strip's runs most shapes were slower.
-__device__ __forceinline__ void copy_step(const TensorMap& x, const Weight& w, const Place& at, const Distances& on, int step, u32 stage,
-                                          u32 barrier, int producer, int lane) {
+__device__ __forceinline__ void copy_step(const TensorMap& x, int tokens, const Weight& w, const Place& at, const Distances& on, int step,
+                                          u32 stage, u32 barrier, int producer, int lane) {
     const int k = STEP * step, count = STEP == 1 ? 1 : min(STEP, w.tiles - k);
     if (producer == 0 && elected()) {
-        barrier_expect(barrier, count * (at.narrow ? NARROW * TILE_COLS * 2 : X_BYTES));
+        barrier_expect(barrier, count * tokens * (TILE_COLS * 2));
 #pragma unroll
         for (int j = 0; j < STEP; ++j)
             if (j < count) copy_box(stage + j * X_BYTES, x, (k + j) * TILE_COLS, at.token, at.matrix, barrier, KEEP_LONG);
@@ -391,7 +394,7 @@ __device__ __forceinline__ void store_exchanged(u32 exchange, int rank, u16* y, 
 
 }  // namespace tenpak
 
-// x: maps of [batch, m, k] with boxes of 64 columns and TOKENS (NARROW) rows, swizzled by 128 bytes; y [batch, m, n]; bias
+// x: maps of [batch, m, k] with boxes of 64 columns and as many rows as Maps says, swizzled by 128 bytes; y [batch, m, n]; bias
 // [batch, n] or null. head: a tile's units that its own block does, or with NARROW the rows of tiles before narrow ones, or 0.
 // partial: [gridDim.x, or tiles where there are helpers][GROUPS][SUMS / 4][128] float4; arrived: a counter for each tile and group,
 // zero before and after; both serve tiles that are cut, but in clusters. At most one block a multiprocessor, and no more than there are units.
@@ -437,10 +440,12 @@ wide(const __grid_constant__ tenpak::Maps x, const unsigned char* codes, const u
             const Place at(segment.tile, all);
             const Weight w = weight(at.matrix);
             const Distances on(w, at.strip, strips, warp - CONSUMER_WARPS, lane);
+            const int tokens = min(at.most_tokens(), m - at.token);
+            const TensorMap& boxes = x.of[2 * at.narrow + (tokens < at.most_tokens())];
 #pragma unroll 1
             for (int step = segment.first; step < segment.first + segment.count; ++step) {
                 barrier_wait(empty + 8 * turn.stage, turn.phase);
-                copy_step(x.of[NARROW ? at.narrow : 0], w, at, on, step, stages_address + turn.stage * BYTES_OF_STAGE, full + 8 * turn.stage,
+                copy_step(boxes, tokens, w, at, on, step, stages_address + turn.stage * BYTES_OF_STAGE, full + 8 * turn.stage,
                           warp - CONSUMER_WARPS, lane);
                 turn.next();
             }

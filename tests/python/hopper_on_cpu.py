@@ -398,11 +398,12 @@ def aligned(array: NDArray[Any] | None) -> NDArray[Any] | None:
     return copy
 
 
-def tensor_map(x: NDArray[Any], k: int, tokens: int) -> NDArray[Any]:
-    """TensorMap, as `BOXES` has it, of the first k columns of x [batch, m, at least k], boxes having `tokens` rows."""
+def tensor_maps(x: NDArray[Any], k: int, tokens: tuple[int, ...]) -> NDArray[Any]:
+    """TensorMaps, as `BOXES` has them, of the first k columns of x [batch, m, at least k], whose boxes have so many
+    rows."""
     batch, m, stride = x.shape
-    mapped = np.zeros(1, np.dtype([("wide", "<u8", 2), ("narrow", "<i4", 4), ("more", "<u8", 12)]))
-    mapped["wide"], mapped["narrow"] = (x.ctypes.data, stride), (k, m, batch, tokens)
+    mapped = np.zeros(len(tokens), np.dtype([("wide", "<u8", 2), ("narrow", "<i4", 4), ("more", "<u8", 12)]))
+    mapped["wide"], mapped["narrow"] = (x.ctypes.data, stride), [(k, m, batch, rows) for rows in tokens]
     return mapped
 
 
@@ -438,7 +439,7 @@ def wide(
     assert y is not None
     assert partial is not None
     assert arrived is not None
-    mapped = np.concatenate([tensor_map(x, k, many) for many in (tokens, narrow)])
+    mapped = tensor_maps(x, k, plans.boxes(m, tokens, narrow))
 
     def address(array: NDArray[Any] | None) -> NDArray[np.uint64]:
         return np.array([0 if array is None else array.ctypes.data], np.uint64)

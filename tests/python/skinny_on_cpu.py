@@ -9,7 +9,7 @@ import ctypes
 import functools
 
 import numpy as np
-from hopper_on_cpu import BOXES, ENGINE, FLAGS, aligned, layouts_on_cpu, tensor_map
+from hopper_on_cpu import BOXES, ENGINE, FLAGS, aligned, layouts_on_cpu, tensor_maps
 from numpy.typing import NDArray
 from tenpak.cuda.plans import Plan
 from warps_on_cpu import WARP, built
@@ -109,9 +109,9 @@ def run(
 
     steps = [np.int64(0 if part is None else part.nbytes // batch) for part in parts]
     boxes = []
-    if plan.box:
+    if plan.boxes:
         x = aligned(x)
-        boxes = [tensor_map(x, x.shape[-1], plan.box)]
+        boxes = [tensor_maps(x, x.shape[-1], plan.boxes)]
         arrays, stride = [*parts, y, bias, partial, counters], []
     else:
         arrays, stride = [*parts, x, y, bias, offsets, partial, counters], [np.int64(x.shape[-1])]

@@ -241,7 +241,7 @@ def test_products_of_boxes(cupy, hopper, layout, dtype, monkeypatch):
 
     # Rows enough for two rounds, whose last tiles have fewer tokens.
     def narrow(*about: Any) -> list[Any]:
-        return [plan for plan in plans.wide_plans(hopper, layout, *about) if plan.box_narrow]
+        return [plan for plan in plans.wide_plans(hopper, layout, *about) if "NARROW" in plan.defines]
 
     check_every_plan(cupy, layout, dtype, (519,), narrow, ((5700, 200, 0),))
     # As `matmul` takes it once it is chosen; rows that do not fit take another kernel.

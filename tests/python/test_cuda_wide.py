@@ -221,6 +221,11 @@ def test_choices_fit(layout, m, n, k):
         else:
             assert choice.tiles == rows * -(-m // choice.tokens)
         assert 1 <= choice.grid <= min(132, choice.tiles * steps)
+        boxes = plans.boxes(m, choice.tokens, choice.narrow)
+        assert len(boxes) == (4 if choice.narrow else 2)
+        for tile, last in zip(boxes[::2], boxes[1::2], strict=True):
+            assert 0 < last <= tile <= 256
+            assert (m - last) % tile == 0
         assert choice.stages >= 2
         assert choice.shared <= 230400
         if choice.head and not choice.narrow:

@@ -146,12 +146,10 @@ class Plan:
     scalars: tuple[Any, ...]
     partial_bytes: int
     counters: int
-    #: Tokens of a box, where the kernel takes a map of x (tensormap.py) and not its address; and its tiles of 64
-    #: columns, where it has several.
-    box: int = 0
+    #: Tokens of each map's boxes, where the kernel takes maps of x (tensormap.py) and not its address; and a box's
+    #: tiles of 64 columns, where it has several.
+    boxes: tuple[int, ...] = ()
     box_tiles: int = 0
-    #: Tokens of a second map's boxes, which follows the first, or 0.
-    box_narrow: int = 0
 
 
 def divide_up(a: int, b: int) -> int:
@@ -419,7 +417,7 @@ def rows_plan(device: Device, layout: str, n: int, k: int, m: int, batch: int = 
         (int32(m), int32(n), int32(k), int32(tiles), int32(divide_up(k, 256)), int32(tiles)),
         0,
         0,
-        8 * columns,
+        (8 * columns,),
         2 * sharers,
     )
 
@@ -482,8 +480,7 @@ def wide_plans(device: Device, layout: str, n: int, k: int, m: int, batch: int, 
             (*scalars, int32(choice.head), int32(choice.band)),
             choice.partial_bytes,
             choice.counters,
-            choice.tokens,
-            box_narrow=choice.narrow,
+            wide.boxes(m, choice.tokens, choice.narrow),
         )
         for choice in found
     ]

@@ -174,9 +174,9 @@ def run(
     )
     partial, counters = workspace.partial.data.ptr, workspace.counters.data.ptr
     arguments: tuple[Any, ...]
-    if p.box:
-        boxes = tensormap.map_of(x, w.shape[1], m, batch, stride, p.box, bf16, p.box_tiles, p.box_narrow)
-        arguments = (boxes, *weights, y, bias, partial, counters, *steps)
+    if p.boxes:
+        maps = tensormap.maps_of(x, w.shape[1], m, batch, stride, p.boxes, bf16, p.box_tiles)
+        arguments = (maps, *weights, y, bias, partial, counters, *steps)
     elif p.source == "prefill.cu":
         arguments = (*weights, x, y, bias, partial, counters, *steps, stride)
     else:

@@ -1,6 +1,6 @@
 """Descriptions of matrices in memory for Hopper's copy engine, made by the driver (cuTensorMapEncodeTiled).
 
-A map is 128 bytes that a kernel takes by value: it holds an address, so one is made for each buffer, and kept.
+A map is 128 bytes that a kernel takes by value: it holds an address, so they are made for each buffer, and kept.
 """
 
 from __future__ import annotations
@@ -29,14 +29,13 @@ def fits(address: int, stride: int) -> bool:
 
 
 @functools.lru_cache(maxsize=4096)
-def map_of(
-    address: int, k: int, m: int, batch: int, stride: int, tokens: int, bf16: bool, tiles: int = 0, narrow: int = 0
+def maps_of(
+    address: int, k: int, m: int, batch: int, stride: int, tokens: tuple[int, ...], bf16: bool, tiles: int = 0
 ) -> NDArray[Any]:
-    """The map of x [batch, m, k], rows `stride` elements apart, with boxes of `tokens` rows by 64 columns.
+    """Maps of x [batch, m, k], rows `stride` elements apart, one for each of `tokens`, the rows of its boxes.
 
-    With `tiles`, a box has so many times 64 columns, those of all its rows one after another; k is a multiple of 64.
-    With `narrow`, another map with boxes of so many rows follows. Returns an array of one element, 128 bytes for
-    each map, which CuPy hands to a kernel by value.
+    Boxes have 64 columns or, with `tiles`, so many times 64, those of all their rows one after another; k is a
+    multiple of 64 then. Returns an array of one element, 128 bytes for each map, which CuPy hands to a kernel by value.
 
     Raises:
         UnsupportedError: The driver is older than Hopper.
@@ -49,11 +48,10 @@ def map_of(
         strides.insert(1, 2 * BOX_COLUMNS)
         rest.insert(0, tiles)
     rank = len(sizes)
-    boxes = [[BOX_COLUMNS, rows, *rest] for rows in (tokens, narrow) if rows]
-    memory = np.zeros(_BYTES * len(boxes) + _ALIGNMENT, np.uint8)
+    memory = np.zeros(_BYTES * len(tokens) + _ALIGNMENT, np.uint8)
     start = -memory.ctypes.data % _ALIGNMENT
-    encoded = memory[start : start + _BYTES * len(boxes)]
-    for i, box in enumerate(boxes):
+    encoded = memory[start : start + _BYTES * len(tokens)]
+    for i, rows in enumerate(tokens):
         error = _encoder()(
             ctypes.c_void_p(encoded.ctypes.data + i * _BYTES),
             _TYPES[bf16],
@@ -61,7 +59,7 @@ def map_of(
             ctypes.c_void_p(address),
             (ctypes.c_uint64 * rank)(*sizes),
             (ctypes.c_uint64 * (rank - 1))(*strides),
-            (ctypes.c_uint32 * rank)(*box),
+            (ctypes.c_uint32 * rank)(BOX_COLUMNS, rows, *rest),
             (ctypes.c_uint32 * rank)(*[1] * rank),
             _NO_INTERLEAVE,
             _SWIZZLE_128,

@@ -105,6 +105,11 @@ class Choice:
         return 128 * self.groups + 128
 
 
+def boxes(m: int, tokens: int, narrow: int = 0) -> tuple[int, ...]:
+    """Tokens of boxes of x (Maps of wide.cu): of a tile and of the last of `m` tokens; and the same of narrow tiles."""
+    return tuple(rows for most in (tokens, narrow) if most for rows in (most, (m - 1) % most + 1))
+
+
 def strip_bytes(layout: str, stage: int, step: int) -> int:
     """Bytes of 16 rows by `step` times 64 columns (STRIP_BYTES of wide.cu); `stage` those of two tiles."""
     if step == 2:
