@@ -237,7 +237,7 @@ def test_products_of_boxes(cupy, hopper, layout, dtype, monkeypatch):
     """wide.cu wherever the copy engine can read x, in every configuration it may choose for a shape."""
     from tenpak.cuda import plans, products, tensormap
 
-    check_every_plan(cupy, layout, dtype, (1, 9, 17, 65, 130, 300), partial(plans.wide_plans, hopper, layout))
+    check_every_plan(cupy, layout, dtype, (1, 9, 17, 40, 72, 130, 300), partial(plans.wide_plans, hopper, layout))
 
     # Rows enough for two rounds, whose last tiles have fewer tokens.
     def narrow(*about: Any) -> list[Any]:

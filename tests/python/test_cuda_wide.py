@@ -184,7 +184,10 @@ def test_clusters(layout):
         {"GROUPS": 2, "TOKENS": 256, "STEP": 1, "STAGES": 5},
         {"GROUPS": 3, "TOKENS": 128, "STEP": 2, "STAGES": 3},
         {"GROUPS": 2, "TOKENS": 192, "STEP": 1, "STAGES": 3},
+        {"GROUPS": 2, "TOKENS": 144, "STEP": 1, "STAGES": 3},
+        {"GROUPS": 3, "TOKENS": 80, "STEP": 2, "STAGES": 3},
         {"GROUPS": 4, "TOKENS": 64, "STEP": 2, "STAGES": 5},
+        {"GROUPS": 4, "TOKENS": 48, "STEP": 2, "STAGES": 5},
         {"GROUPS": 4, "TOKENS": 32, "STEP": 4, "STAGES": 3},
     ],
 )
@@ -199,6 +202,16 @@ def test_batches_and_rows_that_are_not_aligned():
     check("int4_g16_fp16", (21, 77, 200), 10, batch=3, head=3, **SMALL)
     check("int4_g16_fp16", (21, 77, 200), 12, batch=3, CLUSTER=2, **SMALL)
     check("int4_g128_fp16", (16, 16, 640), 3, batch=2, **{**SMALL, "STEP": 2})
+
+
+@pytest.mark.parametrize("most", [16, 32, 64, 128, 256])
+def test_tiles_share_tokens_evenly(most):
+    """As few tiles as fit, and none with sixteen tokens more than it needs."""
+    for m in range(1, 1500):
+        tokens, tiles = plans.tokens_of_tile(m, most), -(-m // most)
+        assert tokens % 16 == 0
+        assert tokens <= most
+        assert m <= tokens * tiles < m + 16 * tiles
 
 
 @pytest.mark.parametrize("layout", list(layouts.LAYOUTS))

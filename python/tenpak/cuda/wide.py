@@ -13,13 +13,13 @@ from dataclasses import dataclass
 
 from tenpak.cuda.layouts import TABLES, TILE_COLS
 
-#: (GROUPS, TOKENS, STEP) by the most tokens of a product that would take them: all fit in registers.
+#: (GROUPS, the most TOKENS, STEP) by the most tokens of a product that would take them: all fit in registers. As many
+#: tiles as that takes share a product's tokens evenly (`tokens_of_tile`).
 SHAPES = (
     (16, ((3, 16, 2), (2, 16, 2))),
     (32, ((4, 32, 2), (3, 32, 2), (2, 32, 2), (4, 32, 4), (3, 32, 4))),
     (64, ((4, 64, 2), (3, 64, 2), (2, 64, 2))),
     (128, ((3, 128, 2), (2, 128, 2))),
-    (192, ((2, 192, 1), (3, 128, 2), (2, 128, 2))),
     (1 << 31, ((2, 256, 1), (3, 128, 2), (2, 128, 2))),
 )
 #: Tokens of tiles in a last round that is not full (-DNARROW), where others have so many.
@@ -36,19 +36,18 @@ CLUSTERS = {2: 1.0, 3: 0.88, 4: 0.9}
 BAND_BYTES = 17 << 20
 #: Bytes a cycle and multiprocessor: of weights from memory, of sums through L2, of shared memory.
 MEMORY_SPEED, L2_SPEED, SHARED_SPEED = 19.0, 105.0, 128.0
-#: What tiles that are cut evenly take longer than whole ones, and, where memory is what takes the time, with helpers.
-CUT, HEAD = 1.07, 1.12
-#: Cycles to begin and end a tile, to wait for other blocks' sums, and for those of a cluster.
-TILE_CYCLES, SHARE_CYCLES, CLUSTER_CYCLES = 1780.0, 4700.0, 1540.0
-#: What products of (GROUPS, TOKENS) reach of the tensor cores' speed; fewer tokens use an unpacked weight less often.
-PRODUCTS = {(3, 128): 0.84, (2, 96): 0.7, (2, 128): 0.82, (2, 160): 0.82, (2, 176): 0.82}
-PRODUCTS |= {(2, tokens): 0.83 for tokens in (192, 208, 224, 256)}
-FEW_PRODUCTS = 0.625
-#: What a strip's look-ups of a tile add to those.
-TABLE_CYCLES = 130.0
+#: What steps of tiles that are cut take longer: blocks are at different columns, and less of what they read is in L2;
+#: and more for each MiB that they read in all.
+CUT, CUT_MIB = 1.04, 0.0006
+#: Cycles to begin and end a tile, to wait for other blocks' sums, to hand them over as a helper, and for those of a
+#: cluster.
+TILE_CYCLES, SHARE_CYCLES, HELPER_CYCLES, CLUSTER_CYCLES = 6500.0, 6000.0, 3500.0, 3000.0
+#: Cycles of a tile's products with a warpgroup's rows, for each token, of which the tensor cores take two, and beside
+#: those; and what a strip's look-ups add.
+TOKEN_CYCLES, PRODUCT_CYCLES, TABLE_CYCLES = 2.36, 7.5, 200.0
 #: Cycles of each step beside those, and of each strip's step of two tiles, by code or in tables: what takes small tiles
 #: their time.
-STEP_CYCLES, STRIP_CYCLES, TABLE_STRIP_CYCLES = 240.0, 53.6, 110.0
+STEP_CYCLES, STRIP_CYCLES, TABLE_STRIP_CYCLES = 180.0, 59.0, 180.0
 
 
 @dataclass(frozen=True)
@@ -105,6 +104,11 @@ class Choice:
         return 128 * self.groups + 128
 
 
+def tokens_of_tile(m: int, most: int) -> int:
+    """Tokens of the tiles of `m`, a multiple of 16: as few as as many tiles need."""
+    return 16 * _up(_up(m, _up(m, most)), 16)
+
+
 def boxes(m: int, tokens: int, narrow: int = 0) -> tuple[int, ...]:
     """Tokens of boxes of x (Maps of wide.cu): of a tile and of the last of `m` tokens; and the same of narrow tiles."""
     return tuple(rows for most in (tokens, narrow) if most for rows in (most, (m - 1) % most + 1))
@@ -121,7 +125,7 @@ def shared_bytes(groups: int, tokens: int, step: int, strip: int) -> tuple[int, 
     """Shared memory of a block: what it has anyway, and what each stage adds; `strip` is `strip_bytes`."""
     stage = _up(step * tokens * TILE_COLS * 2 + 4 * groups * strip, 1024) * 1024
     # To begin at a multiple of 1024, and what y's rows pass through (CHUNKS * CHUNK_BYTES of wide.cu).
-    return 1024 + groups * min(tokens, 64) * (64 * 2 + 16), stage
+    return 1024 + groups * (tokens if tokens <= 32 else 64) * (64 * 2 + 16), stage
 
 
 @functools.cache
@@ -140,8 +144,10 @@ def choices(
     shapes = next(shapes for most, shapes in SHAPES if m <= most)
     found = [
         choice
-        for shape in shapes
-        for choice in _of_shape(shape, layout, stage, multiprocessors, shared, n, k, m, batch)
+        for groups, most, step in shapes
+        # Narrow tiles are made for those of the most.
+        for tokens in sorted({tokens_of_tile(m, most), *((most,) if most == NARROW_OF else ())})
+        for choice in _of_shape((groups, tokens, step), layout, stage, multiprocessors, shared, n, k, m, batch)
     ]
     return tuple(sorted(found, key=lambda choice: choice.cycles))
 
@@ -175,9 +181,7 @@ def _of_shape(
 
     def cycles_of(tokens: int) -> tuple[float, float]:
         """Of a step, and of a tile's end, with so many tokens."""
-        products = step * 2 * groups * tokens / PRODUCTS.get((groups, tokens), FEW_PRODUCTS)
-        if layout in TABLES:
-            products += step * groups * TABLE_CYCLES
+        products = step * groups * (TOKEN_CYCLES * tokens + PRODUCT_CYCLES + TABLE_CYCLES * (layout in TABLES))
         reads = step * (groups * tokens + strips * 8) + shared_bytes(groups, tokens, step, strip)[1] / SHARED_SPEED
         asked = STEP_CYCLES + strips * (TABLE_STRIP_CYCLES if layout in TABLES else STRIP_CYCLES) * step / 2
         # The first step's weights have nothing to hide behind.
@@ -202,10 +206,16 @@ def _of_shape(
     if tiles % every:
         others = max(1, _up(every, tiles) - 1)
         sums = SHARE_CYCLES + (1 + others) * sum_cycles
-        share = _up(tiles * steps, every) * step_cycles
+        # Schedule of wide.cu: whole tiles go round after those that are cut.
+        cut_tiles = tiles if tiles < every else tiles % every + every
+        lines = _up(n, rows)
+        bands_cut = _up(cut_tiles, lines * band)
+        read = min(lines, _up(cut_tiles, band)) * weights * steps + 2 * k * tokens * min(token_tiles, band * bands_cut)
         # Where each tile is that of as many blocks, no block has parts of two.
-        cut = CUT if every % tiles else 1.0
-        found.append(choice(every, cut * (share + store_cycles * max(1, rounds - 1) + sums)))
+        slower = (CUT if every % tiles else 1.0) + CUT_MIB * read / 2**20
+        share = _up(cut_tiles * steps, every) * step_cycles * slower + store_cycles * (1 if tiles < every else 2)
+        whole = (tiles - cut_tiles) // every * (steps * step_cycles + store_cycles)
+        found.append(choice(every, share + whole + sums))
     # As many rows of tiles as fit before the last round; the others' tiles are as narrow as that round has room for.
     wide_rows = (rounds - 1) * multiprocessors // token_tiles
     if tokens == NARROW_OF and wide_rows and batch == 1:
@@ -221,10 +231,10 @@ def _of_shape(
         # A helper does what is left of `each` tiles while their own blocks do their heads; storing sums takes it time.
         each = _up(tiles, helpers)
         helpers = _up(tiles, each)
-        stored = (SHARE_CYCLES / 2 + sum_cycles) / step_cycles
+        stored = (HELPER_CYCLES + sum_cycles) / step_cycles
         head = round(each * (steps + stored) / (each + 1))
         if 0 < head < steps:
-            cycles = head * max(step_cycles, HEAD * memory) + SHARE_CYCLES + sum_cycles + store_cycles
+            cycles = head * step_cycles + SHARE_CYCLES + sum_cycles + store_cycles
             found.append(choice(tiles + helpers, cycles, head=head))
     # In shared memory a token's sums are longer by four (EXCHANGE_ROW of wide.cu).
     fits = (rows + 4) * tokens * 4 <= stages * stage_bytes
