@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 
-from tenpak.cuda.layouts import TABLES, TILE_COLS
+from tenpak.cuda.layouts import LAYOUTS, TABLES, TILE_COLS, TILE_ROWS
 
 #: (GROUPS, the most TOKENS, STEP) by the most tokens of a product that would take them: all fit in registers. As many
 #: tiles as that takes share a product's tokens evenly (`tokens_of_tile`).
@@ -35,19 +35,19 @@ CLUSTERS = {2: 1.0, 3: 0.88, 4: 0.9}
 #: Bytes of tokens of a band of tiles: a third of what L2 holds.
 BAND_BYTES = 17 << 20
 #: Bytes a cycle and multiprocessor: of weights from memory, of sums through L2, of shared memory.
-MEMORY_SPEED, L2_SPEED, SHARED_SPEED = 19.0, 105.0, 128.0
-#: What steps of tiles that are cut take longer: blocks are at different columns, and less of what they read is in L2;
-#: and more for each MiB that they read in all.
-CUT, CUT_MIB = 1.04, 0.0006
+MEMORY_SPEED, L2_SPEED, SHARED_SPEED = 22.0, 105.0, 128.0
+#: What steps of tiles that are cut take longer, since blocks are at different columns; what more for each MiB that they
+#: read in all, up to as many as L2 has; what weights from memory take longer where there are helpers.
+CUT, CUT_MIB, L2_MIB, HEAD = 1.03, 0.001, 60.0, 1.08
 #: Cycles to begin and end a tile, to wait for other blocks' sums, to hand them over as a helper, and for those of a
 #: cluster.
-TILE_CYCLES, SHARE_CYCLES, HELPER_CYCLES, CLUSTER_CYCLES = 6500.0, 6000.0, 3500.0, 3000.0
-#: Cycles of a tile's products with a warpgroup's rows, for each token, of which the tensor cores take two, and beside
-#: those; and what a strip's look-ups add.
-TOKEN_CYCLES, PRODUCT_CYCLES, TABLE_CYCLES = 2.36, 7.5, 200.0
+TILE_CYCLES, SHARE_CYCLES, HELPER_CYCLES, CLUSTER_CYCLES = 7000.0, 6000.0, 3450.0, 3000.0
+#: Cycles of a tile's products with a warpgroup's rows: for each token, of which tensor cores take two; for each byte of
+#: a strip's parameters; for its look-ups.
+TOKEN_CYCLES, PARAM_CYCLES, TABLE_CYCLES = 2.36, 0.06, 200.0
 #: Cycles of each step beside those, and of each strip's step of two tiles, by code or in tables: what takes small tiles
 #: their time.
-STEP_CYCLES, STRIP_CYCLES, TABLE_STRIP_CYCLES = 180.0, 59.0, 180.0
+STEP_CYCLES, STRIP_CYCLES, TABLE_STRIP_CYCLES = 190.0, 53.0, 180.0
 
 
 @dataclass(frozen=True)
@@ -178,10 +178,12 @@ def _of_shape(
     tiles = batch * _up(n, rows) * token_tiles
     # Weights of tiles with other tokens come from L2.
     memory = weights / MEMORY_SPEED / min(token_tiles, 2)
+    codes = TILE_ROWS * TILE_COLS * (8 if LAYOUTS[layout].code_bits == 8 else 4) // 8
+    unpack = PARAM_CYCLES * (stage // 2 - codes) + TABLE_CYCLES * (layout in TABLES)
 
     def cycles_of(tokens: int) -> tuple[float, float]:
         """Of a step, and of a tile's end, with so many tokens."""
-        products = step * groups * (TOKEN_CYCLES * tokens + PRODUCT_CYCLES + TABLE_CYCLES * (layout in TABLES))
+        products = step * groups * (TOKEN_CYCLES * tokens + unpack)
         reads = step * (groups * tokens + strips * 8) + shared_bytes(groups, tokens, step, strip)[1] / SHARED_SPEED
         asked = STEP_CYCLES + strips * (TABLE_STRIP_CYCLES if layout in TABLES else STRIP_CYCLES) * step / 2
         # The first step's weights have nothing to hide behind.
@@ -212,7 +214,7 @@ def _of_shape(
         bands_cut = _up(cut_tiles, lines * band)
         read = min(lines, _up(cut_tiles, band)) * weights * steps + 2 * k * tokens * min(token_tiles, band * bands_cut)
         # Where each tile is that of as many blocks, no block has parts of two.
-        slower = (CUT if every % tiles else 1.0) + CUT_MIB * read / 2**20
+        slower = (CUT if every % tiles else 1.0) + CUT_MIB * min(read / 2**20, L2_MIB)
         share = _up(cut_tiles * steps, every) * step_cycles * slower + store_cycles * (1 if tiles < every else 2)
         whole = (tiles - cut_tiles) // every * (steps * step_cycles + store_cycles)
         found.append(choice(every, share + whole + sums))
@@ -234,7 +236,7 @@ def _of_shape(
         stored = (HELPER_CYCLES + sum_cycles) / step_cycles
         head = round(each * (steps + stored) / (each + 1))
         if 0 < head < steps:
-            cycles = head * step_cycles + SHARE_CYCLES + sum_cycles + store_cycles
+            cycles = head * max(step_cycles, HEAD * memory) + SHARE_CYCLES + sum_cycles + store_cycles
             found.append(choice(tiles + helpers, cycles, head=head))
     # In shared memory a token's sums are longer by four (EXCHANGE_ROW of wide.cu).
     fits = (rows + 4) * tokens * 4 <= stages * stage_bytes
