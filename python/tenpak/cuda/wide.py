@@ -45,6 +45,8 @@ TILE_CYCLES, SHARE_CYCLES, HELPER_CYCLES, CLUSTER_CYCLES = 7000.0, 6000.0, 3450.
 #: Cycles of a tile's products with a warpgroup's rows: for each token, of which tensor cores take two; for each byte of
 #: a strip's parameters; for its look-ups.
 TOKEN_CYCLES, PARAM_CYCLES, TABLE_CYCLES = 2.36, 0.06, 200.0
+#: What three warpgroups, more of whose work overlaps, take of that.
+THREE_GROUPS = 0.98
 #: Cycles of each step beside those, and of each strip's step of two tiles, by code or in tables: what takes small tiles
 #: their time.
 STEP_CYCLES, STRIP_CYCLES, TABLE_STRIP_CYCLES = 190.0, 53.0, 180.0
@@ -183,7 +185,7 @@ def _of_shape(
 
     def cycles_of(tokens: int) -> tuple[float, float]:
         """Of a step, and of a tile's end, with so many tokens."""
-        products = step * groups * (TOKEN_CYCLES * tokens + unpack)
+        products = step * groups * (TOKEN_CYCLES * tokens + unpack) * (THREE_GROUPS if groups == 3 else 1.0)
         reads = step * (groups * tokens + strips * 8) + shared_bytes(groups, tokens, step, strip)[1] / SHARED_SPEED
         asked = STEP_CYCLES + strips * (TABLE_STRIP_CYCLES if layout in TABLES else STRIP_CYCLES) * step / 2
         # The first step's weights have nothing to hide behind.
