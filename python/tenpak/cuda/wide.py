@@ -149,104 +149,131 @@ def choices(
         for groups, most, step in shapes
         # Narrow tiles are made for those of the most.
         for tokens in sorted({tokens_of_tile(m, most), *((most,) if most == NARROW_OF else ())})
-        for choice in _of_shape((groups, tokens, step), layout, stage, multiprocessors, shared, n, k, m, batch)
+        for choice in _Tiles(groups, tokens, step, layout, stage, multiprocessors, shared, n, k, m, batch).forms()
     ]
     return tuple(sorted(found, key=lambda choice: choice.cycles))
 
 
-def _of_shape(
-    shape: tuple[int, int, int],
-    layout: str,
-    stage: int,
-    multiprocessors: int,
-    shared: int,
-    n: int,
-    k: int,
-    m: int,
-    batch: int,
-) -> list[Choice]:
-    groups, tokens, step = shape
-    rows, strips = 64 * groups, 4 * groups
-    strip = strip_bytes(layout, stage, step)
-    weights = strips * strip
-    fixed, stage_bytes = shared_bytes(groups, tokens, step, strip)
-    stages = min(MOST_STAGES, (shared - fixed) // stage_bytes)
-    if stages < (3 if step == 4 else 2):
-        return []
-    token_tiles, steps = _up(m, tokens), _up(_up(k, TILE_COLS), step)
-    # As many as fit, in bands as large as each other.
-    bands = _up(token_tiles, max(1, BAND_BYTES // (2 * k * tokens)))
-    band = _up(token_tiles, bands)
-    tiles = batch * _up(n, rows) * token_tiles
-    # Weights of tiles with other tokens come from L2.
-    memory = weights / MEMORY_SPEED / min(token_tiles, 2)
-    codes = TILE_ROWS * TILE_COLS * (8 if LAYOUTS[layout].code_bits == 8 else 4) // 8
-    unpack = PARAM_CYCLES * (stage // 2 - codes) + TABLE_CYCLES * (layout in TABLES)
+class _Tiles:
+    """Tiles of one size for a product, and what they would cost in every form that wide.cu has for them."""
 
-    def cycles_of(tokens: int) -> tuple[float, float]:
-        """Of a step, and of a tile's end, with so many tokens."""
-        products = step * groups * (TOKEN_CYCLES * tokens + unpack) * (THREE_GROUPS if groups == 3 else 1.0)
-        reads = step * (groups * tokens + strips * 8) + shared_bytes(groups, tokens, step, strip)[1] / SHARED_SPEED
-        asked = STEP_CYCLES + strips * (TABLE_STRIP_CYCLES if layout in TABLES else STRIP_CYCLES) * step / 2
+    def __init__(
+        self,
+        groups: int,
+        tokens: int,
+        step: int,
+        layout: str,
+        stage: int,
+        multiprocessors: int,
+        shared: int,
+        n: int,
+        k: int,
+        m: int,
+        batch: int,
+    ) -> None:
+        self.groups, self.tokens, self.step = groups, tokens, step
+        self.multiprocessors, self.k, self.m, self.batch = multiprocessors, k, m, batch
+        self.rows, self.strips = 64 * groups, 4 * groups
+        self.strip = strip_bytes(layout, stage, step)
+        fixed, self.stage_bytes = shared_bytes(groups, tokens, step, self.strip)
+        self.stages = min(MOST_STAGES, (shared - fixed) // self.stage_bytes)
+        self.shared = fixed + self.stages * self.stage_bytes
+        self.lines, self.token_tiles = _up(n, self.rows), _up(m, tokens)
+        self.count = batch * self.lines * self.token_tiles
+        self.steps = _up(_up(k, TILE_COLS), step)
+        # As many as fit, in bands as large as each other.
+        self.band = _up(self.token_tiles, _up(self.token_tiles, max(1, BAND_BYTES // (2 * k * tokens))))
+        self.rounds = _up(self.count, multiprocessors)
+
+        self.weights = self.strips * self.strip
+        # Weights of tiles with other tokens come from L2.
+        self.memory = self.weights / MEMORY_SPEED / min(self.token_tiles, 2)
+        codes = TILE_ROWS * TILE_COLS * (8 if LAYOUTS[layout].code_bits == 8 else 4) // 8
+        self.unpack = PARAM_CYCLES * (stage // 2 - codes) + TABLE_CYCLES * (layout in TABLES)
+        self.asked = STEP_CYCLES + self.strips * (TABLE_STRIP_CYCLES if layout in TABLES else STRIP_CYCLES) * step / 2
+        self.step_cycles, self.end_cycles = self._cycles(tokens, self.stage_bytes)
+        self.sum_cycles = self.rows * tokens * 4 / L2_SPEED
+
+    def forms(self) -> list[Choice]:
+        """Those that there are, if shared memory is large enough."""
+        if self.stages < (3 if self.step == 4 else 2):
+            return []
+        found = [self._whole(), self._cut(), self._narrow(), self._helped(), *map(self._clusters, CLUSTERS)]
+        return [choice for choice in found if choice is not None]
+
+    def _cycles(self, tokens: int, stage_bytes: int) -> tuple[float, float]:
+        """Of a step, and to begin and end a tile, with so many tokens."""
+        products = self.step * self.groups * (TOKEN_CYCLES * tokens + self.unpack)
+        if self.groups == 3:
+            products *= THREE_GROUPS
+        reads = self.step * (self.groups * tokens + self.strips * 8) + stage_bytes / SHARED_SPEED
         # The first step's weights have nothing to hide behind.
-        return max(products, reads, asked, memory), TILE_CYCLES + rows * tokens * 2 / L2_SPEED + weights / MEMORY_SPEED
+        end = TILE_CYCLES + self.rows * tokens * 2 / L2_SPEED + self.weights / MEMORY_SPEED
+        return max(products, reads, self.asked, self.memory), end
 
-    step_cycles, store_cycles = cycles_of(tokens)
-    sum_cycles = rows * tokens * 4 / L2_SPEED
+    def _choice(self, grid: int, cycles: float, **more: int) -> Choice:
+        about = {"tiles": self.count, "band": self.band, **more}
+        return Choice(self.groups, self.tokens, self.step, self.stages, self.shared, grid, cycles=cycles, **about)
 
-    def choice(
-        grid: int, cycles: float, head: int = 0, cluster: int = 1, tiles: int = tiles, narrow: int = 0
-    ) -> Choice:
-        shared_now = fixed + stages * stage_bytes
-        return Choice(groups, tokens, step, stages, shared_now, grid, tiles, cycles, head, cluster, band, narrow)
+    def _whole(self) -> Choice | None:
+        """In as many rounds as they need of all multiprocessors, or of fewer where those divide them."""
+        even = _up(self.count, self.rounds)
+        if self.count % even:
+            return None
+        return self._choice(even, (self.steps * self.step_cycles + self.end_cycles) * self.rounds)
 
-    # Whole tiles go round in as many rounds as they need of all multiprocessors, or of fewer where those divide them;
-    # cut ones take all multiprocessors, if there is a unit for each.
-    rounds = _up(tiles, multiprocessors)
-    even, every = _up(tiles, rounds), min(multiprocessors, tiles * steps)
-    found = []
-    if tiles % even == 0:
-        found.append(choice(even, (steps * step_cycles + store_cycles) * rounds))
-    if tiles % every:
-        others = max(1, _up(every, tiles) - 1)
-        sums = SHARE_CYCLES + (1 + others) * sum_cycles
-        # Schedule of wide.cu: whole tiles go round after those that are cut.
-        cut_tiles = tiles if tiles < every else tiles % every + every
-        lines = _up(n, rows)
-        bands_cut = _up(cut_tiles, lines * band)
-        read = min(lines, _up(cut_tiles, band)) * weights * steps + 2 * k * tokens * min(token_tiles, band * bands_cut)
+    def _cut(self) -> Choice | None:
+        """By all multiprocessors, if there is a unit for each; whole tiles go round after those that are cut."""
+        blocks = min(self.multiprocessors, self.count * self.steps)
+        if self.count % blocks == 0:
+            return None
+        cut = self.count if self.count < blocks else self.count % blocks + blocks
+        read = min(self.lines, _up(cut, self.band)) * self.weights * self.steps
+        read += 2 * self.k * self.tokens * min(self.token_tiles, self.band * _up(cut, self.lines * self.band))
         # Where each tile is that of as many blocks, no block has parts of two.
-        slower = (CUT if every % tiles else 1.0) + CUT_MIB * min(read / 2**20, L2_MIB)
-        share = _up(cut_tiles * steps, every) * step_cycles * slower + store_cycles * (1 if tiles < every else 2)
-        whole = (tiles - cut_tiles) // every * (steps * step_cycles + store_cycles)
-        found.append(choice(every, share + whole + sums))
-    # As many rows of tiles as fit before the last round; the others' tiles are as narrow as that round has room for.
-    wide_rows = (rounds - 1) * multiprocessors // token_tiles
-    if tokens == NARROW_OF and wide_rows and batch == 1:
+        slower = (CUT if blocks % self.count else 1.0) + CUT_MIB * min(read / 2**20, L2_MIB)
+        cycles = _up(cut * self.steps, blocks) * self.step_cycles * slower
+        cycles += self.end_cycles * (1 if self.count < blocks else 2)
+        cycles += SHARE_CYCLES + (1 + max(1, _up(blocks, self.count) - 1)) * self.sum_cycles
+        cycles += (self.count - cut) // blocks * (self.steps * self.step_cycles + self.end_cycles)
+        return self._choice(blocks, cycles)
+
+    def _narrow(self) -> Choice | None:
+        """As many rows of tiles as fit before the last round; the others' are as narrow as that round has room for."""
+        before = (self.rounds - 1) * self.multiprocessors // self.token_tiles
+        if self.tokens != NARROW_OF or not before or self.batch > 1:
+            return None
         for narrow in NARROW:
-            all_tiles = wide_rows * token_tiles + (_up(n, rows) - wide_rows) * _up(m, narrow)
-            if all_tiles <= rounds * multiprocessors:
-                last_step, last_store = cycles_of(narrow)
-                cycles = (steps * step_cycles + store_cycles) * (rounds - 1) + steps * last_step + last_store
-                found.append(choice(multiprocessors, cycles, wide_rows, tiles=all_tiles, narrow=narrow))
-                break
-    helpers = min(multiprocessors - tiles, tiles)
-    if helpers > 0:
-        # A helper does what is left of `each` tiles while their own blocks do their heads; storing sums takes it time.
-        each = _up(tiles, helpers)
-        helpers = _up(tiles, each)
-        stored = (HELPER_CYCLES + sum_cycles) / step_cycles
-        head = round(each * (steps + stored) / (each + 1))
-        if 0 < head < steps:
-            cycles = head * max(step_cycles, HEAD * memory) + SHARE_CYCLES + sum_cycles + store_cycles
-            found.append(choice(tiles + helpers, cycles, head=head))
-    # In shared memory a token's sums are longer by four (EXCHANGE_ROW of wide.cu).
-    fits = (rows + 4) * tokens * 4 <= stages * stage_bytes
-    for cluster, part in CLUSTERS.items():
-        if cluster * tiles <= part * multiprocessors and steps >= cluster and fits:
-            cycles = _up(steps, cluster) * step_cycles + CLUSTER_CYCLES + store_cycles
-            found.append(choice(cluster * tiles, cycles, cluster=cluster))
-    return found
+            count = before * self.token_tiles + (self.lines - before) * _up(self.m, narrow)
+            if count <= self.rounds * self.multiprocessors:
+                stage_bytes = shared_bytes(self.groups, narrow, self.step, self.strip)[1]
+                step, end = self._cycles(narrow, stage_bytes)
+                cycles = (self.steps * self.step_cycles + self.end_cycles) * (self.rounds - 1) + self.steps * step + end
+                return self._choice(self.multiprocessors, cycles, tiles=count, head=before, narrow=narrow)
+        return None
+
+    def _helped(self) -> Choice | None:
+        """Helpers do what is left of some tiles each while their own blocks do their heads; storing sums takes time."""
+        helpers = min(self.multiprocessors - self.count, self.count)
+        if helpers <= 0:
+            return None
+        each = _up(self.count, helpers)
+        stored = (HELPER_CYCLES + self.sum_cycles) / self.step_cycles
+        head = round(each * (self.steps + stored) / (each + 1))
+        if not 0 < head < self.steps:
+            return None
+        cycles = head * max(self.step_cycles, HEAD * self.memory) + SHARE_CYCLES + self.sum_cycles + self.end_cycles
+        return self._choice(self.count + _up(self.count, each), cycles, head=head)
+
+    def _clusters(self, cluster: int) -> Choice | None:
+        """The blocks of a cluster share a tile's columns."""
+        # In shared memory a token's sums are longer by four (EXCHANGE_ROW of wide.cu).
+        fits = (self.rows + 4) * self.tokens * 4 <= self.stages * self.stage_bytes
+        blocks = cluster * self.count
+        if blocks > CLUSTERS[cluster] * self.multiprocessors or self.steps < cluster or not fits:
+            return None
+        cycles = _up(self.steps, cluster) * self.step_cycles + CLUSTER_CYCLES + self.end_cycles
+        return self._choice(blocks, cycles, cluster=cluster)
 
 
 def _up(a: int, b: int) -> int:
