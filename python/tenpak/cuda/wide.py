@@ -130,7 +130,7 @@ def shared_bytes(groups: int, tokens: int, step: int, strip: int) -> tuple[int, 
     return 1024 + groups * (tokens if tokens <= 32 else 64) * (64 * 2 + 16), stage
 
 
-@functools.cache
+@functools.lru_cache(maxsize=256)
 def choices(
     layout: str, stage: int, multiprocessors: int, shared: int, n: int, k: int, m: int, batch: int
 ) -> tuple[Choice, ...]:
