@@ -19,7 +19,7 @@ from typing import Any
 
 import cupy
 import torch
-from bench_gemm import RING, activations, copy_of, graph_us, installed, random_weight
+from bench_gemm import activations, graph_us, installed, ring_of_copies
 from harness import machine, report
 from tenpak.cuda import plans, products, wide
 from tenpak.cuda.compile import function
@@ -102,14 +102,9 @@ def main() -> None:
     for layout in args.layouts.split(","):
         for shape in args.shapes.split(","):
             k, n = map(int, shape.split("x"))
-            weight = random_weight(layout, n, k)
-            size = sum(part.nbytes for part in (weight.codes, weight.params, weight.row_params) if part is not None)
-            copies = [weight] + [copy_of(weight) for _ in range(max(1, RING // size))]
-            plain = cupy.empty((n, k), cupy.float16)
-            products.unpack(weight, plain, False, cupy.cuda.get_current_stream())
-            cupy.cuda.get_current_stream().synchronize()
+            copies, _, dense = ring_of_copies(layout, n, k)
             for m in map(int, args.tokens.split(",")):
-                found = measure(layout, copies, torch.as_tensor(plain, device="cuda"), m)
+                found = measure(layout, copies, dense, m)
                 rows += found
                 taken, best = found[0], min(found, key=lambda row: row["us"])
                 losses.append(taken["us"] / best["us"] - 1)

@@ -112,6 +112,17 @@ def copy_of(w: Any) -> Any:
     return SimpleNamespace(**{**vars(w), **parts})
 
 
+def ring_of_copies(layout: str, n: int, k: int) -> tuple[list[Any], int, torch.Tensor]:
+    """A random weight and copies of it, beyond `RING` bytes in all; the bytes of one; and it unpacked to FP16."""
+    weight = random_weight(layout, n, k)
+    size = sum(part.nbytes for part in (weight.codes, weight.params, weight.row_params) if part is not None)
+    plain = cupy.empty((n, k), cupy.float16)
+    products.unpack(weight, plain, False, cupy.cuda.get_current_stream())
+    cupy.cuda.get_current_stream().synchronize()
+    copies = [weight, *(copy_of(weight) for _ in range(max(1, RING // size)))]
+    return copies, size, torch.as_tensor(plain, device="cuda")
+
+
 def graph_us(calls: list[Callable[[], object]], replays: int = 15, soak: float = 0.0) -> float:
     """Microseconds of one call: the median over replays of a graph of all of them, once each.
 
@@ -240,13 +251,8 @@ def measure(args: argparse.Namespace, rows: list[dict[str, Any]], notes: list[st
             if m < HOT:
                 cublas[m] = time_cublas(dense, *activations(m, n, k))
         for layout in args.layouts.split(","):
-            weight = random_weight(layout, n, k)
-            size = sum(part.nbytes for part in (weight.codes, weight.params, weight.row_params) if part is not None)
-            copies = [weight] + [copy_of(weight) for _ in range(max(1, RING // size))]
-            plain = cupy.empty((n, k), cupy.float16)
-            products.unpack(weight, plain, False, cupy.cuda.get_current_stream())
-            cupy.cuda.get_current_stream().synchronize()
-            reference = torch.as_tensor(plain, device="cuda").float()
+            copies, size, plain = ring_of_copies(layout, n, k)
+            reference = plain.float()
             # Many tokens may have heated the GPU until its clocks fell, and few come first.
             time.sleep(COOLING if max(tokens) > 64 else 0)
             others = {}
@@ -258,7 +264,7 @@ def measure(args: argparse.Namespace, rows: list[dict[str, Any]], notes: list[st
                         notes.append(f"{peer.name}, {layout}, {shape}: {type(failure).__name__}: {failure}"[:300])
             for m in tokens:
                 x, y = activations(m, n, k)
-                products.matmul(cupy.asarray(x), weight, out=cupy.asarray(y))
+                products.matmul(cupy.asarray(x), copies[0], out=cupy.asarray(y))
                 torch.cuda.synchronize()
                 wanted = x.float() @ reference.T
                 error = float((y.float() - wanted).norm() / wanted.norm())
