@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -101,13 +102,19 @@ def encode(
         parts = out.parts
         if {name: (part.shape, part.dtype) for name, part in parts.items()} != wanted:
             raise UsageError(f"out holds {out.codec} of shape {out.shape}, not {codec} of shape {tuple(shape)}")
+        if not all(part.flags.c_contiguous and part.flags.writeable for part in parts.values()):
+            raise UsageError("out's parts must be writable C-contiguous arrays, as `encode` makes them")
     if output_moment is not None and second_moment is None:
         raise UsageError("output_moment is of use beside a second_moment only")
 
     def moment(given: ArrayLike | None) -> NDArray[np.uint8] | None:
         return None if given is None else np.ascontiguousarray(given, np.float32).reshape(-1).view(np.uint8)
 
-    weights = None if importance is None else np.asarray(importance, np.float32).reshape(-1).tolist()
+    if importance is not None and np.ndim(importance) != 1:
+        raise UsageError(f"importance has shape {np.shape(importance)}; give one number per input")
+    if tokens is not None and not 0 <= tokens < 1 << 63:
+        raise UsageError(f"tokens {tokens} is no number of tokens")
+    weights = None if importance is None else np.asarray(importance, np.float32).tolist()
     buffers = [part.reshape(-1).view(np.uint8) for part in parts.values()]
     exponent, error, norm, output = _core.encode(
         data,
@@ -157,9 +164,11 @@ def decode(
         out = np.empty(encoded.shape, dtypes.stored(name))
     elif out.shape != encoded.shape or not out.flags.c_contiguous or not out.flags.writeable:
         raise UsageError(f"out must be a writable C-contiguous array of shape {encoded.shape}")
+    elif not out.dtype.isnative:
+        raise UsageError(f"out holds {out.dtype}, whose bytes are in another order than this machine's")
     elif dtype is not None and np.dtype(dtype) != out.dtype:
         raise UsageError(f"out holds {out.dtype}, not {np.dtype(dtype)}")
-    parts = [np.ascontiguousarray(part).reshape(-1).view(np.uint8) for part in encoded.parts.values()]
+    parts = [dtypes.bytes_of(part)[0] for part in encoded.parts.values()]
     _core.decode(
         encoded.codec,
         encoded.exponent,
@@ -174,6 +183,10 @@ def decode(
 
 
 def _axis(axis: int, rank: int) -> int:
+    try:
+        axis = operator.index(axis)
+    except TypeError:
+        raise UsageError(f"axis {axis!r} is no whole number") from None
     if -rank <= axis < rank:
         return axis % rank
     if rank == 0 and axis in (0, -1):

@@ -31,6 +31,7 @@ from tenpak.decoder import Block, Decoder, Head, Linear
 from tenpak.decoder.gradients import norm_backward
 from tenpak.errors import UsageError
 from tenpak.evaluate import POSITIONS, Device, array_module, tokens_of, windows_of
+from tenpak.outputs import refuse_existing
 from tenpak.progress import StageProgress
 from tenpak.report import Report
 from tenpak.sampling import checked_seed
@@ -122,6 +123,7 @@ def calibrate(
             raise UsageError(f"{name} {value} is too small; give at least {least}")
     if diagonal and sequential is not None and encoder == "gptq":
         raise UsageError("encoder gptq needs second moments; leave out --diagonal, or choose encoder diag")
+    refuse_existing(output, force, model, *((text,) if isinstance(text, Path) else ()))
     start = time.perf_counter()
     with StatisticsWriter(output, force=force) as writer:
         decoder = model if isinstance(model, Decoder) else Decoder.open(model, xp=array_module(device))

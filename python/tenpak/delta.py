@@ -18,7 +18,7 @@ from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from tenpak import _core, dtypes
 from tenpak.errors import UsageError
-from tenpak.models import PathLike, source_of
+from tenpak.models import PathLike, checked_shard_bytes, source_of
 from tenpak.progress import Progress
 from tenpak.report import Report
 from tenpak.threads import checked_threads
@@ -199,7 +199,7 @@ def materialize(
             format,
             checked_threads(threads),
             force,
-            shard_bytes,
+            checked_shard_bytes(shard_bytes),
             progress,
         )
     )

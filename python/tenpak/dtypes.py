@@ -43,7 +43,10 @@ def name_of(dtype: DTypeLike) -> str:
         return dtype.upper()
     if isinstance(dtype, str) and dtype == "bfloat16":
         return "BF16"
-    found = np.dtype(dtype)
+    try:
+        found = np.dtype(dtype)
+    except TypeError:
+        raise UsageError(f"{dtype!r} is no dtype; use float32, float16 or bfloat16 for weights") from None
     if found.name == "bfloat16":
         return "BF16"
     for name, known in _NUMPY.items():
@@ -55,6 +58,9 @@ def name_of(dtype: DTypeLike) -> str:
 def bytes_of(array: NDArray[Any]) -> tuple[NDArray[np.uint8], str]:
     """The array's bytes, C-contiguous and little-endian, and the core's name of its dtype."""
     name = name_of(array.dtype)
-    if not array.dtype.isnative and name != "BF16":
+    if not array.dtype.isnative:
+        if name == "BF16":
+            # NumPy knows no other order of a type that is not its own.
+            array = np.ascontiguousarray(array).view(">u2")
         array = array.astype(array.dtype.newbyteorder("<"))
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8), name

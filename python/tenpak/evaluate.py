@@ -217,6 +217,8 @@ def array_module(device: str) -> Any:
 def tokens_of(model: Decoder, text: str | Path | Sequence[int] | NDArray[Any]) -> NDArray[np.int64]:
     """The tokens of a text itself, of a UTF-8 file, or as they are."""
     if isinstance(text, Path):
+        if text.exists() and not text.is_file():
+            raise InputError(f"{text}: no regular file; give a text file")
         try:
             text = text.read_text(encoding="utf-8")
         except UnicodeDecodeError as error:

@@ -239,7 +239,11 @@ class Model:
                 raise UsageError("the prompt is empty; give at least one message")
         if system is not None:
             messages.insert(0, {"role": "system", "content": system})
-        return self.decoder.encode_text(_chat.render(self.decoder.source, messages))
+        rendered = _chat.render(self.decoder.source, messages)
+        tokens = [] if _has_surrogate(rendered) else self.decoder.encode_text(rendered)
+        if not tokens:
+            raise InputError(f"{self.decoder.source.path}: its chat template makes no text of the messages")
+        return tokens
 
     def tokens(self, prompt: Sequence[int], sampling: Sampling, most: int) -> Iterator[int]:
         """Up to `most` tokens after a prompt's, one by one; the caller says which of them ends a text.

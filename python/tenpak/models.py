@@ -21,7 +21,7 @@ from tenpak.evaluate import Device, array_module
 from tenpak.outputs import put_back, refuse_existing
 from tenpak.progress import Progress, StageProgress
 from tenpak.report import Report
-from tenpak.statistics import tokens_of
+from tenpak.statistics import sequential_of, tokens_of
 from tenpak.threads import checked_threads
 
 PathLike = str | os.PathLike[str]
@@ -199,6 +199,18 @@ def compress(
             stages=stages,
         )
     statistics = None if calibration in (None, "none") else os.fspath(calibration)
+    if statistics is not None:
+        if not dry_run:
+            refuse_existing(dst, force, statistics)
+        if (made_for := sequential_of(statistics)) not in (None, codec):
+            raise UsageError(
+                f"statistics {statistics} were gathered for {made_for} alone (--sequential); choose that codec, or "
+                "gather others"
+            )
+    axes = [(pattern, axis) for pattern, axis in input_axes]
+    for pattern, axis in axes:
+        if not 0 <= axis < 1 << 31:
+            raise UsageError(f"input axis {axis} of {pattern!r} is no dimension; count from 0")
     # Norms shrink in what has been written.
     with put_back(dst) if statistics is not None and not dry_run else contextlib.nullcontext():
         report = json.loads(
@@ -208,7 +220,7 @@ def compress(
                 codec,
                 embeddings,
                 [(pattern, choice) for pattern, choice in rules],
-                [(pattern, axis) for pattern, axis in input_axes],
+                axes,
                 checked_threads(threads),
                 force,
                 strict,
@@ -227,12 +239,21 @@ def compress(
         return _with_shrunk_norms(done, src, dst, statistics, device, stages)
 
 
+def checked_shard_bytes(count: int | None) -> int | None:
+    """The most bytes of a shard; raises a UsageError where that is none."""
+    if count is not None and not 1 <= count < 1 << 63:
+        raise UsageError(f"shard_bytes {count} is no size of a file; give at least 1, or None for the default")
+    return count
+
+
 def source_of(src: PathLike | Mapping[str, ArrayLike]) -> Any:
     """A model as the core takes it: a path, or names, dtypes, shapes and bytes."""
     if not isinstance(src, Mapping):
         return os.fspath(src)
     source = []
     for name, value in src.items():
+        if not isinstance(name, str) or name in ("", "__metadata__"):
+            raise UsageError(f"{name!r} is no tensor's name; give a text that is not empty, nor `__metadata__`")
         array = np.asarray(value)
         data, dtype = dtypes.bytes_of(array)
         source.append((name, dtype, list(array.shape), data))
@@ -339,7 +360,14 @@ def decompress(
         raise UsageError(f"weights cannot be restored as {name}; use {', '.join(dtypes.WEIGHTS)}")
     report = json.loads(
         _core.decompress(
-            os.fspath(src), os.fspath(dst), format, name, checked_threads(threads), force, shard_bytes, progress
+            os.fspath(src),
+            os.fspath(dst),
+            format,
+            name,
+            checked_threads(threads),
+            force,
+            checked_shard_bytes(shard_bytes),
+            progress,
         )
     )
     report["files"], report["files_left_out"] = tuple(report["files"]), tuple(report["files_left_out"])

@@ -29,6 +29,19 @@ VERSION = 1
 _TOKENS = "tokens"
 
 
+def sequential_of(path: str | os.PathLike[str]) -> str | None:
+    """The codec under which layers before were quantised, or None; also of what is no statistics: the core says so."""
+    try:
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if length > os.fstat(file.fileno()).st_size:
+                return None
+            found = json.loads(json.loads(file.read(length))["__metadata__"][KEY])["sequential"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return found if isinstance(found, str) else None
+
+
 def tokens_of(path: str | os.PathLike[str]) -> NDArray[np.int32] | None:
     """The windows of text in statistics, [windows, context], or None; the core must have read the file before.
 
@@ -54,8 +67,9 @@ class StatisticsWriter:
     """
 
     def __init__(self, path: str | os.PathLike[str], *, force: bool = False) -> None:
-        self.path = Path(path)
-        refuse_existing(self.path, force)
+        refuse_existing(path, force)
+        # Where a link points to, as for other outputs.
+        self.path = Path(os.path.realpath(path))
         self._temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}")
         self._tensors: dict[str, dict[str, Any]] = {}
         self._inputs: dict[str, dict[str, Any]] = {}

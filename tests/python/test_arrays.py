@@ -227,3 +227,50 @@ def test_threads_are_a_sensible_number(tmp_path, threads):
     for call in calls:
         with pytest.raises(tenpak.UsageError, match="give a number from 1 to 1024"):
             call()
+
+
+def test_bytes_in_another_order_are_not_taken_as_they_lie():
+    ml_dtypes = pytest.importorskip("ml_dtypes")
+    weight = gaussian(3, 64)
+    for kind in (np.float32, np.float16, ml_dtypes.bfloat16):
+        array = weight.astype(kind)
+        raw = array.view(np.uint32 if kind is np.float32 else np.uint16)
+        swapped = raw.byteswap().view(array.dtype.newbyteorder(">"))
+        ours, theirs = (tenpak.decode(tenpak.encode(given, "int8_sym_v1")) for given in (array, swapped))
+        np.testing.assert_array_equal(ours, theirs)
+    encoded = tenpak.encode(weight, "int4_g32_fp16_v1")
+    with pytest.raises(tenpak.UsageError, match="another order"):
+        tenpak.decode(encoded, out=np.empty(weight.shape, ">f4"))
+    wanted = tenpak.decode(encoded)
+    encoded.parts = {name: part.astype(part.dtype.newbyteorder(">")) for name, part in encoded.parts.items()}
+    np.testing.assert_array_equal(tenpak.decode(encoded), wanted)
+
+
+def test_parts_that_cannot_be_filled_in_place_are_refused():
+    weight = gaussian(8, 64)
+    encoded = tenpak.encode(weight, "int4_g32_fp16_v1")
+    encoded.parts["codes"] = np.asfortranarray(encoded.parts["codes"])
+    with pytest.raises(tenpak.UsageError, match="writable C-contiguous"):
+        tenpak.encode(weight, "int4_g32_fp16_v1", out=encoded)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"axis": 1.0}, {"axis": "1"}, {"tokens": -1}, {"tokens": 2**70}, {"importance": np.ones((2, 32))}],
+)
+def test_wrong_arguments_are_usage_errors(wrong):
+    with pytest.raises(tenpak.UsageError, match=r"whole number|number of tokens|one number per input"):
+        tenpak.encode(gaussian(3, 64), "int4_g32_fp16_v1", **wrong)
+
+
+def test_wrong_names_are_usage_errors(tmp_path):
+    encoded = tenpak.encode(gaussian(3, 64), "int4_g32_fp16_v1")
+    with pytest.raises(tenpak.UsageError, match="is no dtype"):
+        tenpak.decode(encoded, "float99")
+    for name in ("", 5, "__metadata__"):
+        with pytest.raises(tenpak.UsageError, match="is no tensor's name"):
+            tenpak.compress({name: gaussian(3, 64)}, tmp_path / "a.tenpak")
+    tenpak.compress({"a": gaussian(3, 64)}, tmp_path / "a.tenpak")
+    for size in (0, -1, 2**70):
+        with pytest.raises(tenpak.UsageError, match="no size of a file"):
+            tenpak.decompress(tmp_path / "a.tenpak", tmp_path / "folder", shard_bytes=size)

@@ -44,9 +44,10 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals of Unix")
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
+@pytest.mark.parametrize("name", ["SIGKILL", "SIGINT", "SIGTERM", "SIGHUP"])
 @pytest.mark.parametrize("old", [OLD, None], ids=["replacing", "new"])
-def test_a_run_that_is_stopped_leaves_the_old_output(tmp_path, large, number, old):
+def test_a_run_that_is_stopped_leaves_the_old_output(tmp_path, large, name, old):
+    number = getattr(signal, name)
     output = tmp_path / "m.tenpak"
     if old is not None:
         output.write_bytes(old)
@@ -54,8 +55,9 @@ def test_a_run_that_is_stopped_leaves_the_old_output(tmp_path, large, number, ol
     command = [*COMMAND, "compress", "-i", str(large), "-o", str(output), *options]
 
     def hear_interrupts() -> None:
-        # Shells let what they run in the background ignore SIGINT, and children inherit that.
+        # Shells let what they run in the background ignore SIGINT, `nohup` SIGHUP, and children inherit that.
         signal.signal(signal.SIGINT, signal.SIG_DFL)
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen(command, preexec_fn=hear_interrupts, **pipes) as process:
@@ -70,7 +72,7 @@ def test_a_run_that_is_stopped_leaves_the_old_output(tmp_path, large, number, ol
         process.send_signal(number)
         out, message = process.communicate(timeout=30)
     assert time.monotonic() - sent < 10, "the work went on"
-    assert all(name.startswith(".") for name in writing), "a half-written file could be taken for a model"
+    assert all(file.startswith(".") for file in writing), "a half-written file could be taken for a model"
     assert (output.read_bytes() if output.exists() else None) == old
     assert out == ""
     if number == signal.SIGKILL:

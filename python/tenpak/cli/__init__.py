@@ -6,6 +6,7 @@ Data goes to standard output, progress and messages to standard error.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import io
 import os
 import signal
@@ -103,16 +104,22 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the console script; returns its exit code."""
+    # Closed by who called: what would be printed goes nowhere.
     if sys.stdout is None:
-        # Closed by who called: what would be printed goes nowhere.
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
             # A name that the terminal's encoding lacks is no reason to fail.
             stream.reconfigure(errors="backslashreplace")
     arguments = parser().parse_args(argv)
     codes = dict(_core.exit_codes())
-    previous = signal.signal(signal.SIGTERM, _terminate)
+    # As for Ctrl-C; a terminal that is closed says SIGHUP, but to nobody who has asked not to hear it.
+    heard = [signal.SIGTERM]
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:
+        heard.append(signal.SIGHUP)
+    previous = [(number, signal.signal(number, _terminate)) for number in heard]
     try:
         arguments.run(arguments)
         sys.stdout.flush()
@@ -139,7 +146,8 @@ def main(argv: list[str] | None = None) -> int:
             raise
         return _fail(f"internal error ({type(error).__name__}: {error}); TENPAK_DEBUG=1 shows where", 1)
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for number, handler in previous:
+            signal.signal(number, handler)
 
 
 def _terminate(_signal: int, _frame: FrameType | None) -> NoReturn:
@@ -147,5 +155,7 @@ def _terminate(_signal: int, _frame: FrameType | None) -> NoReturn:
 
 
 def _fail(message: str, code: int) -> int:
-    print(f"tenpak: {message}", file=sys.stderr)
+    # The code says it, too, where nothing can be written.
+    with contextlib.suppress(OSError):
+        print(f"tenpak: {message}", file=sys.stderr, flush=True)
     return code

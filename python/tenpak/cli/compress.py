@@ -187,6 +187,6 @@ def _pair(option: str, text: str) -> tuple[str, str]:
 
 
 def _axis(text: str) -> int:
-    if not text.isdecimal():
+    if not text.isdecimal() or len(text) > 9:
         raise UsageError(f"--input-axis: {text!r} is no dimension; count from 0")
     return int(text)

@@ -18,6 +18,7 @@ modes:
 from __future__ import annotations
 
 import argparse
+import contextlib
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from tenpak.cli import progress
 from tenpak.cli.table import count, duration, error, number, pairs, print_json, size, table
 from tenpak.delta import DeltaReport
 from tenpak.errors import UsageError
+from tenpak.outputs import put_back, refuse_existing
 
 MODES = ("exact", "codes", "bit1")
 
@@ -48,17 +50,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     if arguments.text is not None and not Path(arguments.text).is_file():
         raise UsageError(f"--text {arguments.text}: there is no such file")
-    with progress.ProgressLine("comparing", arguments, 2) as line:
-        report = tenpak.delta(
-            arguments.base,
-            arguments.input,
-            arguments.output,
-            arguments.mode,
-            threads=arguments.threads,
-            force=arguments.force,
-            progress=line,
-        )
-    measured = _perplexities(arguments) if arguments.text else {}
+    if arguments.windows is not None and arguments.windows < 1:
+        raise UsageError(f"--windows {arguments.windows} is too small; give at least 1")
+    # What is measured, once the delta is written, may fail.
+    with contextlib.nullcontext() if arguments.text is None else put_back(arguments.output):
+        if arguments.text is not None:
+            refuse_existing(arguments.output, arguments.force, arguments.text)
+        with progress.ProgressLine("comparing", arguments, 2) as line:
+            report = tenpak.delta(
+                arguments.base,
+                arguments.input,
+                arguments.output,
+                arguments.mode,
+                threads=arguments.threads,
+                force=arguments.force,
+                progress=line,
+            )
+        measured = _perplexities(arguments) if arguments.text is not None else {}
     if arguments.json:
         found = {"perplexity": measured} if measured else {}
         print_json({"output": arguments.output, **report.to_dict(), **found})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -28,8 +29,13 @@ def pairs(rows: Sequence[tuple[str, str]]) -> str:
 
 
 def print_json(value: Any) -> None:
-    """One JSON object on standard output."""
-    print(json.dumps(value, indent=2, ensure_ascii=False))
+    """One JSON object on standard output, in UTF-8 or in ASCII: what no encoding has is escaped as JSON does."""
+    text = json.dumps(value, indent=2, ensure_ascii=False)
+    try:
+        text.encode(sys.stdout.encoding if sys.stdout.encoding.lower() == "utf-8" else "ascii")
+    except UnicodeEncodeError:
+        text = json.dumps(value, indent=2)
+    print(text)
 
 
 def count(n: int) -> str:

@@ -4,6 +4,8 @@ use super::super::check::MAX_TENSORS;
 use super::super::source::Source;
 use crate::error::{Error, Result};
 
+/// The most bytes of a string that a message quotes.
+const MOST_SHOWN: usize = 80;
 /// The most key-value pairs; models have dozens.
 const MAX_PAIRS: u64 = 65_536;
 
@@ -60,7 +62,10 @@ impl<'a> Cursor<'a> {
         let start = self.at;
         let bytes = self.string(what)?;
         std::str::from_utf8(bytes).map_err(|_| {
-            self.source.error(format_args!("byte {start}: {what} {} is not UTF-8", bytes.escape_ascii()))
+            // A length that is wrong may make it as long as the file.
+            let shown = bytes[..bytes.len().min(MOST_SHOWN)].escape_ascii();
+            let rest = if bytes.len() > MOST_SHOWN { "…" } else { "" };
+            self.source.error(format_args!("byte {start}: {what} {shown}{rest} is not UTF-8"))
         })
     }
 
