@@ -27,6 +27,15 @@ pub struct AtomicFile {
     written: u64,
 }
 
+/// What is written before it takes the place of `name`; names may have 255 bytes.
+pub(crate) fn temporary_name(name: &str, number: u64) -> String {
+    let mut end = name.len().min(200);
+    while !name.is_char_boundary(end) {
+        end -= 1;
+    }
+    format!(".{}.{}-{number}.tmp", &name[..end], std::process::id())
+}
+
 impl AtomicFile {
     /// Starts a file that will stand at `target`, and asks for room for `expected_bytes` (0: unknown).
     ///
@@ -54,7 +63,7 @@ impl AtomicFile {
         let mut tries = 0;
         let (temp, file) = loop {
             let n = NUMBER.fetch_add(1, Ordering::Relaxed);
-            let temp = folder.join(format!(".{name}.{}-{n}.tmp", std::process::id()));
+            let temp = folder.join(temporary_name(&name, n));
             match OpenOptions::new().write(true).create_new(true).open(&temp) {
                 Ok(file) => break (temp, file),
                 // Left behind by a process of the same number that was killed.

@@ -44,15 +44,21 @@ def _is_part_of(output: Path, given: Path) -> bool:
     return not any(mark in head for mark in _OURS)
 
 
+def working_name(path: str | os.PathLike[str], what: str) -> str:
+    """A hidden name of this process in the folder of a path, for what becomes of it; names may have 255 bytes."""
+    folder, name = os.path.split(os.fspath(path))
+    return os.path.join(folder, f".{os.fsdecode(os.fsencode(name)[:200])}.{os.getpid()}.{what}")
+
+
 @contextlib.contextmanager
 def put_back(output: str | os.PathLike[str]) -> Iterator[None]:
     """For work that writes `output` more than once: if it fails, what was there is there again, or nothing.
 
-    Meanwhile that has a second name, `OUTPUT.PID.before`. A file system without hard links cannot give it one: there a
+    Meanwhile that has a second name, `.OUTPUT.PID.before`. A file system without hard links cannot give it one: there a
     failure leaves what was written last. Links are followed, as writers do.
     """
     output = os.path.realpath(output)
-    before, existed = f"{output}.{os.getpid()}.before", os.path.lexists(output)
+    before, existed = working_name(output, "before"), os.path.lexists(output)
     if existed:
         with contextlib.suppress(OSError):
             os.link(output, before)

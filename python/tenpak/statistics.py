@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tenpak.errors import InputError, StorageError, UsageError
-from tenpak.outputs import refuse_existing
+from tenpak.outputs import refuse_existing, working_name
 
 KEY = "tenpak.calibration"
 VERSION = 1
@@ -70,7 +70,6 @@ class StatisticsWriter:
         refuse_existing(path, force)
         # Where a link points to, as for other outputs.
         self.path = Path(os.path.realpath(path))
-        self._temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}")
         self._tensors: dict[str, dict[str, Any]] = {}
         self._inputs: dict[str, dict[str, Any]] = {}
         self._end = 0
@@ -151,7 +150,7 @@ class StatisticsWriter:
         self._end = end
 
     def _part(self, what: str) -> Path:
-        return self._temporary.with_name(f"{self._temporary.name}.{what}")
+        return Path(working_name(self.path, what))
 
     def _clean(self) -> None:
         if self._data is not None:

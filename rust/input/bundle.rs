@@ -71,6 +71,9 @@ impl Bundle {
                 MAX_BYTES >> 20
             )));
         }
+        if source.starts_with(b"\xef\xbb\xbf") {
+            return Err(source.error("the JSON begins with a byte order mark; save it as UTF-8 without one"));
+        }
         let version = Cell::new(1);
         let mut json = serde_json::Deserializer::from_slice(&source);
         let parsed = Top(&version).deserialize(&mut json).and_then(|raw| json.end().map(|()| raw));

@@ -1,7 +1,7 @@
 //! The Hugging Face folder output: filled beside the target under another name, then put in its place in one step.
 
 use super::{Fill, Item, ModelWriter, Options, Progress, safetensors};
-use crate::atomic::{AtomicFile, check_space};
+use crate::atomic::{AtomicFile, check_space, temporary_name};
 use crate::error::{Error, Kind, Result};
 use crate::input::Sidecar;
 use serde_json::json;
@@ -200,8 +200,7 @@ impl Staging {
         let mut tries = 0;
         loop {
             let number = NUMBER.fetch_add(1, Ordering::Relaxed);
-            let name = format!(".{}.{}-{number}.tmp", name.to_string_lossy(), std::process::id());
-            let path = parent.join(name);
+            let path = parent.join(temporary_name(&name.to_string_lossy(), number));
             match fs::create_dir(&path) {
                 Ok(()) => return Ok(Staging { path, target, force }),
                 // Left behind by a process of the same number that was killed.

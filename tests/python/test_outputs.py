@@ -189,3 +189,19 @@ def test_a_chat_template_that_makes_no_text_is_the_models_fault(copied, template
     config.write_text(json.dumps({**about, "chat_template": template, "add_bos_token": False}))
     done = tenpak_command("generate", copied, "-p", "hi", "-n", 2, code=3)
     assert "its chat template makes no text" in done.err
+
+
+def test_names_may_be_as_long_as_the_file_system_lets_them(tmp_path, llama):
+    name = "n" * 243
+    tenpak.compress(llama, tmp_path / f"{name}.tenpak", "int4_g32_fp16_v1")
+    tenpak.decompress(tmp_path / f"{name}.tenpak", tmp_path / (name + "n" * 12))
+    statistics = tmp_path / ("s" * 243 + ".safetensors")
+    tenpak.calibrate(llama, statistics, np.arange(64), windows=2, context=16)
+    tenpak.compress(llama, tmp_path / f"{name}.tenpak", calibration=statistics, force=True)
+    assert files_in(tmp_path) == {f"{name}.tenpak", name + "n" * 12, statistics.name}
+
+
+def test_a_byte_order_mark_is_named(tmp_path):
+    path = write_bundle(tmp_path / "m.json", a=gaussian(4, 64))
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert "byte order mark" in tenpak_command("compress", "-i", path, "-o", tmp_path / "o.tenpak", code=3).err
