@@ -244,7 +244,7 @@ fn malformed_bundles_are_refused_with_the_place() {
         (w(&format!(r#"{{"shape":[1],"data":{}"#, bomb("["))), Kind::Input, &["\"w\"", "line 1"]),
         (w(&format!(r#"{{"shape":[1],"data":{}{}}}"#, bomb("["), bomb("]"))), Kind::Input, &["\"w\""]),
         (w(&format!(r#"{{"shape":{}"#, bomb("["))), Kind::Input, &["\"w\""]),
-        ("\u{feff}{}".into(), Kind::Input, &["line 1, column 1"]),
+        ("\u{feff}{}".into(), Kind::Input, &["byte order mark"]),
     ];
     for (text, kind, words) in cases {
         let case: String = text.chars().take(120).collect();
