@@ -123,7 +123,7 @@ def calibrate(
             raise UsageError(f"{name} {value} is too small; give at least {least}")
     if diagonal and sequential is not None and encoder == "gptq":
         raise UsageError("encoder gptq needs second moments; leave out --diagonal, or choose encoder diag")
-    refuse_existing(output, force, model, *((text,) if isinstance(text, Path) else ()))
+    refuse_existing(output, force, model, text if isinstance(text, Path) else None)
     start = time.perf_counter()
     with StatisticsWriter(output, force=force) as writer:
         decoder = model if isinstance(model, Decoder) else Decoder.open(model, xp=array_module(device))

@@ -29,14 +29,20 @@ VERSION = 1
 _TOKENS = "tokens"
 
 
+def _header(file: BinaryIO) -> dict[str, Any]:
+    """A safetensors file's header, after which its data begin; a ValueError where there is none."""
+    length = int.from_bytes(file.read(8), "little")
+    if length > os.fstat(file.fileno()).st_size:
+        raise ValueError("the header is longer than the file")
+    header: dict[str, Any] = json.loads(file.read(length))
+    return header
+
+
 def sequential_of(path: str | os.PathLike[str]) -> str | None:
     """The codec under which layers before were quantised, or None; also of what is no statistics: the core says so."""
     try:
         with open(path, "rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if length > os.fstat(file.fileno()).st_size:
-                return None
-            found = json.loads(json.loads(file.read(length))["__metadata__"][KEY])["sequential"]
+            found = json.loads(_header(file)["__metadata__"][KEY])["sequential"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
     return found if isinstance(found, str) else None
@@ -49,7 +55,7 @@ def tokens_of(path: str | os.PathLike[str]) -> NDArray[np.int32] | None:
         InputError: They are no tokens.
     """
     with open(path, "rb") as file:
-        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        header = _header(file)
         if (info := header.get(_TOKENS)) is None:
             return None
         shape, start = info["shape"], file.tell() + info["data_offsets"][0]

@@ -115,7 +115,7 @@ def tune(
     for name, value, least in (("windows", windows, 2), ("context", context, 2), ("epochs", epochs, 1)):
         if value is not None and value < least:
             raise UsageError(f"{name} {value} is too small; give at least {least}")
-    refuse_existing(output, force, original, *((text,) if isinstance(text, Path) else ()))
+    refuse_existing(output, force, original, text if isinstance(text, Path) else None)
     start = time.perf_counter()
     xp = array_module(device)
     student, stored = open_artifact(artifact, xp)

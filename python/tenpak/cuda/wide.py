@@ -192,6 +192,7 @@ class _Tiles:
         self.unpack = PARAM_CYCLES * (stage // 2 - codes) + TABLE_CYCLES * (layout in TABLES)
         self.asked = STEP_CYCLES + self.strips * (TABLE_STRIP_CYCLES if layout in TABLES else STRIP_CYCLES) * step / 2
         self.step_cycles, self.end_cycles = self._cycles(tokens, self.stage_bytes)
+        self.tile_cycles = self.steps * self.step_cycles + self.end_cycles
         self.sum_cycles = self.rows * tokens * 4 / L2_SPEED
 
     def forms(self) -> list[Choice]:
@@ -220,7 +221,7 @@ class _Tiles:
         even = _up(self.count, self.rounds)
         if self.count % even:
             return None
-        return self._choice(even, (self.steps * self.step_cycles + self.end_cycles) * self.rounds)
+        return self._choice(even, self.tile_cycles * self.rounds)
 
     def _cut(self) -> Choice | None:
         """By all multiprocessors, if there is a unit for each; whole tiles go round after those that are cut."""
@@ -235,7 +236,7 @@ class _Tiles:
         cycles = _up(cut * self.steps, blocks) * self.step_cycles * slower
         cycles += self.end_cycles * (1 if self.count < blocks else 2)
         cycles += SHARE_CYCLES + (1 + max(1, _up(blocks, self.count) - 1)) * self.sum_cycles
-        cycles += (self.count - cut) // blocks * (self.steps * self.step_cycles + self.end_cycles)
+        cycles += (self.count - cut) // blocks * self.tile_cycles
         return self._choice(blocks, cycles)
 
     def _narrow(self) -> Choice | None:
@@ -248,7 +249,7 @@ class _Tiles:
             if count <= self.rounds * self.multiprocessors:
                 stage_bytes = shared_bytes(self.groups, narrow, self.step, self.strip)[1]
                 step, end = self._cycles(narrow, stage_bytes)
-                cycles = (self.steps * self.step_cycles + self.end_cycles) * (self.rounds - 1) + self.steps * step + end
+                cycles = self.tile_cycles * (self.rounds - 1) + self.steps * step + end
                 return self._choice(self.multiprocessors, cycles, tiles=count, head=before, narrow=narrow)
         return None
 
