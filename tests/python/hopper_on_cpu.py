@@ -305,6 +305,7 @@ inline void copies_arrive(u32 barrier) {
 }
 template <int COUNT> void take_registers() {}
 template <int COUNT> void leave_registers() {}
+inline u32 transpose8x8(u32 pair) { return transpose(pair); }
 inline void store_transposed(u32 row, u32 a, u32 b, u32 c, u32 d) {
     auto all = share<4>({a, b, c, d});
     const int matrix = threadIdx.x % 32 / 8, r = threadIdx.x % 8;

@@ -9,7 +9,7 @@ import ctypes
 import functools
 
 import numpy as np
-from hopper_on_cpu import BOXES, ENGINE, FLAGS, aligned, layouts_on_cpu, tensor_maps
+from hopper_on_cpu import BOXES, ENGINE, FLAGS, HOPPER, aligned, layouts_on_cpu, tensor_maps
 from numpy.typing import NDArray
 from tenpak.cuda.plans import Plan
 from warps_on_cpu import WARP, built
@@ -83,10 +83,14 @@ template <int OF> void wait_at_barrier_after(u64, int barrier) { wait_at_barrier
 @functools.cache
 def _library(source: str, kernel: str, defines: tuple[tuple[str, object], ...]) -> ctypes.CDLL:
     stand_ins = {"warp.cuh": WARP, "layouts.cuh": layouts_on_cpu(COPIES), "engine.cuh": ENGINE, "few.cuh": FEW}
-    if source == "rows.cu":
+    if source in ("rows.cu", "tiled.cu"):
         stand_ins["boxes.cuh"] = BOXES
+    if source == "tiled.cu":
+        stand_ins["hopper.cuh"] = HOPPER
     dynamic = "extern __shared__ __align__(128) uint4 dynamic[];", "uint4* const dynamic = (uint4*)dynamic_memory();"
-    return built(source, kernel, defines, "sm_90", stand_ins, [*FLAGS, "-include", "layouts.cuh"], dynamic)
+    # What is Hopper's own is not used there, but read.
+    flags = [*FLAGS, "-include", "layouts.cuh", *(["-DGROUPS=1"] if source == "tiled.cu" else [])]
+    return built(source, kernel, defines, "sm_90", stand_ins, flags, dynamic)
 
 
 def run(
@@ -100,8 +104,8 @@ def run(
     scale: float = 1.0,
 ) -> None:
     """As `tenpak.cuda.products.run` launches it, on NumPy arrays: x [batch, m, k] (or [tokens, k]) and y alike."""
-    batch = plan.grid[2]
     parts = [aligned(part) for part in packed]
+    batch = packed[0].shape[0] if packed[0].ndim == 4 else 1
     partial, counters = np.full(plan.partial_bytes + 16, 255, np.uint8), np.zeros(plan.counters + 1, np.uint32)
 
     def address(array: NDArray | None) -> np.uint64:

@@ -27,7 +27,10 @@ ROWS = [
     {"WARPS": 14, "SHARERS": 2, "STRIPS": 2, "DEPTH": 3, "COLUMNS": 2, "COPIERS": 2},
     {"WARPS": 8, "SHARERS": 8, "STRIPS": 2, "DEPTH": 3, "COLUMNS": 1, "COPIERS": 4},
 ]
-PREFILL = [{"GROUPS": 4, "BLOCKS": 1, "TOKENS": 16, "DEPTH": 3, "STAGES": 3}]
+TILED = [
+    {"WARPS": 8, "STRIPS": 2, "TOKENS": 128, "STEP": 1, "STAGES": 4, "GROUPED": 0},
+    {"WARPS": 4, "STRIPS": 4, "TOKENS": 64, "STEP": 2, "STAGES": 3, "GROUPED": 1},
+]
 WIDE = [
     {"GROUPS": 2, "TOKENS": 256, "STEP": 1, "STAGES": 4},
     {"GROUPS": 2, "TOKENS": 256, "STEP": 1, "STAGES": 4, "NARROW": 176},
@@ -56,7 +59,7 @@ def defines_of(name: str, layout: str, arch: str) -> list[dict[str, object]]:
             engine = [*ENGINE, *({**defines, "ENGINE": 1} for defines in integer)]
             configurations += [*engine, {**engine[len(ENGINE) if integer else 0], "DEPTH": 4, "SHARERS": 4, "HEAD": 1}]
         return [{"LAYOUT": layout, "BF16": i % 2, **defines} for i, defines in enumerate(configurations)]
-    configurations = {"wide.cu": WIDE, "rows.cu": ROWS, "prefill.cu": PREFILL}[name]
+    configurations = {"wide.cu": WIDE, "rows.cu": ROWS, "tiled.cu": TILED}[name]
     return [{"LAYOUT": layout, "BF16": bf16, **defines} for bf16 in (0, 1) for defines in configurations]
 
 
@@ -96,9 +99,10 @@ def products_of_a_step(device: plans.Device) -> list[tuple[str, dict[str, object
     ]
 
 
-#: `prefill` and `wide` have Hopper's own instructions.
-BUILDS = [(name, arch) for name in ("pack.cu", "decode.cu", "dense.cu", "skinny.cu") for arch in ARCHITECTURES]
-BUILDS += [("rows.cu", "sm_90"), ("prefill.cu", "sm_90a"), ("wide.cu", "sm_90a")]
+#: `wide` has Hopper's own instructions.
+EVERYWHERE = ("pack.cu", "decode.cu", "dense.cu", "skinny.cu", "tiled.cu")
+BUILDS = [(name, arch) for name in EVERYWHERE for arch in ARCHITECTURES]
+BUILDS += [("rows.cu", "sm_90"), ("wide.cu", "sm_90a")]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -165,8 +169,8 @@ def test_copies_of_the_cache_begin_on_a_line_of_shared_memory(arch):
 
 def test_architectures():
     assert kernels.architecture("skinny.cu", "90") == "sm_90"
-    assert kernels.architecture("prefill.cu", "90") == "sm_90a"
-    assert kernels.architecture("prefill.cu", "120") == "sm_120"
+    assert kernels.architecture("wide.cu", "90") == "sm_90a"
+    assert kernels.architecture("wide.cu", "120") == "sm_120"
     with pytest.raises(tenpak.UnsupportedError, match=r"compute capability 7\.5 is too old; the kernels need 8\.0"):
         kernels.architecture("skinny.cu", "75")
 

@@ -233,6 +233,16 @@ def test_products_of_many_rows(cupy, hopper, layout, dtype):
 
 @every_layout
 @every_dtype
+def test_products_of_tiles(cupy, layout, dtype):
+    """tiled.cu, which Hopper takes for experts and for tokens that the copy engine cannot read."""
+    from tenpak.cuda import plans, products
+
+    one = partial(plans.tiled_plan, products.device_of(0), layout)
+    check_every_plan(cupy, layout, dtype, (1, 33, 72, 100, 300), lambda *about: [one(*about)])
+
+
+@every_layout
+@every_dtype
 def test_products_of_boxes(cupy, hopper, layout, dtype, monkeypatch):
     """wide.cu wherever the copy engine can read x, in every configuration it may choose for a shape."""
     from tenpak.cuda import plans, products, tensormap
@@ -284,15 +294,16 @@ def test_batches_and_experts(cupy, layout, dtype):
     for m in (1, 12, 100, 600):
         x = activations(cupy, batch, m, k, dtype=dtype)
         assert error(matmul(x, w, bias), exact(x, w, bias)) < TOLERANCE[dtype], m
-    # One expert has no token, another most of them.
-    offsets = np.array([0, 3, 3, 90, 91, 97], np.int32)
-    x = activations(cupy, 97, k, dtype=dtype)
-    wanted = np.empty((97, n))
-    for expert in range(batch):
-        rows = slice(*offsets[expert : expert + 2])
-        wanted[rows] = x[rows].get().astype(np.float64) @ dense[expert].T + bias[expert].get().astype(np.float64)
-    ours = grouped_matmul(x, w, cupy.asarray(offsets), bias, out=poisoned(cupy, 97, n, dtype=dtype))
-    assert error(ours, wanted) < TOLERANCE[dtype]
+    # One expert has no token, another most of them; few tokens, and so many that they are multiplied in tiles.
+    for ends in ([0, 3, 3, 90, 91, 97], [0, 0, 1, 301, 302, 400]):
+        offsets, count = np.array(ends, np.int32), ends[-1]
+        x = activations(cupy, count, k, dtype=dtype)
+        wanted = np.empty((count, n))
+        for expert in range(batch):
+            rows = slice(*offsets[expert : expert + 2])
+            wanted[rows] = x[rows].get().astype(np.float64) @ dense[expert].T + bias[expert].get().astype(np.float64)
+        ours = grouped_matmul(x, w, cupy.asarray(offsets), bias, out=poisoned(cupy, count, n, dtype=dtype))
+        assert error(ours, wanted) < TOLERANCE[dtype]
 
 
 @every_layout

@@ -1,4 +1,5 @@
-"""`skinny.cu` and `rows.cu` beside FP64, on the CPU: layouts, ways to copy and multiply, norms, slices, experts."""
+"""`skinny.cu`, `rows.cu` and `tiled.cu` beside FP64, on the CPU: layouts, ways to copy and multiply, norms, slices,
+experts."""
 
 from __future__ import annotations
 
@@ -23,7 +24,7 @@ SMALL = plans.Device(2, 225 << 10, 228 << 10, 90)
 
 def check(
     layout: str,
-    form: plans.Form | None,
+    form: plans.Form | str,
     shape: tuple[int, int, int],
     *,
     bf16: bool = False,
@@ -32,16 +33,18 @@ def check(
     fused: plans.Fused = plans.PLAIN,
     device: plans.Device = SMALL,
 ) -> None:
-    """Twice the same, within rounding of the exact product; without a form, by `rows.cu`."""
+    """Twice the same, within rounding of the exact product, by a form of `skinny.cu`, or by another kernel."""
     m, n, k = shape
     random, lead, count = np.random.default_rng(m + n + k), (batch,) if batch else (), max(batch, 1)
     parts, reference, scale = random_weight(layout, (*lead, n, k))
     reference = reference.reshape(count, n, k) * scale
     *packed, power = layouts.pack(layouts.find(layout), parts, n, k, batch)
     scale /= 2.0**power
-    if form is None:
+    if form == "rows":
         plan = plans.rows_plan(device, layout, n, k, m, count, bf16)
         assert plan is not None
+    elif form == "tiled":
+        plan = plans.tiled_plan(device, layout, n, k, m, count, bf16, offsets is not None)
     else:
         with patch.object(plans, "_forms", lambda *_: [form]):
             (plan,) = plans.skinny_plans(device, layout, n, k, m, count, bf16, offsets is not None, fused)
@@ -113,9 +116,36 @@ def test_two_strips_and_more_tokens_than_a_chunk(layout):
 )
 def test_blocks_of_many_rows(layout):
     # One turn and several, also of tokens; an odd number of tiles; strips that are not there.
-    check(layout, None, (13, 70, 576))
-    check(layout, None, (5, 460, 192), bf16=True)
-    check(layout, None, (19, 40, 128), batch=3)
+    check(layout, "rows", (13, 70, 576))
+    check(layout, "rows", (5, 460, 192), bf16=True)
+    check(layout, "rows", (19, 40, 128), batch=3)
+
+
+#: Two blocks that share tiles, so that some are cut; and so little shared memory that stages are few.
+TINY = plans.Device(3, 99 << 10, 100 << 10, 89)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("bf16", [False, True])
+def test_tiles_of_every_layout(layout, bf16):
+    """Rows and columns that end within a tile; tokens of one tile and of several; matrices."""
+    check(layout, "tiled", (35, 300, 328), bf16=bf16)
+    check(layout, "tiled", (70, 270, 192), bf16=bf16, device=TINY)
+    if not bf16:
+        check(layout, "tiled", (150, 40, 136), batch=2, device=TINY)
+
+
+def test_tiles_of_tokens_that_are_not_aligned():
+    check("int4_g32_fp16", "tiled", (33, 77, 331))
+    check("int4_g32_fp16", "tiled", (130, 77, 77), bf16=True, batch=3, device=TINY)
+
+
+@pytest.mark.parametrize("layout", ["int4_g32_fp16", "int4_lut16", "int8_sym", "int4_g128_fp16"])
+def test_tiles_of_experts(layout):
+    """Some have no tokens, the first and the last among them, one has several tiles."""
+    check(layout, "tiled", (200, 280, 200), batch=5, offsets=[0, 0, 70, 70, 200, 200])
+    check(layout, "tiled", (300, 40, 136), batch=2, offsets=[0, 1, 300], device=TINY, bf16=True)
+    check(layout, "tiled", (129, 40, 64), batch=1, offsets=[0, 129])
 
 
 @pytest.mark.parametrize("layout", ["int4_g32_fp16", "int4_lut16"])

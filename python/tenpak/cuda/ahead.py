@@ -32,6 +32,7 @@ from tenpak.cuda.plans import (
     RESERVED,
     ROWS_FROM,
     ROWS_FROM_LARGE,
+    TILED_FROM,
     Device,
     Fused,
     cache_defines,
@@ -170,9 +171,12 @@ def _plans(
     ]
     for n, k in shapes:
         for bf16 in types:
-            # Beyond, tokens come in tiles of 128.
+            # Beyond, tokens come in tiles of up to 128, the sizes of which are those of so many.
             for m in range(1, min(dense_from(layout, here.hopper, False), 130)):
                 plan = choose(here, layout, n, k, m, bf16=bf16)
+                yield plan.source, plan.defines
+            for m in (TILED_FROM, 65):
+                plan = choose(here, layout, n, k, m, bf16=bf16, grouped=True)
                 yield plan.source, plan.defines
             plan = choose(here, layout, n, k, 1, bf16=bf16, heads=False)
             yield plan.source, plan.defines

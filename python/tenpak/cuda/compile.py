@@ -38,7 +38,7 @@ _WAITING = frozenset({"append.cu", "attention.cu", "embed.cu", "gate.cu", "norm.
 _OVERLAPS_FROM = 90
 
 #: Sources with instructions that only this architecture's own machine code may have, and that architecture.
-_SPECIFIC = {"prefill.cu": "sm_90a", "wide.cu": "sm_90a"}
+_SPECIFIC = {"wide.cu": "sm_90a"}
 
 _INCLUDE = re.compile(r'^#include "([^"]+)"', re.MULTILINE)
 

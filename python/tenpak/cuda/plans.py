@@ -5,8 +5,8 @@ tuned at run time.
 
 - up to 16 tokens: `skinny`, bound by memory (one token of most layouts, and two of tables, in integers), or on Hopper
   from `ROWS_FROM` tokens on `rows`, whose blocks have more rows for what they read of x;
-- more on Hopper: `wide`, whose tokens the copy engine brings, and `prefill` where it cannot bring them; both on the
-  tensor cores' warpgroup instructions;
+- more on Hopper: `wide`, whose tokens the copy engine brings, on the tensor cores' warpgroup instructions;
+- more elsewhere, and of experts everywhere: `tiled`;
 - `dense_from` tokens and more, where neither is faster: the weight is unpacked, a part at a time, for cuBLAS.
 """
 
@@ -65,7 +65,7 @@ class Device:
 
     @property
     def hopper(self) -> bool:
-        """Whether it has the warpgroups' products of `wide` and `prefill`, which newer ones do not."""
+        """Whether it has the warpgroups' products of `wide`, which newer ones do not."""
         return self.capability == 90
 
     @property
@@ -156,6 +156,8 @@ def divide_up(a: int, b: int) -> int:
     return -(-a // b)
 
 
+#: Tokens, of one expert from which `tiled` is faster than `skinny`, which reads weights for sixteen at a time.
+TILED_FROM = 33
 #: More tokens than a product may have.
 NEVER = 1 << 31
 
@@ -163,7 +165,7 @@ NEVER = 1 << 31
 def dense_from(layout: str, hopper: bool, in_boxes: bool) -> int:
     """Tokens from which unpacking the weight for cuBLAS is faster; `in_boxes`: the copy engine can read x."""
     if not hopper:
-        return 64
+        return 1024
     if not in_boxes:
         return 512
     return 8192 if layout in TABLES else NEVER
@@ -422,45 +424,49 @@ def rows_plan(device: Device, layout: str, n: int, k: int, m: int, batch: int = 
     )
 
 
-def _prefill(device: Device, layout: str, n: int, k: int, m: int, batch: int, bf16: bool) -> Plan:
-    tiles, stage = divide_up(k, TILE_COLS), STAGE_BYTES[layout]
-    tokens = next(t for t in (16, 32, 64, 128) if m <= t or t == 128)
-    groups, blocks = (2, 2) if tokens == 128 else (4, 2 if tokens <= 32 and n * k >= LARGE else 1)
-    if tokens < 128 and 4 * batch * divide_up(n, 256) <= device.multiprocessors:
-        groups = 2  # tiles of fewer rows, so that fewer blocks share one
-    depth, stages = (3, 3) if blocks == 2 or stage > 1536 else (4, 3)
+def tiled_plan(
+    device: Device, layout: str, n: int, k: int, m: int, batch: int = 1, bf16: bool = False, grouped: bool = False
+) -> Plan:
+    """The configuration of `tiled` for a product of `m` tokens, or with `grouped` of as many for all experts."""
+    # As registers allow: fewer tokens for more rows. An expert's tokens are not known here, but how many they may be.
+    most = 64 if (divide_up(m, batch) if grouped else m) <= 64 else 128
+    tokens = most if grouped else wide.tokens_of_tile(m, most)
+    warps, strips = (4, 4) if tokens <= 64 else (8, 2)
+    rows = 16 * warps * strips
+    room = 4 * (batch + 1)
 
-    def shared() -> int:
-        return 1024 + 2 * stages * tokens * TILE_COLS * 2 + 4 * groups * depth * blocks * stage
+    def stages_of(step: int) -> tuple[int, int]:
+        """As many as fit, and their bytes; of no use are more than four."""
+        stage = step * tokens * TILE_COLS * 2 + warps * strips * wide.strip_bytes(layout, STAGE_BYTES[layout], step)
+        stages = min(4, (device.shared - room) // stage)
+        return stages, stages * stage
 
-    while shared() > device.shared:
-        if stages > 2:
-            stages -= 1
-        else:
-            depth -= 1
-    rows = 64 * groups * blocks
-    output_tiles = batch * divide_up(n, rows) * divide_up(m, tokens)
-    grid = min(device.multiprocessors, output_tiles * divide_up(tiles, 2))
-    defines = {
-        "LAYOUT": layout,
-        "BF16": int(bf16),
-        "GROUPS": groups,
-        "BLOCKS": blocks,
-        "TOKENS": tokens,
-        "DEPTH": depth,
-        "STAGES": stages,
-    }
+    step = 2 if stages_of(2)[0] >= 3 else 1
+    stages, shared = stages_of(step)
+    tiles = divide_up(k, TILE_COLS)
+    token_tiles = m // tokens + batch if grouped else batch * divide_up(m, tokens)
+    output_tiles = divide_up(n, rows) * token_tiles
+    grid = min(device.multiprocessors, output_tiles * divide_up(tiles, step))
     int32 = np.int32
     return Plan(
-        "prefill.cu",
-        "prefill",
-        defines,
+        "tiled.cu",
+        "tiled",
+        {
+            "LAYOUT": layout,
+            "BF16": int(bf16),
+            "WARPS": warps,
+            "STRIPS": strips,
+            "TOKENS": tokens,
+            "STEP": step,
+            "STAGES": stages,
+            "GROUPED": int(grouped),
+        },
         (grid, 1, 1),
-        (128 * groups + 128,),
-        shared(),
+        (32 * warps,),
+        shared + room,
         (int32(batch), int32(m), int32(n), int32(k), int32(tiles), int32(divide_up(k, 256))),
         grid * rows * tokens * 4,
-        output_tiles * groups,
+        output_tiles,
     )
 
 
@@ -511,12 +517,10 @@ def choose(
             return found
     # x of 16 tokens: 32 bytes a column.
     few = m <= FEW or (m < WIDE_FROM and 32 * k <= 160 << 10 and n * k < LARGE)
-    if device.hopper and not grouped and not few:
-        return (
-            wide_plans(device, layout, n, k, m, batch, bf16)[0]
-            if in_boxes
-            else _prefill(device, layout, n, k, m, batch, bf16)
-        )
+    if device.hopper and in_boxes and not grouped and not few:
+        return wide_plans(device, layout, n, k, m, batch, bf16)[0]
+    if fused == PLAIN and (divide_up(m, batch) if grouped else m) >= TILED_FROM:
+        return tiled_plan(device, layout, n, k, m, batch, bf16, grouped)
     return skinny_plans(device, layout, n, k, m, batch, bf16, grouped, fused, heads)[0]
 
 

@@ -177,8 +177,6 @@ def run(
     if p.boxes:
         maps = tensormap.maps_of(x, w.shape[1], m, batch, stride, p.boxes, bf16, p.box_tiles)
         arguments = (maps, *weights, y, bias, partial, counters, *steps)
-    elif p.source == "prefill.cu":
-        arguments = (*weights, x, y, bias, partial, counters, *steps, stride)
     else:
         arguments = (*weights, x, y, bias, offsets, partial, counters, *steps, stride)
     arguments = (*arguments, *p.scalars, np.float32(w.scale))
