@@ -33,17 +33,18 @@ struct Tiles {
     const u32* before;      // and how many tiles there are before each's, all in shared memory
     u32 count;
 
-    // For all threads of a block; `room` has batch + 1 words.
+    // For all threads of a block; `room` has 2 batch + 1 words.
     __device__ __forceinline__ Tiles(int batch, int m, int n, const int* offsets, u32* room)
         : batch(batch), m(m), row_tiles((n + ROWS - 1) / ROWS), token_tiles((m + TOKENS - 1) / TOKENS), offsets(offsets), before(room) {
         if constexpr (GROUPED) {
-            if (threadIdx.x == 0) {
+            u32* const of_each = room + batch + 1;
+            for (int e = threadIdx.x; e < batch; e += THREADS)
+                of_each[e] = (offsets[e + 1] - offsets[e] + TOKENS - 1) / TOKENS * row_tiles;
+            __syncthreads();
+            for (int e = threadIdx.x; e <= batch; e += THREADS) {
                 u32 sum = 0;
-                for (int e = 0; e < batch; ++e) {
-                    room[e] = sum;
-                    sum += (offsets[e + 1] - offsets[e] + TOKENS - 1) / TOKENS * row_tiles;
-                }
-                room[batch] = sum;
+                for (int other = 0; other < e; ++other) sum += of_each[other];
+                room[e] = sum;
             }
             __syncthreads();
             count = room[batch];

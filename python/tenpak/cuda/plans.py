@@ -156,7 +156,7 @@ def divide_up(a: int, b: int) -> int:
     return -(-a // b)
 
 
-#: Tokens, of one expert from which `tiled` is faster than `skinny`, which reads weights for sixteen at a time.
+#: Tokens, or those of an expert on average, from which `tiled` is faster than `skinny`.
 TILED_FROM = 33
 #: More tokens than a product may have.
 NEVER = 1 << 31
@@ -433,7 +433,7 @@ def tiled_plan(
     tokens = most if grouped else wide.tokens_of_tile(m, most)
     warps, strips = (4, 4) if tokens <= 64 else (8, 2)
     rows = 16 * warps * strips
-    room = 4 * (batch + 1)
+    room = 4 * (2 * batch + 1) if grouped else 0
 
     def stages_of(step: int) -> tuple[int, int]:
         """As many as fit, and their bytes; of no use are more than four."""
