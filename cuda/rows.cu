@@ -86,7 +86,7 @@ struct Copier {
 // Otherwise as skinny's; arguments that are not used are those of slices of K.
 extern "C" __global__ void __launch_bounds__(tenpak::ALL_WARPS * 32, 1)
 rows(const __grid_constant__ tenpak::TensorMap x, const unsigned char* codes, const unsigned char* params,
-     const unsigned char* row_params, tenpak::Out* y, const unsigned short* bias, float4*, unsigned int*, long long codes_step,
+     const unsigned char* row_params, tenpak::Out* y, const unsigned short* bias, const int*, float4*, unsigned int*, long long codes_step,
      long long params_step, long long row_params_step, int m, int n, int, int tiles, int supers, int, float scale) {
     using namespace tenpak;
     extern __shared__ __align__(128) uint4 dynamic[];

@@ -12,6 +12,7 @@
 //
 // -DWARPS, -DSTRIPS, -DTOKENS (a multiple of 16), -DSTEP (1 or 2), -DSTAGES, -DGROUPED.
 #include "columns.cuh"
+#include "experts.cuh"
 #include "few.cuh"
 
 namespace tenpak {
@@ -28,30 +29,10 @@ static_assert(STRIP_BYTES % 16 == 0 && TOKENS % 16 == 0 && THREADS % 8 == 0 && S
 
 // The tiles of a product, matrix after matrix, and in a matrix those of the same rows after each other.
 struct Tiles {
-    int batch, m, row_tiles, token_tiles;
-    const int* offsets;     // of experts' tokens
-    const u32* before;      // and how many tiles there are before each's, all in shared memory
-    u32 count;
+    int m, row_tiles, token_tiles;
+    Experts experts;
 
-    // For all threads of a block; `room` has 2 batch + 1 words.
-    __device__ __forceinline__ Tiles(int batch, int m, int n, const int* offsets, u32* room)
-        : batch(batch), m(m), row_tiles((n + ROWS - 1) / ROWS), token_tiles((m + TOKENS - 1) / TOKENS), offsets(offsets), before(room) {
-        if constexpr (GROUPED) {
-            u32* const of_each = room + batch + 1;
-            for (int e = threadIdx.x; e < batch; e += THREADS)
-                of_each[e] = (offsets[e + 1] - offsets[e] + TOKENS - 1) / TOKENS * row_tiles;
-            __syncthreads();
-            for (int e = threadIdx.x; e <= batch; e += THREADS) {
-                u32 sum = 0;
-                for (int other = 0; other < e; ++other) sum += of_each[other];
-                room[e] = sum;
-            }
-            __syncthreads();
-            count = room[batch];
-        } else {
-            count = (u32)batch * row_tiles * token_tiles;
-        }
-    }
+    __device__ __forceinline__ u32 count(int batch) const { return GROUPED ? experts.tiles() : (u32)batch * row_tiles * token_tiles; }
 };
 
 // Where a tile is: its tokens are `tokens` rows of x and y from `first` on.
@@ -60,33 +41,23 @@ struct Place {
 
     __device__ __forceinline__ Place() {}
     __device__ __forceinline__ Place(u32 tile, const Tiles& tiles) {
-        int width = tiles.token_tiles, begin, end;
+        int width = tiles.token_tiles, end;
         if constexpr (GROUPED) {
-            // The last expert that no more tiles are before: those without tokens have none.
-            int low = 0, high = tiles.batch;
-            while (high - low > 1) {
-                const int middle = (low + high) / 2;
-                if (tiles.before[middle] <= tile) {
-                    low = middle;
-                } else {
-                    high = middle;
-                }
-            }
-            matrix = low;
-            tile -= tiles.before[matrix];
-            begin = tiles.offsets[matrix];
-            end = tiles.offsets[matrix + 1];
-            width = (end - begin + TOKENS - 1) / TOKENS;
+            matrix = tiles.experts.of(tile);
+            tile -= tiles.experts.before[matrix];
+            first = tiles.experts.offsets[matrix];
+            end = tiles.experts.offsets[matrix + 1];
+            width = (end - first + TOKENS - 1) / TOKENS;
         } else {
             const u32 of_matrix = (u32)tiles.row_tiles * width;
             matrix = tile / of_matrix;
             tile -= matrix * of_matrix;
-            begin = matrix * tiles.m;
-            end = begin + tiles.m;
+            first = matrix * tiles.m;
+            end = first + tiles.m;
         }
         const u32 row = tile / width;
         strip = row * BLOCK_STRIPS;
-        first = begin + (tile - row * width) * TOKENS;
+        first += (tile - row * width) * TOKENS;
         tokens = min(TOKENS, end - first);
     }
 };
@@ -254,9 +225,12 @@ tiled(const unsigned char* codes, const unsigned char* params, const unsigned ch
     __syncthreads();
 #endif
 
-    const Tiles tiles(batch, m, n, offsets, reinterpret_cast<u32*>(stages + STAGES * BYTES_OF_STAGE));
+    const int row_tiles = (n + ROWS - 1) / ROWS;
+    Tiles tiles{m, row_tiles, (m + TOKENS - 1) / TOKENS, {}};
+    if constexpr (GROUPED)
+        tiles.experts = Experts(batch, offsets, row_tiles, TOKENS, reinterpret_cast<u32*>(stages + STAGES * BYTES_OF_STAGE), THREADS);
     const int strips = (n + TILE_ROWS - 1) / TILE_ROWS, steps = (tiles_of_k + STEP - 1) / STEP;
-    const u64 units = (u64)tiles.count * steps;
+    const u64 units = (u64)tiles.count(batch) * steps;
     const u32 share = gridDim.x - 1 - blockIdx.x;
     auto begin_of = [&](u32 share) { return share * units / gridDim.x; };
     const u64 begin = begin_of(share), end = begin_of(share + 1);

@@ -19,10 +19,16 @@
 //
 // A block waits only for blocks that were started before it, or with it.
 //
+// With -DGROUPED=1 the matrices are experts, whose tiles are whole or cut evenly.
+//
 // sm_90a. -DGROUPS, -DTOKENS, -DSTEP (1, 2 or 4), -DSTAGES, -DCLUSTER (1 to 4), -DNARROW (a multiple of 16, or 0).
 #include "columns.cuh"
+#include "experts.cuh"
 #ifndef NARROW
 #define NARROW 0
+#endif
+#ifndef GROUPED
+#define GROUPED 0
 #endif
 
 namespace tenpak {
@@ -138,9 +144,10 @@ struct Schedule {
 // The tiles of a product: of TOKENS tokens all or, with NARROW, those of the first `wide_rows` rows of tiles, and then narrow ones.
 struct Tiles {
     u32 wide_rows, wide_tokens, narrow_rows, narrow_tokens;  // how many follow each other
-    int band;
+    int m, band;
+    Experts experts;
 
-    __device__ __forceinline__ Tiles(int m, int n, int band, int head) : band(band) {
+    __device__ __forceinline__ Tiles(int m, int n, int band, int head) : m(m), band(band) {
         const u32 rows = (n + ROWS - 1) / ROWS;
         wide_rows = NARROW ? head : rows;
         wide_tokens = (m + TOKENS - 1) / TOKENS;
@@ -149,18 +156,34 @@ struct Tiles {
     }
     __device__ __forceinline__ u32 wide() const { return wide_rows * wide_tokens; }
     __device__ __forceinline__ u32 of_matrix() const { return wide() + narrow_rows * narrow_tokens; }
+    __device__ __forceinline__ u32 count(int batch) const { return GROUPED ? experts.tiles() : (u32)batch * of_matrix(); }
 };
 
 // Where a tile is: tiles of the same rows follow each other, so that their weights are still in L2, but no more of them than
 // `band`, whose tokens stay there, too.
 struct Place {
-    int matrix, strip, token;
+    int matrix, strip;
+    int token, tokens;  // the first, and how many; in the matrix's x, or in all experts'
     bool narrow;
 
     __device__ __forceinline__ int most_tokens() const { return narrow ? NARROW : TOKENS; }
+    __device__ __forceinline__ size_t row(int m) const { return GROUPED ? token : (size_t)matrix * m + token; }
 
     __device__ __forceinline__ Place(u32 tile, const Tiles& tiles) {
         u32 first = 0, width = tiles.wide_tokens;
+        if constexpr (GROUPED) {
+            const Experts& experts = tiles.experts;
+            matrix = experts.of(tile);
+            tile -= experts.before[matrix];
+            const int begin = experts.offsets[matrix], end = experts.offsets[matrix + 1];
+            width = (end - begin + TOKENS - 1) / TOKENS;
+            const u32 line = tile / width;
+            token = begin + (tile - line * width) * TOKENS;
+            tokens = min(TOKENS, end - token);
+            strip = line * STRIPS;
+            narrow = false;
+            return;
+        }
         matrix = tile < tiles.of_matrix() ? 0 : tile / tiles.of_matrix();
         tile -= matrix * tiles.of_matrix();
         narrow = NARROW && tile >= tiles.wide();
@@ -174,6 +197,7 @@ struct Place {
         }
         const u32 row = width == 1 ? tile : tile / width;
         token = (first + tile - row * width) * most_tokens();
+        tokens = min(most_tokens(), tiles.m - token);
         strip = (row + (narrow ? tiles.wide_rows : 0)) * STRIPS;
     }
 };
@@ -193,9 +217,9 @@ struct Turn {
 };
 
 // Of boxes of x: of a tile's tokens, and of those that the last tile has; and the same of narrow ones. With boxes that reach
-// beyond the matrix, of which the copy engine makes zeros, some products take up to 40 % longer.
+// beyond the matrix, of which the copy engine makes zeros, some products take up to 40 % longer. (An expert's reach into the next's.)
 struct Maps {
-    TensorMap of[NARROW ? 4 : 2];
+    TensorMap of[NARROW ? 4 : GROUPED ? 1 : 2];
 };
 
 // ---- Producer -----------------------------------------------------------------------------------------------------------
@@ -225,7 +249,7 @@ __device__ __forceinline__ void copy_step(const TensorMap& x, int tokens, const 
         barrier_expect(barrier, count * tokens * (TILE_COLS * 2));
 #pragma unroll
         for (int j = 0; j < STEP; ++j)
-            if (j < count) copy_box(stage + j * X_BYTES, x, (k + j) * TILE_COLS, at.token, at.matrix, barrier, KEEP_LONG);
+            if (j < count) copy_box(stage + j * X_BYTES, x, (k + j) * TILE_COLS, at.token, GROUPED ? 0 : at.matrix, barrier, KEEP_LONG);
     }
     __syncwarp();
     const u8* const codes = keep_pointer(w.codes + (size_t)(u32)(at.strip * w.tiles + k) * Layout::CODE_BYTES);
@@ -365,7 +389,7 @@ __device__ __forceinline__ void store_exchanged(u32 exchange, int rank, u16* y, 
 #pragma unroll 2
     for (int i = threadIdx.x; i < EACH * FOURS; i += 128 * GROUPS) {
         const int token = rank * EACH + i / FOURS, row = i % FOURS * 4, r = first_row + row;
-        if (token >= min(tokens, TOKENS) || r >= n) continue;
+        if (token >= tokens || r >= n) continue;
         const u32 from = exchange + (token * EXCHANGE_ROW + row) * 4;
         float4 parts[CLUSTER];
 #pragma unroll
@@ -394,13 +418,13 @@ __device__ __forceinline__ void store_exchanged(u32 exchange, int rank, u16* y, 
 
 }  // namespace tenpak
 
-// x: maps of [batch, m, k] with boxes of 64 columns and as many rows as Maps says, swizzled by 128 bytes; y [batch, m, n]; bias
-// [batch, n] or null. head: a tile's units that its own block does, or with NARROW the rows of tiles before narrow ones, or 0.
+// x: maps of [batch, m, k], or of all experts' [m, k], with boxes of 64 columns and as many rows as Maps says, swizzled by 128 bytes;
+// y alike; bias [batch, n] or null; offsets: where experts' tokens begin, [batch + 1]. head: a tile's units that its own block does, or with NARROW the rows of tiles before narrow ones, or 0.
 // partial: [gridDim.x, or tiles where there are helpers][GROUPS][SUMS / 4][128] float4; arrived: a counter for each tile and group,
 // zero before and after; both serve tiles that are cut, but in clusters. At most one block a multiprocessor, and no more than there are units.
 extern "C" __global__ void IN_CLUSTERS __launch_bounds__(128 * GROUPS + 128, 1)
 wide(const __grid_constant__ tenpak::Maps x, const unsigned char* codes, const unsigned char* params, const unsigned char* row_params,
-     unsigned short* y, const unsigned short* bias, float4* partial, unsigned int* arrived, long long codes_step,
+     unsigned short* y, const unsigned short* bias, const int* offsets, float4* partial, unsigned int* arrived, long long codes_step,
      long long params_step, long long row_params_step, int batch, int m, int n, int tiles, int supers, int head, int band,
      float scale) {
     using namespace tenpak;
@@ -410,10 +434,14 @@ wide(const __grid_constant__ tenpak::Maps x, const unsigned char* codes, const u
     const u32 stages_address = keep_address(shared_address(stages));
     const u32 full = keep_address(shared_address(barriers)), empty = full + 8 * STAGES;
 
-    const Tiles all(m, n, band, head);
+    Tiles all(m, n, band, head);
+    if constexpr (GROUPED) {
+        u8* const room = stages + STAGES * BYTES_OF_STAGE + GROUPS * CHUNKS * CHUNK_BYTES;
+        all.experts = Experts(batch, offsets, all.wide_rows, TOKENS, reinterpret_cast<u32*>(room), 128 * GROUPS + 128);
+    }
     const int strips = (n + TILE_ROWS - 1) / TILE_ROWS;
     // Each role makes its own: what both keep must fit in the registers of the smaller one.
-    auto own_schedule = [&] { return Schedule((u32)batch * all.of_matrix(), (tiles + STEP - 1) / STEP, NARROW ? 0 : head); };
+    auto own_schedule = [&] { return Schedule(all.count(batch), (tiles + STEP - 1) / STEP, NARROW ? 0 : head); };
     auto weight = [&](int matrix) {
         return Weight{codes + matrix * codes_step, params + matrix * params_step, row_params + matrix * row_params_step, tiles, supers};
     };
@@ -440,7 +468,7 @@ wide(const __grid_constant__ tenpak::Maps x, const unsigned char* codes, const u
             const Place at(segment.tile, all);
             const Weight w = weight(at.matrix);
             const Distances on(w, at.strip, strips, warp - CONSUMER_WARPS, lane);
-            const int tokens = min(at.most_tokens(), m - at.token);
+            const int tokens = GROUPED ? TOKENS : at.tokens;
             const TensorMap& boxes = x.of[2 * at.narrow + (tokens < at.most_tokens())];
 #pragma unroll 1
             for (int step = segment.first; step < segment.first + segment.count; ++step) {
@@ -468,12 +496,12 @@ wide(const __grid_constant__ tenpak::Maps x, const unsigned char* codes, const u
             const Weight w = weight(at.matrix);
             const int first_strip = at.strip + group * GROUP_STRIPS;
             const Columns::Rows rows = Columns::rows(w, min(first_strip + warp % 4, strips - 1), lane);
-            auto to = [&] { return y + ((size_t)at.matrix * m + at.token) * n; };
+            auto to = [&] { return y + at.row(m) * n; };
             auto plus = [&] { return bias ? bias + (size_t)at.matrix * n : nullptr; };
             if (NARROW && at.narrow) {
                 float sums[NARROW ? NARROW / 2 : SUMS];
                 accumulate(sums, turn, segment, rows, tiles, stages_address, own, full, empty, lane);
-                store(sums, staged, to(), plus(), first_strip, m - at.token, n, scale * Columns::row_scale(rows, false),
+                store(sums, staged, to(), plus(), first_strip, at.tokens, n, scale * Columns::row_scale(rows, false),
                       scale * Columns::row_scale(rows, true), group);
                 continue;
             }
@@ -484,7 +512,7 @@ wide(const __grid_constant__ tenpak::Maps x, const unsigned char* codes, const u
                 consumers_barrier(128 * GROUPS);
                 leave_sums(sums, stages, group * 64, scale * Columns::row_scale(rows, false), scale * Columns::row_scale(rows, true));
                 cluster_sync();
-                store_exchanged(stages_address, cluster_rank(), to(), plus(), at.strip * TILE_ROWS, m - at.token, n);
+                store_exchanged(stages_address, cluster_rank(), to(), plus(), at.strip * TILE_ROWS, at.tokens, n);
                 cluster_meet();
                 continue;
             }
@@ -529,7 +557,7 @@ wide(const __grid_constant__ tenpak::Maps x, const unsigned char* codes, const u
                         }
                 }
             }
-            store(sums, staged, to(), plus(), first_strip, m - at.token, n, scale * Columns::row_scale(rows, false),
+            store(sums, staged, to(), plus(), first_strip, at.tokens, n, scale * Columns::row_scale(rows, false),
                   scale * Columns::row_scale(rows, true), group);
         }
     }

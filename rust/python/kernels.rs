@@ -25,6 +25,7 @@ static SOURCES: &[(&str, &str)] = sources![
     "embed.cu",
     "encode.cu",
     "engine.cuh",
+    "experts.cuh",
     "few.cuh",
     "floats.cuh",
     "gate.cu",

@@ -419,8 +419,12 @@ def wide(
     bias: NDArray[np.uint16] | None,
     head: int = 0,
     band: int = 1 << 16,
+    offsets: NDArray[np.int32] | None = None,
 ) -> NDArray[np.uint16]:
-    """y [batch, m, n] of x [batch, m, at least k], as bits; poisoned before. `packed`: codes, params, row_params."""
+    """y [batch, m, n] of x [batch, m, at least k], as bits; poisoned before. `packed`: codes, params, row_params.
+
+    With `offsets` x and y are those of all experts, as one matrix.
+    """
     batch, m, _ = x.shape
     x = aligned(x)
     arrays = [aligned(part) for part in packed]
@@ -433,14 +437,19 @@ def wide(
     fixed, stage = plans.shared_bytes(groups, tokens, step, strip)
     tiles = -(-k // 64)
     rows = 64 * groups
-    output_tiles = batch * -(-n // rows) * -(-m // min(tokens, narrow or tokens))
+    token_tiles = batch * -(-m // min(tokens, narrow or tokens))
+    boxes, room = plans.boxes(m, tokens, narrow), 0
+    if offsets is not None:
+        batch = len(offsets) - 1
+        token_tiles, boxes, room = m // tokens + batch, (tokens,), 4 * (2 * batch + 1)
+    output_tiles = -(-n // rows) * token_tiles
     partial = aligned(np.full((output_tiles if head else grid) * rows * tokens, np.nan, np.float32))
     arrived = aligned(np.zeros(output_tiles * groups, np.uint32))
     assert x is not None
     assert y is not None
     assert partial is not None
     assert arrived is not None
-    mapped = tensor_maps(x, k, plans.boxes(m, tokens, narrow))
+    mapped = tensor_maps(x, k, boxes)
 
     def address(array: NDArray[Any] | None) -> NDArray[np.uint64]:
         return np.array([0 if array is None else array.ctypes.data], np.uint64)
@@ -449,7 +458,7 @@ def wide(
     scalars = [np.array([value], np.int32) for value in (batch, m, n, tiles, -(-k // 256), head, band)]
     given = [
         mapped,
-        *map(address, [*arrays, y, bias, partial, arrived]),
+        *map(address, [*arrays, y, bias, offsets, partial, arrived]),
         *steps,
         *scalars,
         np.array([scale], np.float32),
@@ -459,6 +468,6 @@ def wide(
     # Of a cluster, the first launch leaves what its blocks read of each other.
     for _ in range(1 if defines.get("CLUSTER", 1) == 1 else 2):
         y[...] = 0x7FFF
-        library.launch(pointers, (ctypes.c_uint * 3)(grid, 1, 1), 128 * groups + 128, fixed + stages * stage)
+        library.launch(pointers, (ctypes.c_uint * 3)(grid, 1, 1), 128 * groups + 128, fixed + stages * stage + room)
     assert not arrived.any(), "counters are not zero again"
     return y

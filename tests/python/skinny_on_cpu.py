@@ -115,8 +115,8 @@ def run(
     boxes = []
     if plan.boxes:
         x = aligned(x)
-        boxes = [tensor_maps(x, x.shape[-1], plan.boxes)]
-        arrays, stride = [*parts, y, bias, partial, counters], []
+        boxes = [tensor_maps(x if x.ndim == 3 else x[None], x.shape[-1], plan.boxes)]
+        arrays, stride = [*parts, y, bias, offsets, partial, counters], []
     else:
         arrays, stride = [*parts, x, y, bias, offsets, partial, counters], [np.int64(x.shape[-1])]
     arguments = [*map(address, arrays), *steps, *stride, *plan.scalars, np.float32(scale)]

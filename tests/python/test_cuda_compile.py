@@ -36,6 +36,7 @@ WIDE = [
     {"GROUPS": 2, "TOKENS": 256, "STEP": 1, "STAGES": 4, "NARROW": 176},
     {"GROUPS": 4, "TOKENS": 32, "STEP": 4, "STAGES": 3},
     {"GROUPS": 3, "TOKENS": 128, "STEP": 2, "STAGES": 3, "CLUSTER": 3},
+    {"GROUPS": 2, "TOKENS": 192, "STEP": 1, "STAGES": 4, "GROUPED": 1},
 ]
 
 

@@ -66,6 +66,7 @@ def check(
     bf16: int = 0,
     head: int = 0,
     band: int = 1 << 16,
+    offsets: list[int] | None = None,
     **defines: int,
 ) -> None:
     m, n, k = shape
@@ -73,12 +74,21 @@ def check(
     lead = (batch,) if batch else ()
     parts, reference, scale = random_weight(layout, (*lead, n, k))
     *packed, power = layouts.pack(layouts.find(layout), parts, n, k, batch)
-    x = random.standard_normal((max(batch, 1), m, -(-k // 8) * 8)).astype(np.float32)
+    x = random.standard_normal((1 if offsets else max(batch, 1), m, -(-k // 8) * 8)).astype(np.float32)
     x = bits(x, bool(bf16))
     bias = bits(random.standard_normal((max(batch, 1), n)), bool(bf16))
-    y = wide({"LAYOUT": layout, "BF16": bf16, **defines}, grid, x, k, packed, n, scale / 2.0**power, bias, head, band)
-    exact = values(x, bool(bf16)).astype(np.float64)[..., :k] @ (scale * reference.reshape(-1, n, k)).swapaxes(1, 2)
-    exact += values(bias, bool(bf16)).astype(np.float64)[:, None]
+    given = {"LAYOUT": layout, "BF16": bf16, **defines, **({"GROUPED": 1} if offsets else {})}
+    starts = np.array(offsets, np.int32) if offsets else None
+    y = wide(given, grid, x, k, packed, n, scale / 2.0**power, bias, head, band, starts)
+    tokens, added = values(x, bool(bf16)).astype(np.float64)[..., :k], values(bias, bool(bf16)).astype(np.float64)
+    weights = (scale * reference.reshape(-1, n, k)).swapaxes(1, 2)
+    if offsets:
+        parts_of = [slice(*offsets[expert : expert + 2]) for expert in range(batch)]
+        exact = np.concatenate([tokens[0, part] @ w + b for part, w, b in zip(parts_of, weights, added, strict=True)])[
+            None
+        ]
+    else:
+        exact = tokens @ weights + added[:, None]
     error = np.linalg.norm(values(y, bool(bf16)).astype(np.float64) - exact) / np.linalg.norm(exact)
     assert error < (1e-2 if bf16 else 1.5e-3)
     assert np.isfinite(values(y, bool(bf16)).astype(np.float32)).all()
@@ -176,6 +186,15 @@ def test_clusters(layout):
     for n in (292, 299):
         for blocks in (2, 3, 4):
             check(layout, (20, n, 456), 6 * blocks, CLUSTER=blocks, **SMALL)
+
+
+@pytest.mark.parametrize("layout", ["int4_g32_fp16", "int4_lut16", "int8_sym", "int4_g128_fp16"])
+def test_experts(layout):
+    """Some have no tokens; tiles are whole and cut, and their boxes reach into the tokens of the next."""
+    for grid in (1, 3, 7):
+        check(layout, (100, 150, 200), grid, batch=5, offsets=[0, 0, 35, 35, 100, 100], **SMALL)
+    check(layout, (70, 299, 328), 4, batch=2, bf16=1, offsets=[0, 1, 70], **{**SMALL, "TOKENS": 48, "STEP": 2})
+    check(layout, (17, 40, 64), 2, batch=1, offsets=[0, 17], **SMALL)
 
 
 @pytest.mark.parametrize(

@@ -175,9 +175,10 @@ def _plans(
             for m in range(1, min(dense_from(layout, here.hopper, False), 130)):
                 plan = choose(here, layout, n, k, m, bf16=bf16)
                 yield plan.source, plan.defines
-            for m in (TILED_FROM, 65):
-                plan = choose(here, layout, n, k, m, bf16=bf16, grouped=True)
-                yield plan.source, plan.defines
+            for m in (TILED_FROM, 65, 200, 300) if here.hopper else (TILED_FROM, 65):
+                for in_boxes in {here.hopper, False}:
+                    plan = choose(here, layout, n, k, m, bf16=bf16, grouped=True, in_boxes=in_boxes)
+                    yield plan.source, plan.defines
             plan = choose(here, layout, n, k, 1, bf16=bf16, heads=False)
             yield plan.source, plan.defines
             # `wide` has tiles of up to 256, and which of them fit best changes with their number.

@@ -6,7 +6,7 @@ tuned at run time.
 - up to 16 tokens: `skinny`, bound by memory (one token of most layouts, and two of tables, in integers), or on Hopper
   from `ROWS_FROM` tokens on `rows`, whose blocks have more rows for what they read of x;
 - more on Hopper: `wide`, whose tokens the copy engine brings, on the tensor cores' warpgroup instructions;
-- more elsewhere, and of experts everywhere: `tiled`;
+- more elsewhere, and where the copy engine cannot bring them: `tiled`;
 - `dense_from` tokens and more, where neither is faster: the weight is unpacked, a part at a time, for cuBLAS.
 """
 
@@ -492,6 +492,33 @@ def wide_plans(device: Device, layout: str, n: int, k: int, m: int, batch: int, 
     ]
 
 
+def experts_plan(device: Device, layout: str, n: int, k: int, m: int, batch: int, bf16: bool) -> Plan:
+    """The configuration of `wide` for `m` tokens of `batch` experts in all."""
+    room = 4 * (2 * batch + 1)
+    about = (layout, STAGE_BYTES[layout], device.multiprocessors, device.shared - room, n, k, m, batch)
+    choice = wide.choice_of_experts(*about)
+    tiles = divide_up(n, choice.rows) * (m // choice.tokens + batch)
+    steps = divide_up(divide_up(k, TILE_COLS), choice.step)
+    grid = min(device.multiprocessors, tiles * steps)
+    int32 = np.int32
+    return Plan(
+        "wide.cu",
+        "wide",
+        {"LAYOUT": layout, "BF16": int(bf16), **choice.defines, "GROUPED": 1},
+        (grid, 1, 1),
+        (choice.threads,),
+        choice.shared + room,
+        (
+            *(int32(batch), int32(m), int32(n), int32(divide_up(k, TILE_COLS)), int32(divide_up(k, 256))),
+            int32(0),
+            int32(1),
+        ),
+        grid * choice.rows * choice.tokens * 4,
+        tiles * choice.groups,
+        (choice.tokens,),
+    )
+
+
 def choose(
     device: Device,
     layout: str,
@@ -520,6 +547,8 @@ def choose(
     if device.hopper and in_boxes and not grouped and not few:
         return wide_plans(device, layout, n, k, m, batch, bf16)[0]
     if fused == PLAIN and (divide_up(m, batch) if grouped else m) >= TILED_FROM:
+        if device.hopper and in_boxes and grouped:
+            return experts_plan(device, layout, n, k, m, batch, bf16)
         return tiled_plan(device, layout, n, k, m, batch, bf16, grouped)
     return skinny_plans(device, layout, n, k, m, batch, bf16, grouped, fused, heads)[0]
 

@@ -175,8 +175,10 @@ def run(
     partial, counters = workspace.partial.data.ptr, workspace.counters.data.ptr
     arguments: tuple[Any, ...]
     if p.boxes:
-        maps = tensormap.maps_of(x, w.shape[1], m, batch, stride, p.boxes, bf16, p.box_tiles)
-        arguments = (maps, *weights, y, bias, partial, counters, *steps)
+        # Experts' tokens are one matrix.
+        matrices = 1 if offsets else batch
+        maps = tensormap.maps_of(x, w.shape[1], m, matrices, stride, p.boxes, bf16, p.box_tiles)
+        arguments = (maps, *weights, y, bias, offsets, partial, counters, *steps)
     else:
         arguments = (*weights, x, y, bias, offsets, partial, counters, *steps, stride)
     arguments = (*arguments, *p.scalars, np.float32(w.scale))

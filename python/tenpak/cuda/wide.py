@@ -22,6 +22,11 @@ SHAPES = (
     (128, ((3, 128, 2), (2, 128, 2))),
     (1 << 31, ((2, 256, 1), (3, 128, 2), (2, 128, 2))),
 )
+#: The same of experts' tiles, by the most tokens of an expert on average.
+OF_EXPERTS = (
+    (64, ((4, 64, 2), (3, 64, 2), (2, 64, 2), (2, 128, 2))),
+    (1 << 31, ((2, 256, 1), (2, 192, 1), (3, 128, 2), (2, 128, 2))),
+)
 #: Tokens of tiles in a last round that is not full (-DNARROW), where others have so many.
 NARROW_OF = 256
 NARROW = (64, 96, 128, 160, 176, 192, 208, 224)
@@ -154,6 +159,20 @@ def choices(
     return tuple(sorted(found, key=lambda choice: choice.cycles))
 
 
+def choice_of_experts(
+    layout: str, stage: int, multiprocessors: int, shared: int, n: int, k: int, m: int, batch: int
+) -> Choice:
+    """The configuration for `m` tokens of `batch` experts in all, which have as many on average; as for `choices`."""
+    mean = _up(m, batch)
+    shapes = next(shapes for most, shapes in OF_EXPERTS if mean <= most)
+    found = []
+    for shape in shapes:
+        tiles = _Tiles(*shape, layout, stage, multiprocessors, shared, n, k, mean, batch)
+        if tiles.forms():
+            found.append(tiles.of_experts(mean))
+    return min(found, key=lambda choice: choice.cycles)
+
+
 class _Tiles:
     """Tiles of one size for a product, and what they would cost in every form that wide.cu has for them."""
 
@@ -201,6 +220,12 @@ class _Tiles:
             return []
         found = [self._whole(), self._cut(), self._narrow(), self._helped(), *map(self._clusters, CLUSTERS)]
         return [choice for choice in found if choice is not None]
+
+    def of_experts(self, mean: int) -> Choice:
+        """Whole or cut; half of each expert's last tile is empty."""
+        count = self.batch * self.lines * (mean / self.tokens + 0.5)
+        cycles = count * (self.steps * self.step_cycles + self.end_cycles) / self.multiprocessors
+        return self._choice(self.multiprocessors, cycles)
 
     def _cycles(self, tokens: int, stage_bytes: int) -> tuple[float, float]:
         """Of a step, and to begin and end a tile, with so many tokens."""
