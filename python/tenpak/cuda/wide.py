@@ -13,14 +13,14 @@ from dataclasses import dataclass
 
 from tenpak.cuda.layouts import LAYOUTS, TABLES, TILE_COLS, TILE_ROWS
 
-#: (GROUPS, the most TOKENS, STEP) by the most tokens of a product that would take them: all fit in registers. As many
-#: tiles as that takes share a product's tokens evenly (`tokens_of_tile`).
+#: (GROUPS, the fewest and the most TOKENS, STEP) by the most tokens of a product that would take them: all fit in
+#: registers. However many tiles that makes share a product's tokens evenly (`tokens_of_tile`).
 SHAPES = (
-    (16, ((3, 16, 2), (2, 16, 2))),
-    (32, ((4, 32, 2), (3, 32, 2), (2, 32, 2), (4, 32, 4), (3, 32, 4))),
-    (64, ((4, 64, 2), (3, 64, 2), (2, 64, 2))),
-    (128, ((3, 128, 2), (2, 128, 2))),
-    (1 << 31, ((2, 256, 1), (3, 128, 2), (2, 128, 2))),
+    (16, ((3, 16, 16, 2), (2, 16, 16, 2))),
+    (32, ((4, 32, 32, 2), (3, 32, 32, 2), (2, 32, 32, 2), (4, 32, 32, 4), (3, 32, 32, 4))),
+    (64, ((4, 64, 64, 2), (3, 64, 64, 2), (2, 64, 64, 2))),
+    (128, ((3, 128, 128, 2), (2, 128, 128, 2))),
+    (1 << 31, ((2, 144, 256, 1), (3, 80, 128, 2), (2, 80, 128, 2))),
 )
 #: The same of experts' tiles, by the most tokens of an expert on average.
 OF_EXPERTS = (
@@ -151,9 +151,9 @@ def choices(
     shapes = next(shapes for most, shapes in SHAPES if m <= most)
     found = [
         choice
-        for groups, most, step in shapes
+        for groups, fewest, most, step in shapes
         # Narrow tiles are made for those of the most.
-        for tokens in sorted({tokens_of_tile(m, most), *((most,) if most == NARROW_OF else ())})
+        for tokens in sorted({tokens_of_tile(m, size) for size in range(fewest, most + 1, 16)} | {most} & {NARROW_OF})
         for choice in _Tiles(groups, tokens, step, layout, stage, multiprocessors, shared, n, k, m, batch).forms()
     ]
     return tuple(sorted(found, key=lambda choice: choice.cycles))
