@@ -30,8 +30,9 @@ TOKENS = "24,40,56,64,72,100,130,160,192,224,256,300,350,400,448,512,600,700,768
 WITHIN = 1.3
 
 
-def forms(layout: str, n: int, k: int, m: int) -> list[tuple[wide.Choice, plans.Plan]]:
-    """The cheapest of each kind, and its plan; the first is the one that is taken."""
+def forms(layout: str, n: int, k: int, m: int) -> list[tuple[str, float | None, plans.Plan]]:
+    """Of each kind the cheapest: its name, its estimated cycles and its plan, the one that is taken first; and tiled.cu,
+    which has none of Hopper's own instructions."""
     here = products.device_of(0)
     found = wide.choices(layout, plans.STAGE_BYTES[layout], here.multiprocessors, here.shared, n, k, m, 1)
     kinds: dict[tuple[Any, ...], tuple[wide.Choice, plans.Plan]] = {}
@@ -40,7 +41,9 @@ def forms(layout: str, n: int, k: int, m: int) -> list[tuple[wide.Choice, plans.
             helped, whole = choice.head > 0, choice.tiles % choice.grid == 0
             kind = (choice.groups, choice.tokens, choice.step, choice.cluster, choice.narrow > 0, helped, whole)
             kinds.setdefault(kind, (choice, plan))
-    return list(kinds.values())
+    named: list[tuple[str, float | None, plans.Plan]]
+    named = [(name_of(choice), choice.cycles, plan) for choice, plan in kinds.values()]
+    return [*named, ("tiled.cu", None, plans.tiled_plan(here, layout, n, k, m))]
 
 
 def name_of(choice: wide.Choice) -> str:
@@ -71,14 +74,14 @@ def measure(layout: str, copies: list[Any], dense: torch.Tensor, m: int) -> list
     wanted = (x @ dense.T).float()
     ring = [copies[i % len(copies)] for i in range(max(len(copies), 8))]
     rows, calls = [], []
-    for choice, plan in forms(layout, n, k, m):
+    for name, cycles, plan in forms(layout, n, k, m):
         kernel = function(plan.source, plan.kernel, plan.defines, 0)
         y.fill_(float("nan"))
         multiply(copies[0], plan, kernel, x, y)
         error = float((y.float() - wanted).norm() / wanted.norm())
         if not error < 2e-3:
-            raise SystemExit(f"{layout} {k}x{n} M={m}, {name_of(choice)}: relative error {error}")
-        rows.append({"layout": layout, "K x N": f"{k}x{n}", "M": m, "form": name_of(choice), "cycles": choice.cycles})
+            raise SystemExit(f"{layout} {k}x{n} M={m}, {name}: relative error {error}")
+        rows.append({"layout": layout, "K x N": f"{k}x{n}", "M": m, "form": name, "cycles": cycles})
         calls.append([partial(multiply, w, plan, kernel, x, y) for w in ring])
     calls.append([partial(torch.mm, x, dense.T, out=y) for _ in ring])
     times: list[list[float]] = [[] for _ in calls]
