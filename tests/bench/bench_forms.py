@@ -31,8 +31,8 @@ WITHIN = 1.3
 
 
 def forms(layout: str, n: int, k: int, m: int) -> list[tuple[str, float | None, plans.Plan]]:
-    """Of each kind the cheapest: its name, its estimated cycles and its plan, the one that is taken first; and tiled.cu,
-    which has none of Hopper's own instructions."""
+    """Of each kind the cheapest: name, estimated cycles and plan, the one that is taken first; and tiled.cu, which has
+    none of Hopper's own instructions."""
     here = products.device_of(0)
     found = wide.choices(layout, plans.STAGE_BYTES[layout], here.multiprocessors, here.shared, n, k, m, 1)
     kinds: dict[tuple[Any, ...], tuple[wide.Choice, plans.Plan]] = {}
