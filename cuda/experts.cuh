@@ -40,4 +40,20 @@ struct Experts {
     }
 };
 
+// The expert that is `nth`, from zero, of those that have tokens, or -1. For all lanes of a warp.
+__device__ __forceinline__ int expert_with_tokens(const int* offsets, int batch, int nth, int lane) {
+#pragma unroll 1
+    for (int first = 0; first < batch; first += LANES) {
+        const int e = first + lane;
+        u32 have = __ballot_sync(~0u, e < batch && offsets[min(e, batch - 1) + 1] > offsets[min(e, batch - 1)]);
+        const int count = __popc(have);
+        if (nth < count) {
+            for (; nth > 0; --nth) have &= have - 1;
+            return first + __ffs(have) - 1;
+        }
+        nth -= count;
+    }
+    return -1;
+}
+
 }  // namespace tenpak

@@ -9,7 +9,7 @@
 // same order, so results repeat) and leaves the counter at zero for the next launch. With -DHEAD=1 it is the strips which are left
 // over that are cut (Walk of ring.cuh), and their parts meet alike.
 //
-// Grid: x strips (persistent), y slices of K, z matrices of a batch. -DWARPS, -DDEPTH, -DCOLUMNS (tiles of 8 tokens),
+// Grid: x strips (persistent), y slices of K, z matrices of a batch, or as many experts as may have tokens. -DWARPS, -DDEPTH, -DCOLUMNS (tiles of 8 tokens),
 // -DBLOCKS (a multiprocessor's blocks, for the register budget), -DENGINE=1 (the copy engine brings weights, and x where
 // it can). With it: -DSTRIPS=2 (what is read of x serves two strips), -DCOPIERS (warps that ask for copies, each for a part: one asks
 // for a copy in 64 cycles or so, whatever its size), -DSHARERS (warps that take a step; groups of them take steps in turn).
@@ -22,6 +22,7 @@
 #define RAW 1
 #endif
 #include "activation.cuh"
+#include "experts.cuh"
 #include "layouts.cuh"
 #include "overlap.cuh"
 #ifndef OVERLAP
@@ -79,8 +80,8 @@ __device__ __forceinline__ void copy_x(const XSlice& from, u32 to, int row_bytes
 
 }  // namespace tenpak
 
-// x [batch, m, k] (FP32 before a norm) with rows of x_stride elements, or, with offsets [batch + 1], all experts' tokens one
-// after another, sorted by expert. y alike with rows of n, or n / 2 if gated. bias [batch, n] or null. slice: tiles of K for
+// x [batch, m, k] (FP32 before a norm) with rows of x_stride elements, or, with offsets [m + 1], all tokens of m experts one after
+// another, sorted by expert. y alike with rows of n, or n / 2 if gated. bias [batch, n] or null. slice: tiles of K for
 // each block, a multiple of four; partial [slots, parts, strips, PARTS, lanes] of Sum (Parts of ring.cuh) and arrived
 // [slots, strips] (of the first strip of each turn) serve slices > 1 and, with -DHEAD, strips that are cut, where there is one
 // slice. norm_weight, norm_bias (or null): FP32 [k], with -DNORM.
@@ -100,7 +101,9 @@ skinny(const unsigned char* codes, const unsigned char* params, const unsigned c
     using namespace tenpak;
     extern __shared__ __align__(128) uint4 dynamic[];
     const int warp = __shfl_sync(~0u, threadIdx.x / LANES, 0), lane = threadIdx.x % LANES;
-    const int matrix = blockIdx.z;
+    // In integers there are no more tokens than one chunk has, and none of experts.
+    const bool grouped = !INTEGER && offsets;
+    const int matrix = grouped ? expert_with_tokens(offsets, m, blockIdx.z, lane) : (int)blockIdx.z;
     const int strips = (n + TILE_ROWS - 1) / TILE_ROWS;
 #if HEAD
     const Walk walk(strips, tiles, slice, wholes, head, step_ratio);
@@ -111,12 +114,10 @@ skinny(const unsigned char* codes, const unsigned char* params, const unsigned c
     auto weight_of = [&] {
         return Weight{codes + matrix * codes_step, params + matrix * params_step, row_params + matrix * row_params_step, tiles, supers};
     };
-    // In integers there are no more tokens than one chunk has, and none of experts.
-    const bool grouped = !INTEGER && offsets;
+    if (OVERLAP) let_next_begin();
+    if (matrix < 0) return;
     const long long begin = grouped ? offsets[matrix] : (long long)matrix * m;
     const int total = grouped ? offsets[matrix + 1] - (int)begin : m;
-    if (OVERLAP) let_next_begin();
-    if (total <= 0) return;
 
     const int row_bytes = Products::row_bytes(slice);
     Sum* sums_of_warps = reinterpret_cast<Sum*>(dynamic);

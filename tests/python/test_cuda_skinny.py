@@ -157,6 +157,10 @@ def test_slices_batches_and_experts(layout, engine):
         check(layout, form, (m, 20, 2112), device=many)
         check(layout, form, (m, 40, 136), batch=3)
     check(layout, form, (21, 40, 136), batch=3, offsets=[0, 2, 2, 21])
+    # Fewer tokens than experts, of whom those that have any are in several words of 32.
+    few = np.zeros(71, int)
+    few[[3, 34, 35, 69]] = 1
+    check(layout, form, (4, 40, 72), batch=70, offsets=np.cumsum(few).tolist())
 
 
 @pytest.mark.parametrize("layout", ["int4_g16_u8", "int4_g32_fp16", "int4_g128_fp16", "int4_lut16"])

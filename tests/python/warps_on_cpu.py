@@ -191,6 +191,14 @@ inline u32 halves(double low, double high) {
 template <bool BRAIN = false> u32 pack(float low, float high) {
     return BRAIN ? to_brain(low) | (u32)to_brain(high) << 16 : halves(low, high);
 }
+inline u32 __ballot_sync(u32, bool x) {
+    auto all = share<1>({(u64)x});
+    u32 found = 0;
+    for (int lane = 0; lane < 32; ++lane) found |= (u32)all[lane][0] << lane;
+    return found;
+}
+inline int __popc(u32 x) { return __builtin_popcount(x); }
+inline int __ffs(u32 x) { return __builtin_ffs(x); }
 inline float power_of_two(float x) { return exp2f(x); }
 template <bool BRAIN> float from_activation(u16 x) { return real<BRAIN>(x, 0); }
 template <bool BRAIN> u16 to_activation(float x) { return (u16)pack<BRAIN>(x, 0.0f); }

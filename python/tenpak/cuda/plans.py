@@ -289,6 +289,8 @@ def skinny_plans(
     """
     strips, tiles, stage = divide_up(n, TILE_ROWS), divide_up(k, TILE_COLS), STAGE_BYTES[layout]
     average = divide_up(m, batch) if grouped else m
+    # Experts that may have tokens: the others have no blocks.
+    matrices = min(batch, m) if grouped else batch
     columns = next((c for c in (1, 2, 4) if average <= 8 * c), 8)
     # Tokens that are multiplied in integers; not experts', of which one may have many.
     most_integer = 0 if layout not in INTEGER or grouped else 2 if layout in TABLES and n * k >= LARGE else 1
@@ -303,8 +305,8 @@ def skinny_plans(
 
     # K goes over several blocks where there are too few rows for all multiprocessors, or x is too large for one.
     slices = 1
-    if strips * batch <= device.multiprocessors:
-        slices = max(1, min(2 * device.multiprocessors // (strips * batch), tiles // 16))
+    if strips * matrices <= device.multiprocessors:
+        slices = max(1, min(2 * device.multiprocessors // (strips * matrices), tiles // 16))
 
     def plan(form: Form, slices: int) -> Plan | None:
         slice_tiles = divide_up(divide_up(tiles, slices), SLICE_TILES) * SLICE_TILES
@@ -314,7 +316,7 @@ def skinny_plans(
         if shared > device.shared or form.blocks * (shared + RESERVED) > device.shared_all:
             return None
         slices, turns = divide_up(tiles, slice_tiles), divide_up(strips, form.strips)
-        per_matrix = max(1, device.multiprocessors * form.blocks // (slices * batch))
+        per_matrix = max(1, device.multiprocessors * form.blocks // (slices * matrices))
         width = min(turns, per_matrix)
         steps = divide_up(tiles, 2 * sharers)
         head = head_steps(turns, width, steps) if heads and form.head and slices == 1 else 0
@@ -352,11 +354,11 @@ def skinny_plans(
             "skinny.cu",
             "skinny",
             defines,
-            (width, slices, batch),
+            (width, slices, matrices),
             (32 * warps,),
             shared,
             (
-                *(int32(m), int32(n), int32(k), int32(tiles), int32(divide_up(k, 256)), int32(slice_tiles)),
+                *(int32(batch if grouped else m), int32(n), int32(k), int32(tiles), int32(divide_up(k, 256)), int32(slice_tiles)),
                 *((int32(wholes), int32(head), np.uint32(divide_up(1 << 32, steps))) if head else ()),
             ),
             slots * parts * cut * form.strips * columns * sum_bytes,

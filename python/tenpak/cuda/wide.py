@@ -9,6 +9,7 @@ clusters, between multiprocessors.
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass
 
 from tenpak.cuda.layouts import LAYOUTS, TABLES, TILE_COLS, TILE_ROWS
@@ -20,12 +21,12 @@ SHAPES = (
     (32, ((4, 32, 32, 2), (3, 32, 32, 2), (2, 32, 32, 2), (4, 32, 32, 4), (3, 32, 32, 4))),
     (64, ((4, 64, 64, 2), (3, 64, 64, 2), (2, 64, 64, 2))),
     (128, ((3, 128, 128, 2), (2, 128, 128, 2))),
-    (1 << 31, ((2, 144, 256, 1), (3, 80, 128, 2), (2, 80, 128, 2))),
+    (1 << 31, ((2, 144, 256, 1), (3, 96, 128, 2), (2, 96, 128, 2))),
 )
-#: The same of experts' tiles, by the most tokens of an expert on average.
+#: (GROUPS, TOKENS, STEP) of experts' tiles, by the most tokens of an expert on average.
 OF_EXPERTS = (
-    (64, ((4, 64, 2), (3, 64, 2), (2, 64, 2), (2, 128, 2))),
-    (1 << 31, ((2, 256, 1), (2, 192, 1), (3, 128, 2), (2, 128, 2))),
+    (64, ((4, 32, 2), (3, 32, 2), (2, 32, 2), (4, 64, 2), (3, 64, 2), (2, 64, 2), (2, 128, 2))),
+    (1 << 31, ((3, 128, 2), (2, 128, 2), (2, 192, 1), (2, 256, 1))),
 )
 #: Tokens of tiles in a last round that is not full (-DNARROW), where others have so many.
 NARROW_OF = 256
@@ -40,21 +41,21 @@ CLUSTERS = {2: 1.0, 3: 0.88, 4: 0.9}
 #: Bytes of tokens of a band of tiles: a third of what L2 holds.
 BAND_BYTES = 17 << 20
 #: Bytes a cycle and multiprocessor: of weights from memory, of sums through L2, of shared memory.
-MEMORY_SPEED, L2_SPEED, SHARED_SPEED = 22.0, 105.0, 128.0
+MEMORY_SPEED, L2_SPEED, SHARED_SPEED = 22.0, 65.0, 128.0
 #: What steps of tiles that are cut take longer, since blocks are at different columns; what more for each MiB that they
 #: read in all, up to as many as L2 has; what weights from memory take longer where there are helpers.
-CUT, CUT_MIB, L2_MIB, HEAD = 1.03, 0.001, 60.0, 1.08
+CUT, CUT_MIB, L2_MIB, HEAD = 1.04, 0.0011, 44.0, 1.07
 #: Cycles to begin and end a tile, to wait for other blocks' sums, to hand them over as a helper, and for those of a
 #: cluster.
-TILE_CYCLES, SHARE_CYCLES, HELPER_CYCLES, CLUSTER_CYCLES = 7000.0, 6000.0, 3450.0, 3000.0
+TILE_CYCLES, SHARE_CYCLES, HELPER_CYCLES, CLUSTER_CYCLES = 4500.0, 5700.0, 3450.0, 3700.0
 #: Cycles of a tile's products with a warpgroup's rows: for each token, of which tensor cores take two; for each byte of
 #: a strip's parameters; for its look-ups.
-TOKEN_CYCLES, PARAM_CYCLES, TABLE_CYCLES = 2.36, 0.06, 200.0
+TOKEN_CYCLES, PARAM_CYCLES, TABLE_CYCLES = 2.13, 0.22, 210.0
 #: What three warpgroups, more of whose work overlaps, take of that.
-THREE_GROUPS = 0.98
+THREE_GROUPS = 0.965
 #: Cycles of each step beside those, and of each strip's step of two tiles, by code or in tables: what takes small tiles
 #: their time.
-STEP_CYCLES, STRIP_CYCLES, TABLE_STRIP_CYCLES = 190.0, 53.0, 180.0
+STEP_CYCLES, STRIP_CYCLES, TABLE_STRIP_CYCLES = 230.0, 46.0, 175.0
 
 
 @dataclass(frozen=True)
@@ -154,6 +155,7 @@ def choices(
         for groups, fewest, most, step in shapes
         # Narrow tiles are made for those of the most.
         for tokens in sorted({tokens_of_tile(m, size) for size in range(fewest, most + 1, 16)} | {most} & {NARROW_OF})
+        if tokens >= min(fewest, tokens_of_tile(m, most))
         for choice in _Tiles(groups, tokens, step, layout, stage, multiprocessors, shared, n, k, m, batch).forms()
     ]
     return tuple(sorted(found, key=lambda choice: choice.cycles))
@@ -162,14 +164,10 @@ def choices(
 def choice_of_experts(
     layout: str, stage: int, multiprocessors: int, shared: int, n: int, k: int, m: int, batch: int
 ) -> Choice:
-    """The configuration for `m` tokens of `batch` experts in all, which have as many on average; as for `choices`."""
-    mean = _up(m, batch)
-    shapes = next(shapes for most, shapes in OF_EXPERTS if mean <= most)
-    found = []
-    for shape in shapes:
-        tiles = _Tiles(*shape, layout, stage, multiprocessors, shared, n, k, mean, batch)
-        if tiles.forms():
-            found.append(tiles.of_experts(mean))
+    """The configuration for `m` tokens of `batch` experts in all, which take them at random; as for `choices`."""
+    about = (layout, stage, multiprocessors, shared, n, k, _up(m, batch), batch)
+    shapes = next(shapes for most, shapes in OF_EXPERTS if m / batch <= most)
+    found = [tiles.of_experts(m / batch) for shape in shapes if (tiles := _Tiles(*shape, *about)).fit]
     return min(found, key=lambda choice: choice.cycles)
 
 
@@ -214,18 +212,22 @@ class _Tiles:
         self.tile_cycles = self.steps * self.step_cycles + self.end_cycles
         self.sum_cycles = self.rows * tokens * 4 / L2_SPEED
 
+    @property
+    def fit(self) -> bool:
+        """Whether shared memory is large enough."""
+        return self.stages >= (3 if self.step == 4 else 2)
+
     def forms(self) -> list[Choice]:
-        """Those that there are, if shared memory is large enough."""
-        if self.stages < (3 if self.step == 4 else 2):
+        """Those that there are, if they fit."""
+        if not self.fit:
             return []
         found = [self._whole(), self._cut(), self._narrow(), self._helped(), *map(self._clusters, CLUSTERS)]
         return [choice for choice in found if choice is not None]
 
     def of_experts(self, mean: int) -> Choice:
-        """Whole or cut; half of each expert's last tile is empty."""
-        count = self.batch * self.lines * (mean / self.tokens + 0.5)
-        cycles = count * (self.steps * self.step_cycles + self.end_cycles) / self.multiprocessors
-        return self._choice(self.multiprocessors, cycles)
+        """Whole or cut, for `mean` tokens of an expert: half of the last tile of each that has any is empty."""
+        count = self.batch * (1 - math.exp(-mean)) * self.lines * max(1.0, mean / self.tokens + 0.5)
+        return self._choice(self.multiprocessors, self.tile_cycles * max(count / self.multiprocessors, 1 / self.steps))
 
     def _cycles(self, tokens: int, stage_bytes: int) -> tuple[float, float]:
         """Of a step, and to begin and end a tile, with so many tokens."""
