@@ -40,20 +40,36 @@ struct Experts {
     }
 };
 
-// The expert that is `nth`, from zero, of those that have tokens, or -1. For all lanes of a warp.
-__device__ __forceinline__ int expert_with_tokens(const int* offsets, int batch, int nth, int lane) {
-#pragma unroll 1
-    for (int first = 0; first < batch; first += LANES) {
-        const int e = first + lane;
-        u32 have = __ballot_sync(~0u, e < batch && offsets[min(e, batch - 1) + 1] > offsets[min(e, batch - 1)]);
-        const int count = __popc(have);
-        if (nth < count) {
-            for (; nth > 0; --nth) have &= have - 1;
-            return first + __ffs(have) - 1;
-        }
-        nth -= count;
-    }
-    return -1;
+// Those of 32 experts from `first` on that have tokens, a bit each. For all lanes of a warp, as what follows.
+__device__ __forceinline__ u32 experts_with_tokens(const int* offsets, int batch, int first, int lane) {
+    const int e = min(first + lane, batch - 1);
+    return __ballot_sync(~0u, first + lane < batch && offsets[e + 1] > offsets[e]);
 }
+
+// A block's expert, and which of as many of its blocks it is: those that have tokens share `blocks` of a grid as evenly as they can.
+struct ShareOfExpert {
+    int expert = -1, first = 0, every = 1;  // no expert, if none has tokens
+
+    __device__ __forceinline__ ShareOfExpert(const int* offsets, int batch, u32 block, u32 blocks, int lane) {
+        u32 experts = 0;
+#pragma unroll 1
+        for (int e = 0; e < batch; e += LANES) experts += __popc(experts_with_tokens(offsets, batch, e, lane));
+        if (experts == 0) return;
+        first = block / experts;
+        int nth = block - first * experts;
+        every = (blocks - nth + experts - 1) / experts;
+#pragma unroll 1
+        for (int e = 0;; e += LANES) {
+            u32 have = experts_with_tokens(offsets, batch, e, lane);
+            if (nth >= __popc(have)) {
+                nth -= __popc(have);
+                continue;
+            }
+            for (; nth > 0; --nth) have &= have - 1;
+            expert = e + __ffs(have) - 1;
+            return;
+        }
+    }
+};
 
 }  // namespace tenpak

@@ -101,14 +101,22 @@ skinny(const unsigned char* codes, const unsigned char* params, const unsigned c
     using namespace tenpak;
     extern __shared__ __align__(128) uint4 dynamic[];
     const int warp = __shfl_sync(~0u, threadIdx.x / LANES, 0), lane = threadIdx.x % LANES;
-    // In integers there are no more tokens than one chunk has, and none of experts.
-    const bool grouped = !INTEGER && offsets;
-    const int matrix = grouped ? expert_with_tokens(offsets, m, blockIdx.z, lane) : (int)blockIdx.z;
+    int matrix = blockIdx.z;
     const int strips = (n + TILE_ROWS - 1) / TILE_ROWS;
 #if HEAD
     const Walk walk(strips, tiles, slice, wholes, head, step_ratio);
 #else
-    const Walk walk(strips, tiles, slice);
+    Walk walk(strips, tiles, slice);
+#endif
+    // In integers there are no more tokens than one chunk has, and none of experts; nor are those' strips cut.
+    const bool grouped = !INTEGER && !HEAD && offsets;
+#if !INTEGER && !HEAD
+    if (grouped) {
+        const ShareOfExpert share(offsets, m, blockIdx.z * gridDim.x + blockIdx.x, gridDim.z * gridDim.x, lane);
+        matrix = share.expert;
+        walk.first = share.first;
+        walk.every = share.every;
+    }
 #endif
     // Each role makes its own, for what a launch begins with takes time by its instructions.
     auto weight_of = [&] {

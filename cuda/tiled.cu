@@ -70,7 +70,6 @@ struct Cursor {
     Place at;
 
     __device__ __forceinline__ Cursor(u64 begin, u64 end, int steps, const Tiles& tiles) : unit(begin), end(end) {
-        if (begin == end) return;
         tile = (u32)(begin / steps);
         step = (int)(begin - (u64)tile * steps);
         at = Place(tile, tiles);
@@ -231,10 +230,12 @@ tiled(const unsigned char* codes, const unsigned char* params, const unsigned ch
         tiles.experts = Experts(batch, offsets, row_tiles, TOKENS, reinterpret_cast<u32*>(stages + STAGES * BYTES_OF_STAGE), THREADS);
     const int strips = (n + TILE_ROWS - 1) / TILE_ROWS, steps = (tiles_of_k + STEP - 1) / STEP;
     const u64 units = (u64)tiles.count(batch) * steps;
-    const u32 share = gridDim.x - 1 - blockIdx.x;
-    auto begin_of = [&](u32 share) { return share * units / gridDim.x; };
+    // Experts may have fewer units than there are blocks.
+    const u32 blocks = min((u64)gridDim.x, units);
+    if (blockIdx.x >= blocks) return;
+    const u32 share = blocks - 1 - blockIdx.x;
+    auto begin_of = [&](u32 share) { return share * units / blocks; };
     const u64 begin = begin_of(share), end = begin_of(share + 1);
-    if (begin == end) return;
     auto weight = [&](int matrix) {
         return Weight{codes + matrix * codes_step, params + matrix * params_step, row_params + matrix * row_params_step, tiles_of_k, supers};
     };

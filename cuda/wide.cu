@@ -76,11 +76,16 @@ struct Schedule {
     u32 shares, each, more;  // units of a share, and how many of the shares have one more
     u32 unit, end;     // what is left of this block's share of those; where there are helpers, of this one's tiles
     u32 whole;         // the next tile that is this block's alone
+    u32 fewer;         // blocks, where experts have fewer units than there are blocks
 
+    __device__ __forceinline__ u32 blocks() const { return GROUPED ? fewer : gridDim.x; }
     __device__ __forceinline__ Schedule(u32 tiles, int steps, int head) : steps(steps), head(head), tiles(tiles) {
         share = blockIdx.x;
         unit = end = 0;
-        if (CLUSTER > 1 || NARROW) {
+        fewer = min(gridDim.x, tiles * steps);
+        if (GROUPED && blockIdx.x >= fewer) {
+            whole = tiles;
+        } else if (CLUSTER > 1 || NARROW) {
             whole = share / CLUSTER;
         } else if (head) {
             const u32 helpers = gridDim.x - tiles;
@@ -90,11 +95,11 @@ struct Schedule {
                 whole = tiles;
             }
         } else {
-            const u32 rest = tiles < gridDim.x ? tiles : tiles % gridDim.x;
-            shared_tiles = rest == tiles || rest == 0 ? rest : rest + gridDim.x;
-            share = gridDim.x - 1 - blockIdx.x;
+            const u32 rest = tiles < blocks() ? tiles : tiles % blocks();
+            shared_tiles = rest == tiles || rest == 0 ? rest : rest + blocks();
+            share = blocks() - 1 - blockIdx.x;
             whole = shared_tiles + blockIdx.x;
-            if (shared_tiles) divide(shared_tiles * steps, gridDim.x);
+            if (shared_tiles) divide(shared_tiles * steps, blocks());
         }
     }
     // So evenly that where tiles are those of as many shares, no share has parts of two.
@@ -131,7 +136,7 @@ struct Schedule {
         }
         if (whole >= tiles) return false;
         segment = {whole, 0, head ? head : steps};
-        whole += gridDim.x;
+        whole += blocks();
         if constexpr (CLUSTER > 1) {
             const int rank = share % CLUSTER;
             segment.first = steps * rank / CLUSTER;

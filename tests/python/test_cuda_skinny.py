@@ -146,6 +146,8 @@ def test_tiles_of_experts(layout):
     check(layout, "tiled", (200, 280, 200), batch=5, offsets=[0, 0, 70, 70, 200, 200])
     check(layout, "tiled", (300, 40, 136), batch=2, offsets=[0, 1, 300], device=TINY, bf16=True)
     check(layout, "tiled", (129, 40, 64), batch=1, offsets=[0, 129])
+    # Fewer steps than blocks.
+    check(layout, "tiled", (36, 40, 200), batch=9, offsets=[0] * 5 + [36] * 5, device=plans.Device(40, 225 << 10, 228 << 10, 90))
 
 
 @pytest.mark.parametrize("layout", ["int4_g32_fp16", "int4_lut16"])
@@ -158,9 +160,10 @@ def test_slices_batches_and_experts(layout, engine):
         check(layout, form, (m, 40, 136), batch=3)
     check(layout, form, (21, 40, 136), batch=3, offsets=[0, 2, 2, 21])
     # Fewer tokens than experts, of whom those that have any are in several words of 32.
-    few = np.zeros(71, int)
-    few[[3, 34, 35, 69]] = 1
-    check(layout, form, (4, 40, 72), batch=70, offsets=np.cumsum(few).tolist())
+    for experts in ([3, 34, 35, 69], [3, 69, 69, 69]):
+        offsets = np.searchsorted(experts, np.arange(71)).tolist()
+        check(layout, form, (4, 100, 72), batch=70, offsets=offsets)
+        check(layout, form, (4, 100, 72), batch=70, offsets=offsets, device=many)
 
 
 @pytest.mark.parametrize("layout", ["int4_g16_u8", "int4_g32_fp16", "int4_g128_fp16", "int4_lut16"])

@@ -195,6 +195,8 @@ def test_experts(layout):
         check(layout, (100, 150, 200), grid, batch=5, offsets=[0, 0, 35, 35, 100, 100], **SMALL)
     check(layout, (70, 299, 328), 4, batch=2, bf16=1, offsets=[0, 1, 70], **{**SMALL, "TOKENS": 48, "STEP": 2})
     check(layout, (17, 40, 64), 2, batch=1, offsets=[0, 17], **SMALL)
+    # Fewer steps than blocks.
+    check(layout, (30, 150, 200), 21, batch=4, offsets=[0, 0, 30, 30, 30], **SMALL)
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,6 @@ from tenpak.cuda.plans import (
     RESERVED,
     ROWS_FROM,
     ROWS_FROM_LARGE,
-    TILED_FROM,
     Device,
     Fused,
     cache_defines,
@@ -175,7 +174,7 @@ def _plans(
             for m in range(1, min(dense_from(layout, here.hopper, False), 130)):
                 plan = choose(here, layout, n, k, m, bf16=bf16)
                 yield plan.source, plan.defines
-            for m in (TILED_FROM, 65, 200, 300) if here.hopper else (TILED_FROM, 65):
+            for m in (1, 8, 20, 40, 100, 500):
                 for in_boxes in {here.hopper, False}:
                     plan = choose(here, layout, n, k, m, bf16=bf16, grouped=True, in_boxes=in_boxes)
                     yield plan.source, plan.defines

@@ -12,6 +12,7 @@ tuned at run time.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -158,6 +159,8 @@ def divide_up(a: int, b: int) -> int:
 
 #: Tokens, or those of an expert on average, from which `tiled` is faster than `skinny`.
 TILED_FROM = 33
+#: Tokens of an expert on average beyond which `wide` is faster than `skinny`.
+WIDE_EXPERTS = 2
 #: More tokens than a product may have.
 NEVER = 1 << 31
 
@@ -165,9 +168,9 @@ NEVER = 1 << 31
 def dense_from(layout: str, hopper: bool, in_boxes: bool) -> int:
     """Tokens from which unpacking the weight for cuBLAS is faster; `in_boxes`: the copy engine can read x."""
     if not hopper:
-        return 1024
-    if not in_boxes:
         return 512
+    if not in_boxes:
+        return 256
     return 8192 if layout in TABLES else NEVER
 
 
@@ -289,9 +292,11 @@ def skinny_plans(
     """
     strips, tiles, stage = divide_up(n, TILE_ROWS), divide_up(k, TILE_COLS), STAGE_BYTES[layout]
     average = divide_up(m, batch) if grouped else m
-    # Experts that may have tokens: the others have no blocks.
+    # An expert has by chance more: nearly none more than three times the deviation, which would read its weights again.
+    most = m / batch + 3 * math.sqrt(m / batch) if grouped else m
+    # Experts that may have tokens share the blocks.
     matrices = min(batch, m) if grouped else batch
-    columns = next((c for c in (1, 2, 4) if average <= 8 * c), 8)
+    columns = next((c for c in (1, 2, 4) if most <= 8 * c), 8)
     # Tokens that are multiplied in integers; not experts', of which one may have many.
     most_integer = 0 if layout not in INTEGER or grouped else 2 if layout in TABLES and n * k >= LARGE else 1
     integer = m if m <= most_integer else 0
@@ -319,7 +324,7 @@ def skinny_plans(
         per_matrix = max(1, device.multiprocessors * form.blocks // (slices * matrices))
         width = min(turns, per_matrix)
         steps = divide_up(tiles, 2 * sharers)
-        head = head_steps(turns, width, steps) if heads and form.head and slices == 1 else 0
+        head = head_steps(turns, width, steps) if heads and form.head and slices == 1 and not grouped else 0
         if form.even:
             width = divide_up(turns, divide_up(turns, width))
         defines = {
@@ -548,9 +553,9 @@ def choose(
     few = m <= FEW or (m < WIDE_FROM and 32 * k <= 160 << 10 and n * k < LARGE)
     if device.hopper and in_boxes and not grouped and not few:
         return wide_plans(device, layout, n, k, m, batch, bf16)[0]
+    if grouped and device.hopper and in_boxes and m > WIDE_EXPERTS * batch:
+        return experts_plan(device, layout, n, k, m, batch, bf16)
     if fused == PLAIN and (divide_up(m, batch) if grouped else m) >= TILED_FROM:
-        if device.hopper and in_boxes and grouped:
-            return experts_plan(device, layout, n, k, m, batch, bf16)
         return tiled_plan(device, layout, n, k, m, batch, bf16, grouped)
     return skinny_plans(device, layout, n, k, m, batch, bf16, grouped, fused, heads)[0]
 

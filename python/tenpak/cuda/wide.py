@@ -25,8 +25,11 @@ SHAPES = (
 )
 #: (GROUPS, TOKENS, STEP) of experts' tiles, by the most tokens of an expert on average.
 OF_EXPERTS = (
-    (64, ((4, 32, 2), (3, 32, 2), (2, 32, 2), (4, 64, 2), (3, 64, 2), (2, 64, 2), (2, 128, 2))),
-    (1 << 31, ((3, 128, 2), (2, 128, 2), (2, 192, 1), (2, 256, 1))),
+    (10, ((4, 16, 2), (3, 16, 2), (2, 16, 2))),
+    (24, ((4, 32, 2), (3, 32, 2), (2, 32, 2))),
+    (48, ((4, 64, 2), (3, 64, 2), (2, 64, 2))),
+    (400, ((3, 96, 2), (2, 96, 2))),
+    (1 << 31, ((3, 128, 2), (2, 128, 2), (2, 256, 1))),
 )
 #: Tokens of tiles in a last round that is not full (-DNARROW), where others have so many.
 NARROW_OF = 256
