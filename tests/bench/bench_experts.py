@@ -10,6 +10,7 @@ over replays of a CUDA graph. What `grouped_matmul` takes is marked; results/exp
 from __future__ import annotations
 
 import argparse
+import itertools
 import statistics
 from functools import partial
 from typing import Any
@@ -42,10 +43,11 @@ def kernels(layout: str, n: int, k: int, m: int, batch: int) -> dict[str, plans.
     here = products.device_of(0)
     taken = plans.choose(here, layout, n, k, m, batch, grouped=True, in_boxes=True)
     found = {
-        taken.kernel: taken,
-        "skinny": plans.skinny_plans(here, layout, n, k, m, batch, False, True, plans.PLAIN)[0],
+        "skinny": plans.skinny_plans(here, layout, n, k, m, batch, False, True)[0],
         "tiled": plans.tiled_plan(here, layout, n, k, m, batch, grouped=True),
     }
+    if m > 32 * batch:  # It reads the weights for each few tokens of an expert again.
+        del found["skinny"]
     if here.hopper:
         found["wide"] = plans.experts_plan(here, layout, n, k, m, batch, False)
     return {taken.kernel: taken, **found}
@@ -59,6 +61,34 @@ def multiply(w: Any, plan: plans.Plan, kernel: Any, x: torch.Tensor, y: torch.Te
     products.run((plan, kernel), w, *addresses, m, k, bf16=False, stream=stream, offsets=offsets.data_ptr())
 
 
+def measure(weight: Any, layout: str, dense: torch.Tensor, chosen: Any) -> dict[str, Any]:
+    """Microseconds of each kernel and of PyTorch's for tokens of the experts `chosen`, one a token and sorted."""
+    batch, n, k = dense.shape
+    m = len(chosen)
+    ends = np.cumsum(np.bincount(chosen, minlength=batch))
+    offsets = torch.from_numpy(np.concatenate([[0], ends]).astype(np.int32)).cuda()
+    x = torch.randn(m, k, device="cuda", dtype=torch.float16)
+    y = torch.empty(m, n, device="cuda", dtype=torch.float16)
+    parts = zip(x.split(np.diff(ends, prepend=0).tolist()), dense, strict=True)
+    wanted = torch.cat([tokens.float() @ matrix.float().T for tokens, matrix in parts])
+    brain, matrices = x.bfloat16(), dense.bfloat16().transpose(1, 2)
+    row: dict[str, Any] = {
+        "BF16 us": graph_us([partial(torch._grouped_mm, brain, matrices, offs=offsets[1:])] * 8, replays=5)
+    }
+    found = kernels(layout, n, k, m, batch)
+    row["taken"] = next(iter(found))
+    for name, plan in found.items():
+        kernel = function(plan.source, plan.kernel, plan.defines, 0)
+        y.fill_(float("nan"))
+        multiply(weight, plan, kernel, x, y, offsets)
+        error = float((y.float() - wanted).norm() / wanted.norm())
+        if not error < 2e-3:
+            raise SystemExit(f"{layout} {k}x{n}, {m} tokens of {batch} experts, {name}: relative error {error}")
+        calls = [partial(multiply, weight, plan, kernel, x, y, offsets)] * 8
+        row[f"{name} us"] = statistics.median(graph_us(calls, replays=5) for _ in range(3))
+    return row
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layouts", default="int4_g32_fp16")
@@ -67,50 +97,27 @@ def main() -> None:
     args = parser.parse_args()
     rows: list[dict[str, Any]] = []
     random = np.random.default_rng(1)
-    for layout in args.layouts.split(","):
-        for model, (batch, of_token, shapes) in MODELS.items():
-            if not any(name in model for name in args.models.split(",")):
-                continue
-            for n, k in shapes:
-                weight = experts(layout, n, k, batch)
-                dense = torch.empty((batch, n, k), device="cuda", dtype=torch.float16)
-                stream = cupy.cuda.get_current_stream()
-                for i in range(batch):
-                    products.unpack(weight, cupy.asarray(dense[i]), False, stream, i)
-                stream.synchronize()
-                brain = dense.bfloat16().transpose(1, 2)
-                for count in map(int, args.tokens.split(",")):
-                    chosen = np.concatenate([random.permutation(batch)[:of_token] for _ in range(count)])
-                    ends = np.cumsum(np.bincount(chosen, minlength=batch)).astype(np.int32)
-                    offsets = torch.from_numpy(np.concatenate([[0], ends]).astype(np.int32)).cuda()
-                    m = count * of_token
-                    x = torch.randn(m, k, device="cuda", dtype=torch.float16)
-                    y = torch.empty(m, n, device="cuda", dtype=torch.float16)
-                    parts = [
-                        x[a:b].float() @ dense[i].float().T
-                        for i, (a, b) in enumerate(zip([0, *ends], ends, strict=False))
-                    ]
-                    wanted = torch.cat(parts)
-                    brains = graph_us([partial(torch._grouped_mm, x.bfloat16(), brain, offs=offsets[1:])] * 8, replays=5)
-                    row: dict[str, Any] = {"layout": layout, "model": model, "K x N": f"{k}x{n}", "tokens": count}
-                    plans_of = kernels(layout, n, k, m, batch)
-                    row |= {"taken": next(iter(plans_of)), "BF16 us": brains}
-                    for name, plan in plans_of.items():
-                        kernel = function(plan.source, plan.kernel, plan.defines, 0)
-                        y.fill_(float("nan"))
-                        multiply(weight, plan, kernel, x, y, offsets)
-                        error = float((y.float() - wanted).norm() / wanted.norm())
-                        if not error < 2e-3:
-                            raise SystemExit(
-                                f"{layout} {model} {k}x{n}, {count} tokens, {name}: relative error {error}"
-                            )
-                        calls = [partial(multiply, weight, plan, kernel, x, y, offsets)] * 8
-                        row[f"{name} us"] = statistics.median(graph_us(calls, replays=5) for _ in range(3))
-                    rows.append(row)
-                    print(
-                        {key: round(value, 1) if isinstance(value, float) else value for key, value in row.items()},
-                        flush=True,
-                    )
+    models = [model for model in MODELS if any(name in model for name in args.models.split(","))]
+    for layout, model in itertools.product(args.layouts.split(","), models):
+        batch, of_token, shapes = MODELS[model]
+        for n, k in shapes:
+            weight = experts(layout, n, k, batch)
+            dense = torch.empty((batch, n, k), device="cuda", dtype=torch.float16)
+            stream = cupy.cuda.get_current_stream()
+            for i in range(batch):
+                products.unpack(weight, cupy.asarray(dense[i]), False, stream, i)
+            stream.synchronize()
+            for count in map(int, args.tokens.split(",")):
+                chosen = np.sort(np.concatenate([random.permutation(batch)[:of_token] for _ in range(count)]))
+                row = {"layout": layout, "model": model, "K x N": f"{k}x{n}", "tokens": count}
+                row["experts"] = len(np.unique(chosen))
+                row |= measure(weight, layout, dense, chosen)
+                rows.append(row)
+                times = ", ".join(f"{name[:-3]} {us:.1f}" for name, us in row.items() if name.endswith(" us"))
+                print(
+                    f"{model} {k}x{n}, {count} tokens, {row['experts']} experts: {row['taken']} of {times} us",
+                    flush=True,
+                )
     notes = [f"{torch.cuda.get_device_name()}, torch {torch.__version__}, CuPy {cupy.__version__}"]
     report("experts", machine(*installed("tenpak", "torch", "cupy-cuda12x", "cupy-cuda13x")), rows, notes)
 

@@ -295,8 +295,8 @@ def test_batches_and_experts(cupy, layout, dtype):
     for m in (1, 12, 100, 600):
         x = activations(cupy, batch, m, k, dtype=dtype)
         assert error(matmul(x, w, bias), exact(x, w, bias)) < TOLERANCE[dtype], m
-    # Experts without tokens, and with most of them; few tokens, and so many that they are multiplied in tiles; and those
-    # that the copy engine cannot read.
+    # Experts without tokens, and with most of them; few tokens, and so many that they are multiplied in tiles; and
+    # those that the copy engine cannot read.
     for ends, beside in product(([0, 0, 2, 2, 3, 7], [0, 3, 3, 90, 91, 97], [0, 0, 1, 301, 302, 400]), (0, 1)):
         offsets, count = np.array(ends, np.int32), ends[-1]
         x = activations(cupy, count, k + beside, dtype=dtype)[:, beside:]

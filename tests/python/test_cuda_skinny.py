@@ -147,7 +147,8 @@ def test_tiles_of_experts(layout):
     check(layout, "tiled", (300, 40, 136), batch=2, offsets=[0, 1, 300], device=TINY, bf16=True)
     check(layout, "tiled", (129, 40, 64), batch=1, offsets=[0, 129])
     # Fewer steps than blocks.
-    check(layout, "tiled", (36, 40, 200), batch=9, offsets=[0] * 5 + [36] * 5, device=plans.Device(40, 225 << 10, 228 << 10, 90))
+    many = plans.Device(40, 225 << 10, 228 << 10, 90)
+    check(layout, "tiled", (36, 40, 200), batch=9, offsets=[0] * 5 + [36] * 5, device=many)
 
 
 @pytest.mark.parametrize("layout", ["int4_g32_fp16", "int4_lut16"])

@@ -363,7 +363,8 @@ def skinny_plans(
             (32 * warps,),
             shared,
             (
-                *(int32(batch if grouped else m), int32(n), int32(k), int32(tiles), int32(divide_up(k, 256)), int32(slice_tiles)),
+                *(int32(batch if grouped else m), int32(n), int32(k)),
+                *(int32(tiles), int32(divide_up(k, 256)), int32(slice_tiles)),
                 *((int32(wholes), int32(head), np.uint32(divide_up(1 << 32, steps))) if head else ()),
             ),
             slots * parts * cut * form.strips * columns * sum_bytes,
