@@ -168,10 +168,13 @@ def choice_of_experts(
     layout: str, stage: int, multiprocessors: int, shared: int, n: int, k: int, m: int, batch: int
 ) -> Choice:
     """The configuration for `m` tokens of `batch` experts in all, which take them at random; as for `choices`."""
-    about = (layout, stage, multiprocessors, shared, n, k, _up(m, batch), batch)
-    shapes = next(shapes for most, shapes in OF_EXPERTS if m / batch <= most)
-    found = [tiles.of_experts(m / batch) for shape in shapes if (tiles := _Tiles(*shape, *about)).fit]
-    return min(found, key=lambda choice: choice.cycles)
+    mean = m / batch
+    shapes = next(shapes for most, shapes in OF_EXPERTS if mean <= most)
+    every = [
+        _Tiles(groups, tokens, step, layout, stage, multiprocessors, shared, n, k, math.ceil(mean), batch)
+        for groups, tokens, step in shapes
+    ]
+    return min((tiles.of_experts(mean) for tiles in every if tiles.fit), key=lambda choice: choice.cycles)
 
 
 class _Tiles:
@@ -227,7 +230,7 @@ class _Tiles:
         found = [self._whole(), self._cut(), self._narrow(), self._helped(), *map(self._clusters, CLUSTERS)]
         return [choice for choice in found if choice is not None]
 
-    def of_experts(self, mean: int) -> Choice:
+    def of_experts(self, mean: float) -> Choice:
         """Whole or cut, for `mean` tokens of an expert: half of the last tile of each that has any is empty."""
         count = self.batch * (1 - math.exp(-mean)) * self.lines * max(1.0, mean / self.tokens + 0.5)
         return self._choice(self.multiprocessors, self.tile_cycles * max(count / self.multiprocessors, 1 / self.steps))
