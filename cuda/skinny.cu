@@ -46,7 +46,7 @@
 namespace tenpak {
 
 // Strips (or pairs of strips) whose sums are in shared memory at a time, each with a warp that adds them.
-constexpr int BUFFERS = COLUMNS <= 2 ? 2 : 1;
+constexpr int BUFFERS = 2;
 // Warps: those that multiply, those that add, and those that ask for copies.
 constexpr int FIRST_COPIER = WARPS + BUFFERS, ALL_WARPS = FIRST_COPIER + ENGINE * COPIERS;
 // Tiles of sums, of a strip's 16 rows by eight tokens each.

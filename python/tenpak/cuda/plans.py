@@ -7,6 +7,7 @@ tuned at run time.
   from `ROWS_FROM` tokens on `rows`, whose blocks have more rows for what they read of x;
 - more on Hopper: `wide`, whose tokens the copy engine brings, on the tensor cores' warpgroup instructions;
 - more elsewhere, and where the copy engine cannot bring them: `tiled`;
+- of experts few by `skinny`, whose blocks those with tokens share, and more by `wide` or `tiled`;
 - `dense_from` tokens and more, where neither is faster: the weight is unpacked, a part at a time, for cuBLAS.
 """
 
@@ -47,7 +48,7 @@ ROWS_FROM = 2
 #: The same for weights from `LARGE` on, and for those of them that have the most bytes.
 ROWS_FROM_LARGE, ROWS_FROM_LARGEST = 5, 9
 LARGEST = frozenset({"int4_g8_fp16", "int4_g16_fp16", "int4_g32_fp16", "int8_sym"})
-#: Tokens from which `wide` is faster than what is for fewer.
+#: Tokens from which `wide`, or elsewhere `tiled`, is faster than what is for fewer.
 WIDE_FROM = 17
 #: Weights from which more tiles in flight pay for the shared memory they take.
 LARGE = 100_000_000
@@ -157,10 +158,8 @@ def divide_up(a: int, b: int) -> int:
     return -(-a // b)
 
 
-#: Tokens, or those of an expert on average, from which `tiled` is faster than `skinny`.
-TILED_FROM = 33
-#: Tokens of an expert on average beyond which `wide` is faster than `skinny`.
-WIDE_EXPERTS = 2
+#: Tokens of an expert on average beyond which `wide`, or elsewhere `tiled`, is faster than `skinny`.
+WIDE_EXPERTS, TILED_EXPERTS = 2, 4
 #: More tokens than a product may have.
 NEVER = 1 << 31
 
@@ -216,7 +215,7 @@ def _forms(device: Device, layout: str, n: int, k: int, m: int, integer: int, ov
         forms.insert(0, Form(16, 2, 1))
     elif m > 2 and not large and not tables:
         forms[:0] = [Form(12, 3, 1), Form(12, 2, 1)]
-    if not device.hopper or m > 16:
+    if not device.hopper:
         return forms
 
     def engine(
@@ -254,6 +253,8 @@ def _forms(device: Device, layout: str, n: int, k: int, m: int, integer: int, ov
     return forms
 
 
+#: Strips whose sums a block of `skinny` adds at a time, each by a warp.
+BUFFERS = 2
 #: Tiles that a slice of K is a multiple of: those of a super-scale of `TABLES`.
 SLICE_TILES = 4
 
@@ -296,15 +297,13 @@ def skinny_plans(
     most = m / batch + 3 * math.sqrt(m / batch) if grouped else m
     # Experts that may have tokens share the blocks.
     matrices = min(batch, m) if grouped else batch
-    columns = next((c for c in (1, 2, 4) if most <= 8 * c), 8)
+    columns = 1 if most <= 8 else 2
     # Tokens that are multiplied in integers; not experts', of which one may have many.
     most_integer = 0 if layout not in INTEGER or grouped else 2 if layout in TABLES and n * k >= LARGE else 1
     integer = m if m <= most_integer else 0
     chunk = integer or 8 * columns
     at_once = min(chunk, m)
 
-    # Strips whose sums a block adds at a time, each by a warp (BUFFERS of cuda/skinny.cu).
-    buffers = 2 if columns <= 2 else 1
     # Of a warp's sums of up to eight tokens (Sum of cuda/integers.cuh and cuda/halves.cuh).
     sum_bytes = 32 * (8 if integer else 16)
 
@@ -316,7 +315,7 @@ def skinny_plans(
     def plan(form: Form, slices: int) -> Plan | None:
         slice_tiles = divide_up(divide_up(tiles, slices), SLICE_TILES) * SLICE_TILES
         sharers = form.sharers or form.warps
-        shared = form.strips * (buffers * form.warps * columns * sum_bytes + sharers * form.depth * stage)
+        shared = form.strips * (BUFFERS * form.warps * columns * sum_bytes + sharers * form.depth * stage)
         shared += at_once * x_row_bytes(layout, integer, slice_tiles)
         if shared > device.shared or form.blocks * (shared + RESERVED) > device.shared_all:
             return None
@@ -353,7 +352,7 @@ def skinny_plans(
         # Slots of partial sums: one for each chunk of tokens of each matrix.
         slots = (m // chunk + batch if grouped else batch * divide_up(m, chunk) + batch) if parts > 1 else 0
         # Those that multiply, that add, and one that asks for copies.
-        warps = form.warps + buffers + form.engine * form.copiers
+        warps = form.warps + BUFFERS + form.engine * form.copiers
         int32 = np.int32
         return Plan(
             "skinny.cu",
@@ -436,9 +435,8 @@ def tiled_plan(
     device: Device, layout: str, n: int, k: int, m: int, batch: int = 1, bf16: bool = False, grouped: bool = False
 ) -> Plan:
     """The configuration of `tiled` for a product of `m` tokens, or with `grouped` of as many for all experts."""
-    # As registers allow: fewer tokens for more rows. An expert's tokens are not known here, but how many they may be.
-    most = 64 if (divide_up(m, batch) if grouped else m) <= 64 else 128
-    tokens = most if grouped else wide.tokens_of_tile(m, most)
+    tokens = wide.tokens_of_experts(m, batch) if grouped else wide.tokens_of_tile(m, 64 if m <= 64 else 128)
+    # As registers allow: fewer tokens for more rows.
     warps, strips = (4, 4) if tokens <= 64 else (8, 2)
     rows = 16 * warps * strips
     room = 4 * (2 * batch + 1) if grouped else 0
@@ -556,7 +554,7 @@ def choose(
         return wide_plans(device, layout, n, k, m, batch, bf16)[0]
     if grouped and device.hopper and in_boxes and m > WIDE_EXPERTS * batch:
         return experts_plan(device, layout, n, k, m, batch, bf16)
-    if fused == PLAIN and (divide_up(m, batch) if grouped else m) >= TILED_FROM:
+    if m > TILED_EXPERTS * batch if grouped else m >= WIDE_FROM:
         return tiled_plan(device, layout, n, k, m, batch, bf16, grouped)
     return skinny_plans(device, layout, n, k, m, batch, bf16, grouped, fused, heads)[0]
 

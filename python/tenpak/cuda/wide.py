@@ -23,14 +23,8 @@ SHAPES = (
     (128, ((3, 128, 128, 2), (2, 128, 128, 2))),
     (1 << 31, ((2, 144, 256, 1), (3, 96, 128, 2), (2, 96, 128, 2))),
 )
-#: (GROUPS, TOKENS, STEP) of experts' tiles, by the most tokens of an expert on average.
-OF_EXPERTS = (
-    (10, ((4, 16, 2), (3, 16, 2), (2, 16, 2))),
-    (24, ((4, 32, 2), (3, 32, 2), (2, 32, 2))),
-    (48, ((4, 64, 2), (3, 64, 2), (2, 64, 2))),
-    (400, ((3, 96, 2), (2, 96, 2))),
-    (1 << 31, ((3, 128, 2), (2, 128, 2), (2, 256, 1))),
-)
+#: Tokens of experts' tiles, by the most that an expert has on average.
+OF_EXPERTS = ((10, 16), (24, 32), (48, 64), (400, 96), (1 << 31, 128))
 #: Tokens of tiles in a last round that is not full (-DNARROW), where others have so many.
 NARROW_OF = 256
 NARROW = (64, 96, 128, 160, 176, 192, 208, 224)
@@ -120,6 +114,11 @@ def tokens_of_tile(m: int, most: int) -> int:
     return 16 * _up(_up(m, _up(m, most)), 16)
 
 
+def tokens_of_experts(m: int, batch: int) -> int:
+    """Tokens of the tiles of `batch` experts that have `m` in all."""
+    return next(tokens for most, tokens in OF_EXPERTS if m <= most * batch)
+
+
 def boxes(m: int, tokens: int, narrow: int = 0) -> tuple[int, ...]:
     """Tokens of boxes of x (Maps of wide.cu): of a tile and of the last of `m` tokens; and the same of narrow tiles."""
     return tuple(rows for most in (tokens, narrow) if most for rows in (most, (m - 1) % most + 1))
@@ -168,13 +167,12 @@ def choice_of_experts(
     layout: str, stage: int, multiprocessors: int, shared: int, n: int, k: int, m: int, batch: int
 ) -> Choice:
     """The configuration for `m` tokens of `batch` experts in all, which take them at random; as for `choices`."""
-    mean = m / batch
-    shapes = next(shapes for most, shapes in OF_EXPERTS if mean <= most)
+    tokens = tokens_of_experts(m, batch)
     every = [
-        _Tiles(groups, tokens, step, layout, stage, multiprocessors, shared, n, k, math.ceil(mean), batch)
-        for groups, tokens, step in shapes
+        _Tiles(groups, tokens, 2, layout, stage, multiprocessors, shared, n, k, _up(m, batch), batch)
+        for groups in ((4, 3, 2) if tokens <= 64 else (3, 2))
     ]
-    return min((tiles.of_experts(mean) for tiles in every if tiles.fit), key=lambda choice: choice.cycles)
+    return min((tiles.of_experts(m / batch) for tiles in every if tiles.fit), key=lambda choice: choice.cycles)
 
 
 class _Tiles:
