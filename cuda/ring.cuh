@@ -33,6 +33,11 @@ struct Walk {
         : slices(gridDim.y), strips(strips), first(blockIdx.x), every(gridDim.x), first_tile(blockIdx.y * slice),
           count(min(slice, tiles - first_tile)),
           steps(((count + STEP_TILES - 1) / STEP_TILES + UNROLL - 1) / UNROLL * UNROLL) {}
+    // The `first` of `every` blocks that share the strips.
+    __device__ __forceinline__ Walk(int strips, int tiles, int slice, int first, int every) : Walk(strips, tiles, slice) {
+        this->first = first;
+        this->every = every;
+    }
 #if HEAD
     int wholes, head;
     int heads, head_strip;     // turns that are parts, and the first one's strip

@@ -9,8 +9,8 @@
 // same order, so results repeat) and leaves the counter at zero for the next launch. With -DHEAD=1 it is the strips which are left
 // over that are cut (Walk of ring.cuh), and their parts meet alike.
 //
-// Grid: x strips (persistent), y slices of K, z matrices of a batch, or as many experts as may have tokens. -DWARPS, -DDEPTH, -DCOLUMNS (tiles of 8 tokens),
-// -DBLOCKS (a multiprocessor's blocks, for the register budget), -DENGINE=1 (the copy engine brings weights, and x where
+// Grid: x strips (persistent), y slices of K, z matrices of a batch; with -DGROUPED=1, not in integers and without -DHEAD, x and z
+// are shared by those experts that have tokens. -DWARPS, -DDEPTH, -DCOLUMNS (tiles of 8 tokens), -DBLOCKS (a multiprocessor's blocks, for the register budget), -DENGINE=1 (the copy engine brings weights, and x where
 // it can). With it: -DSTRIPS=2 (what is read of x serves two strips), -DCOPIERS (warps that ask for copies, each for a part: one asks
 // for a copy in 64 cycles or so, whatever its size), -DSHARERS (warps that take a step; groups of them take steps in turn).
 //
@@ -21,8 +21,13 @@
 #if !INTEGER
 #define RAW 1
 #endif
+#ifndef GROUPED
+#define GROUPED 0
+#endif
 #include "activation.cuh"
+#if GROUPED
 #include "experts.cuh"
+#endif
 #include "layouts.cuh"
 #include "overlap.cuh"
 #ifndef OVERLAP
@@ -80,8 +85,8 @@ __device__ __forceinline__ void copy_x(const XSlice& from, u32 to, int row_bytes
 
 }  // namespace tenpak
 
-// x [batch, m, k] (FP32 before a norm) with rows of x_stride elements, or, with offsets [m + 1], all tokens of m experts one after
-// another, sorted by expert. y alike with rows of n, or n / 2 if gated. bias [batch, n] or null. slice: tiles of K for
+// x [batch, m, k] (FP32 before a norm) with rows of x_stride elements; or, grouped, all tokens of m experts, sorted by expert, whose
+// tokens begin at offsets [m + 1]. y alike with rows of n, or n / 2 if gated. bias [batch, n] or null. slice: tiles of K for
 // each block, a multiple of four; partial [slots, parts, strips, PARTS, lanes] of Sum (Parts of ring.cuh) and arrived
 // [slots, strips] (of the first strip of each turn) serve slices > 1 and, with -DHEAD, strips that are cut, where there is one
 // slice. norm_weight, norm_bias (or null): FP32 [k], with -DNORM.
@@ -101,31 +106,30 @@ skinny(const unsigned char* codes, const unsigned char* params, const unsigned c
     using namespace tenpak;
     extern __shared__ __align__(128) uint4 dynamic[];
     const int warp = __shfl_sync(~0u, threadIdx.x / LANES, 0), lane = threadIdx.x % LANES;
-    int matrix = blockIdx.z;
     const int strips = (n + TILE_ROWS - 1) / TILE_ROWS;
+#if GROUPED
+    const ShareOfExpert share(offsets, m, blockIdx.z * gridDim.x + blockIdx.x, gridDim.z * gridDim.x, lane);
+    const int matrix = share.expert;
+    if (matrix < 0) return;
+    const Walk walk(strips, tiles, slice, share.first, share.every);
+    const long long begin = offsets[matrix];
+    const int total = offsets[matrix + 1] - (int)begin;
+#else
+    const int matrix = blockIdx.z;
 #if HEAD
     const Walk walk(strips, tiles, slice, wholes, head, step_ratio);
 #else
-    Walk walk(strips, tiles, slice);
+    const Walk walk(strips, tiles, slice);
 #endif
-    // In integers there are no more tokens than one chunk has, and none of experts; nor are those' strips cut.
-    const bool grouped = !INTEGER && !HEAD && offsets;
-#if !INTEGER && !HEAD
-    if (grouped) {
-        const ShareOfExpert share(offsets, m, blockIdx.z * gridDim.x + blockIdx.x, gridDim.z * gridDim.x, lane);
-        matrix = share.expert;
-        walk.first = share.first;
-        walk.every = share.every;
-    }
+    const long long begin = (long long)matrix * m;
+    const int total = m;
 #endif
     // Each role makes its own, for what a launch begins with takes time by its instructions.
     auto weight_of = [&] {
         return Weight{codes + matrix * codes_step, params + matrix * params_step, row_params + matrix * row_params_step, tiles, supers};
     };
     if (OVERLAP) let_next_begin();
-    if (matrix < 0) return;
-    const long long begin = grouped ? offsets[matrix] : (long long)matrix * m;
-    const int total = grouped ? offsets[matrix + 1] - (int)begin : m;
+    if (total <= 0) return;
 
     const int row_bytes = Products::row_bytes(slice);
     Sum* sums_of_warps = reinterpret_cast<Sum*>(dynamic);
@@ -133,6 +137,7 @@ skinny(const unsigned char* codes, const unsigned char* params, const unsigned c
     u8* staged_x = stages + DEPTH * STRIPS * BLOCK_STAGE_BYTES;
     __shared__ u64 barriers_of_sums[Sums::BARRIERS];
     Sums buffers(keep_address(shared_address(barriers_of_sums)));
+    // In integers there are no more tokens than one chunk has.
     const int chunks = INTEGER ? 1 : (total + TOKENS - 1) / TOKENS;
     auto slice_of_x = [&](int chunk) {
         const int token = chunk * TOKENS;

@@ -339,6 +339,7 @@ def skinny_plans(
             "COPIERS": form.copiers,
             "SHARERS": sharers,
             **({"HEAD": 1} if head else {}),
+            **({"GROUPED": 1} if grouped else {}),
             **fused.defines,
         }
         if fused.norm != "none":
