@@ -9,10 +9,11 @@
 // same order, so results repeat) and leaves the counter at zero for the next launch. With -DHEAD=1 it is the strips which are left
 // over that are cut (Walk of ring.cuh), and their parts meet alike.
 //
-// Grid: x strips (persistent), y slices of K, z matrices of a batch; with -DGROUPED=1, not in integers and without -DHEAD, x and z
-// are shared by those experts that have tokens. -DWARPS, -DDEPTH, -DCOLUMNS (tiles of 8 tokens), -DBLOCKS (a multiprocessor's blocks, for the register budget), -DENGINE=1 (the copy engine brings weights, and x where
-// it can). With it: -DSTRIPS=2 (what is read of x serves two strips), -DCOPIERS (warps that ask for copies, each for a part: one asks
-// for a copy in 64 cycles or so, whatever its size), -DSHARERS (warps that take a step; groups of them take steps in turn).
+// Grid: x strips (persistent), y slices of K, z matrices of a batch; with -DGROUPED=1, not in integers and without -DHEAD, those
+// experts that have tokens share x and z. -DWARPS, -DDEPTH, -DCOLUMNS (tiles of 8 tokens), -DBLOCKS (a multiprocessor's blocks, for
+// the register budget), -DENGINE=1 (the copy engine brings weights, and x where it can). With it: -DSTRIPS=2 (what is read of x
+// serves two strips), -DCOPIERS (warps that ask for copies, each for a part: one asks for a copy in 64 cycles or so, whatever its
+// size), -DSHARERS (warps that take a step; groups of them take steps in turn).
 //
 // A decoder's step has more in the same launch: -DNORM and -DEACH (normed.cuh), where x is the residual stream; -DOUTPUT=0
 // writes the activations' type, 1 FP32, 2 adds to FP32; -DACTIVATION (activation.cuh); -DGATED=1 where each strip has eight

@@ -299,7 +299,8 @@ tiled(const unsigned char* codes, const unsigned char* params, const unsigned ch
             for (int i = 0; i < STRIPS; ++i)
 #pragma unroll
                 for (int j = 0; j < TOKENS / 8; ++j)
-                    __stcg(part(share) + (i * (TOKENS / 8) + j) * THREADS, make_float4(sums[i][j][0], sums[i][j][1], sums[i][j][2], sums[i][j][3]));
+                    __stcg(part(share) + (i * (TOKENS / 8) + j) * THREADS,
+                           make_float4(sums[i][j][0], sums[i][j][1], sums[i][j][2], sums[i][j][3]));
             __syncthreads();
             if (threadIdx.x == 0) add_release(arrived + tile, 1);
             continue;

@@ -424,9 +424,10 @@ __device__ __forceinline__ void store_exchanged(u32 exchange, int rank, u16* y, 
 }  // namespace tenpak
 
 // x: maps of [batch, m, k], or of all experts' [m, k], with boxes of 64 columns and as many rows as Maps says, swizzled by 128 bytes;
-// y alike; bias [batch, n] or null; offsets: where experts' tokens begin, [batch + 1]. head: a tile's units that its own block does, or with NARROW the rows of tiles before narrow ones, or 0.
-// partial: [gridDim.x, or tiles where there are helpers][GROUPS][SUMS / 4][128] float4; arrived: a counter for each tile and group,
-// zero before and after; both serve tiles that are cut, but in clusters. At most one block a multiprocessor, and no more than there are units.
+// y alike; bias [batch, n] or null; offsets: where experts' tokens begin, [batch + 1]. head: a tile's units that its own block does,
+// or with NARROW the rows of tiles before narrow ones, or 0. partial: [gridDim.x, or tiles where there are helpers][GROUPS][SUMS / 4]
+// [128] float4; arrived: a counter for each tile and group, zero before and after; both serve tiles that are cut, but in clusters. At
+// most one block a multiprocessor and, but for experts, no more than there are units.
 extern "C" __global__ void IN_CLUSTERS __launch_bounds__(128 * GROUPS + 128, 1)
 wide(const __grid_constant__ tenpak::Maps x, const unsigned char* codes, const unsigned char* params, const unsigned char* row_params,
      unsigned short* y, const unsigned short* bias, const int* offsets, float4* partial, unsigned int* arrived, long long codes_step,

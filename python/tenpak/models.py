@@ -344,7 +344,7 @@ def decompress(
         dst: `….json` for a JSON bundle, `….safetensors` for one file, anything else for a Hugging Face folder
             with config and tokenizer.
         format: To say so where the name does not.
-        dtype: `F32`, `F16` or `BF16` for all weights; None for each tensor's own.
+        dtype: `F32`, `F16` or `BF16` for all weights, finite ones staying finite; None for each tensor's own.
         threads: Threads that decode; None for one on each core.
         force: Replace an existing `dst`.
         shard_bytes: The most bytes of weights in one file of a folder.

@@ -277,7 +277,7 @@ pub(super) fn damaged(place: &str, part: &PartRef) -> Error {
     ))
 }
 
-/// Rewrites weights of one dtype as another.
+/// Rewrites weights of one dtype as another; finite ones stay finite.
 pub(crate) fn convert(from: Dtype, bytes: &[u8], to: Dtype, out: &mut [u8]) -> Result<()> {
     if from == to {
         out.copy_from_slice(bytes);
@@ -295,6 +295,8 @@ pub(crate) fn convert(from: Dtype, bytes: &[u8], to: Dtype, out: &mut [u8]) -> R
         |scratch, (i, out)| {
             let weights = &mut scratch[..out.len() / to.size()];
             encoding.widen(bytes, i * CHUNK, weights);
+            let largest = to.largest();
+            weights.iter_mut().filter(|w| w.is_finite()).for_each(|w| *w = w.clamp(-largest, largest));
             to.narrow(weights, out)
         },
     )

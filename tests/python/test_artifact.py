@@ -161,3 +161,15 @@ def test_empty_and_scalar_tensors_come_back(tmp_path):
     assert state["scalar"].shape == ()
     assert state["empty"].shape == (0, 5)
     assert relative_error(arrays["w"], state["w"]) < 4e-3
+
+
+def test_kept_weights_that_a_smaller_dtype_cannot_hold_stay_finite(tmp_path):
+    values = np.array([1.0, 65519.0, -1e6, 3.4e38, np.inf, -np.inf, np.nan], np.float32)
+    path = tmp_path / "kept.tenpak"
+    tenpak.compress({"bias": values}, path)
+    half = tenpak.open(path).read("bias", np.float16)
+    assert half.dtype == np.float16
+    np.testing.assert_array_equal(half, [1, 65504, -65504, 65504, np.inf, -np.inf, np.nan])
+    tenpak.decompress(path, tmp_path / "kept.safetensors", dtype="BF16")
+    brain = np.frombuffer((tmp_path / "kept.safetensors").read_bytes()[-14:], np.uint16)
+    assert brain.tolist()[3:6] == [0x7F7F, 0x7F80, 0xFF80]
