@@ -16,12 +16,16 @@ from tenpak.cuda import compile as kernels
 ARCHITECTURES = ["sm_80", "sm_90", "sm_90a", "sm_120"]
 LAYOUTS = list(layouts.LAYOUTS)
 #: A configuration of each product kernel that `matmul` may choose, for each kernel's templates.
-SKINNY = [{"WARPS": 8, "DEPTH": 2, "COLUMNS": 1, "BLOCKS": 2}, {"WARPS": 12, "DEPTH": 3, "COLUMNS": 8, "BLOCKS": 1}]
+SKINNY = [
+    {"WARPS": 8, "DEPTH": 2, "COLUMNS": 1, "BLOCKS": 2},
+    {"WARPS": 12, "DEPTH": 3, "COLUMNS": 2, "BLOCKS": 1, "GROUPED": 1},
+]
 INTEGER = [{**SKINNY[0], "INTEGER": tokens} for tokens in (1, 2)]
 #: With Hopper's copy engine.
 ENGINE = [
     {**SKINNY[0], "ENGINE": 1},
     {"WARPS": 8, "DEPTH": 3, "COLUMNS": 2, "BLOCKS": 1, "STRIPS": 2, "ENGINE": 1, "COPIERS": 4},
+    {"WARPS": 8, "DEPTH": 3, "COLUMNS": 1, "BLOCKS": 1, "STRIPS": 2, "ENGINE": 1, "COPIERS": 2, "GROUPED": 1},
 ]
 ROWS = [
     {"WARPS": 14, "SHARERS": 2, "STRIPS": 2, "DEPTH": 3, "COLUMNS": 2, "COPIERS": 2},
@@ -60,7 +64,9 @@ def defines_of(name: str, layout: str, arch: str) -> list[dict[str, object]]:
             engine = [*ENGINE, *({**defines, "ENGINE": 1} for defines in integer)]
             configurations += [*engine, {**engine[len(ENGINE) if integer else 0], "DEPTH": 4, "SHARERS": 4, "HEAD": 1}]
         return [{"LAYOUT": layout, "BF16": i % 2, **defines} for i, defines in enumerate(configurations)]
-    configurations = {"wide.cu": WIDE, "rows.cu": ROWS, "tiled.cu": TILED}[name]
+    if name == "tiled.cu":
+        return [{"LAYOUT": layout, "BF16": bf16, **defines} for bf16, defines in enumerate(TILED)]
+    configurations = {"wide.cu": WIDE, "rows.cu": ROWS}[name]
     return [{"LAYOUT": layout, "BF16": bf16, **defines} for bf16 in (0, 1) for defines in configurations]
 
 
