@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -432,6 +432,16 @@ def rows_plan(device: Device, layout: str, n: int, k: int, m: int, batch: int = 
     )
 
 
+def experts_room(batch: int) -> int:
+    """Bytes of shared memory in which blocks count experts' tiles (Experts of cuda/experts.cuh)."""
+    return 4 * (2 * batch + 1)
+
+
+def experts_tiles(n: int, rows: int, m: int, tokens: int, batch: int) -> int:
+    """The most tiles of `rows` by `tokens` that `m` tokens of `batch` experts make: each one's last may be smaller."""
+    return divide_up(n, rows) * (m // tokens + batch)
+
+
 def tiled_plan(
     device: Device, layout: str, n: int, k: int, m: int, batch: int = 1, bf16: bool = False, grouped: bool = False
 ) -> Plan:
@@ -440,7 +450,7 @@ def tiled_plan(
     # As registers allow: fewer tokens for more rows.
     warps, strips = (4, 4) if tokens <= 64 else (8, 2)
     rows = 16 * warps * strips
-    room = 4 * (2 * batch + 1) if grouped else 0
+    room = experts_room(batch) if grouped else 0
 
     def stages_of(step: int) -> tuple[int, int]:
         """As many as fit, and their bytes; of no use are more than four."""
@@ -451,8 +461,9 @@ def tiled_plan(
     step = 2 if stages_of(2)[0] >= 3 else 1
     stages, shared = stages_of(step)
     tiles = divide_up(k, TILE_COLS)
-    token_tiles = m // tokens + batch if grouped else batch * divide_up(m, tokens)
-    output_tiles = divide_up(n, rows) * token_tiles
+    output_tiles = batch * divide_up(n, rows) * divide_up(m, tokens)
+    if grouped:
+        output_tiles = experts_tiles(n, rows, m, tokens, batch)
     grid = min(device.multiprocessors, output_tiles * divide_up(tiles, step))
     int32 = np.int32
     return Plan(
@@ -477,52 +488,47 @@ def tiled_plan(
     )
 
 
-def wide_plans(device: Device, layout: str, n: int, k: int, m: int, batch: int, bf16: bool) -> list[Plan]:
-    """Configurations of `wide` for a product, the best estimate first."""
-    int32 = np.int32
-    scalars = (int32(batch), int32(m), int32(n), int32(divide_up(k, TILE_COLS)), int32(divide_up(k, 256)))
-    found = wide.choices(layout, STAGE_BYTES[layout], device.multiprocessors, device.shared, n, k, m, batch)
-    return [
-        Plan(
-            "wide.cu",
-            "wide",
-            {"LAYOUT": layout, "BF16": int(bf16), **choice.defines},
-            (choice.grid, 1, 1),
-            (choice.threads,),
-            choice.shared,
-            (*scalars, int32(choice.head), int32(choice.band)),
-            choice.partial_bytes,
-            choice.counters,
-            wide.boxes(m, choice.tokens, choice.narrow),
-        )
-        for choice in found
-    ]
-
-
-def experts_plan(device: Device, layout: str, n: int, k: int, m: int, batch: int, bf16: bool) -> Plan:
-    """The configuration of `wide` for `m` tokens of `batch` experts in all."""
-    room = 4 * (2 * batch + 1)
-    about = (layout, STAGE_BYTES[layout], device.multiprocessors, device.shared - room, n, k, m, batch)
-    choice = wide.choice_of_experts(*about)
-    tiles = divide_up(n, choice.rows) * (m // choice.tokens + batch)
-    steps = divide_up(divide_up(k, TILE_COLS), choice.step)
-    grid = min(device.multiprocessors, tiles * steps)
+def _wide_plan(choice: wide.Choice, layout: str, n: int, k: int, m: int, batch: int, bf16: bool) -> Plan:
     int32 = np.int32
     return Plan(
         "wide.cu",
         "wide",
-        {"LAYOUT": layout, "BF16": int(bf16), **choice.defines, "GROUPED": 1},
-        (grid, 1, 1),
+        {"LAYOUT": layout, "BF16": int(bf16), **choice.defines},
+        (choice.grid, 1, 1),
         (choice.threads,),
-        choice.shared + room,
+        choice.shared,
         (
             *(int32(batch), int32(m), int32(n), int32(divide_up(k, TILE_COLS)), int32(divide_up(k, 256))),
-            int32(0),
-            int32(1),
+            *(int32(choice.head), int32(choice.band)),
         ),
-        grid * choice.rows * choice.tokens * 4,
-        tiles * choice.groups,
-        (choice.tokens,),
+        choice.partial_bytes,
+        choice.counters,
+        wide.boxes(m, choice.tokens, choice.narrow),
+    )
+
+
+def wide_plans(device: Device, layout: str, n: int, k: int, m: int, batch: int, bf16: bool) -> list[Plan]:
+    """Configurations of `wide` for a product, the best estimate first."""
+    found = wide.choices(layout, STAGE_BYTES[layout], device.multiprocessors, device.shared, n, k, m, batch)
+    return [_wide_plan(choice, layout, n, k, m, batch, bf16) for choice in found]
+
+
+def experts_plan(device: Device, layout: str, n: int, k: int, m: int, batch: int, bf16: bool) -> Plan:
+    """The configuration of `wide` for `m` tokens of `batch` experts in all."""
+    room = experts_room(batch)
+    about = (layout, STAGE_BYTES[layout], device.multiprocessors, device.shared - room, n, k, m, batch)
+    choice = wide.choice_of_experts(*about)
+    plan = _wide_plan(choice, layout, n, k, m, batch, bf16)
+    tiles = experts_tiles(n, choice.rows, m, choice.tokens, batch)
+    grid = min(device.multiprocessors, tiles * divide_up(divide_up(k, TILE_COLS), choice.step))
+    return replace(
+        plan,
+        defines={**plan.defines, "GROUPED": 1},
+        grid=(grid, 1, 1),
+        shared=plan.shared + room,
+        partial_bytes=grid * choice.rows * choice.tokens * 4,
+        counters=tiles * choice.groups,
+        boxes=(choice.tokens,),
     )
 
 
@@ -551,10 +557,11 @@ def choose(
             return found
     # x of 16 tokens: 32 bytes a column.
     few = m <= FEW or (m < WIDE_FROM and 32 * k <= 160 << 10 and n * k < LARGE)
-    if device.hopper and in_boxes and not grouped and not few:
-        return wide_plans(device, layout, n, k, m, batch, bf16)[0]
-    if grouped and device.hopper and in_boxes and m > WIDE_EXPERTS * batch:
-        return experts_plan(device, layout, n, k, m, batch, bf16)
+    if device.hopper and in_boxes:
+        if grouped and m > WIDE_EXPERTS * batch:
+            return experts_plan(device, layout, n, k, m, batch, bf16)
+        if not grouped and not few:
+            return wide_plans(device, layout, n, k, m, batch, bf16)[0]
     if m > TILED_EXPERTS * batch if grouped else m >= WIDE_FROM:
         return tiled_plan(device, layout, n, k, m, batch, bf16, grouped)
     return skinny_plans(device, layout, n, k, m, batch, bf16, grouped, fused, heads)[0]

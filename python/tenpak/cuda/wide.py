@@ -114,6 +114,11 @@ def tokens_of_tile(m: int, most: int) -> int:
     return 16 * _up(_up(m, _up(m, most)), 16)
 
 
+def sizes_of_tiles(m: int, fewest: int, most: int) -> set[int]:
+    """Tokens of as few tiles of `m` as there may be, and of more that have `fewest` at least."""
+    return {size for size in (tokens_of_tile(m, most), *range(fewest, most, 16)) if size == tokens_of_tile(m, size)}
+
+
 def tokens_of_experts(m: int, batch: int) -> int:
     """Tokens of the tiles of `batch` experts that have `m` in all."""
     return next(tokens for most, tokens in OF_EXPERTS if m <= most * batch)
@@ -156,8 +161,7 @@ def choices(
         choice
         for groups, fewest, most, step in shapes
         # Narrow tiles are made for those of the most.
-        for tokens in sorted({tokens_of_tile(m, size) for size in range(fewest, most + 1, 16)} | {most} & {NARROW_OF})
-        if tokens >= min(fewest, tokens_of_tile(m, most))
+        for tokens in sorted({*sizes_of_tiles(m, fewest, most), *({most} & {NARROW_OF})})
         for choice in _Tiles(groups, tokens, step, layout, stage, multiprocessors, shared, n, k, m, batch).forms()
     ]
     return tuple(sorted(found, key=lambda choice: choice.cycles))
@@ -231,7 +235,8 @@ class _Tiles:
     def of_experts(self, mean: float) -> Choice:
         """Whole or cut, for `mean` tokens of an expert: half of the last tile of each that has any is empty."""
         count = self.batch * (1 - math.exp(-mean)) * self.lines * max(1.0, mean / self.tokens + 0.5)
-        return self._choice(self.multiprocessors, self.tile_cycles * max(count / self.multiprocessors, 1 / self.steps))
+        cycles = self.tile_cycles * max(count / self.multiprocessors, 1 / self.steps)
+        return self._choice(self.multiprocessors, cycles, band=1)
 
     def _cycles(self, tokens: int, stage_bytes: int) -> tuple[float, float]:
         """Of a step, and to begin and end a tile, with so many tokens."""
