@@ -113,6 +113,7 @@ skinny(const unsigned char* codes, const unsigned char* params, const unsigned c
     const int matrix = share.expert;
     if (matrix < 0) return;
     const Walk walk(strips, tiles, slice, share.first, share.every);
+    if (!walk.has(0)) return;  // of an expert that has more blocks than turns
     const long long begin = offsets[matrix];
     const int total = offsets[matrix + 1] - (int)begin;
 #else

@@ -21,6 +21,7 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
+from guarded import guarded
 from support import ROOT
 from tenpak.cuda import compile as kernels
 
@@ -116,15 +117,27 @@ class Array(np.ndarray):
         return np.asarray(self)
 
 
-def _array(make: Any) -> Any:
-    return lambda *arguments, **options: make(*arguments, **options).view(Array)
+def array(given: Any, kind: type[Array] = Array) -> Any:
+    """In `guarded` memory, if it is not one yet."""
+    return given.view(kind) if isinstance(given, Array) else guarded(np.asarray(given)).view(kind)
+
+
+def makers(names: Sequence[str], kind: type[Array] = Array) -> dict[str, Any]:
+    """NumPy's functions of these names, whose arrays look like CuPy's."""
+
+    def made(name: str, *arguments: Any, **options: Any) -> Any:
+        found = getattr(np, name)(*arguments, **options)
+        # What is an array already stays where it is.
+        same = isinstance(arguments[0], Array) and np.may_share_memory(found, arguments[0])
+        return found.view(kind) if same else array(found, kind)
+
+    return {name: functools.partial(made, name) for name in names}
 
 
 def _cupy() -> ModuleType:
     module = ModuleType("cupy")
     module.ndarray = Array
-    for name in ("empty", "zeros", "full", "asarray", "ascontiguousarray"):
-        setattr(module, name, _array(getattr(np, name)))
+    vars(module).update(makers(("empty", "zeros", "full", "asarray", "ascontiguousarray")))
     module.asnumpy = np.asarray
     module.argmax, module.isfinite = np.argmax, np.isfinite
     module.cuda = SimpleNamespace(Device=lambda number=0: nullcontext())

@@ -12,6 +12,7 @@ import functools
 from typing import Any
 
 import numpy as np
+from guarded import guarded
 from numpy.typing import NDArray
 from support import ROOT
 from tenpak.cuda import wide as plans
@@ -134,6 +135,7 @@ inline u8* dynamic_memory() {
         first_shared = (u32)(u64)memory();
         shared_size = dynamic.size() - 16;
         memset(memory(), 0xff, 230 << 10);
+        for (const auto& copies : under_way) check(copies.second.empty(), "a block ends before copies that it asked for");
         counters.clear();
         under_way.clear();
         asked_for.clear();
@@ -388,17 +390,6 @@ def _library(defines: tuple[tuple[str, object], ...]) -> ctypes.CDLL:
     return built("wide.cu", "wide", defines, "sm_90a", stand_ins, [*FLAGS, "-DSKIPS=1"], dynamic)
 
 
-def aligned(array: NDArray[Any] | None) -> NDArray[Any] | None:
-    """A copy that begins where memory of a GPU would."""
-    if array is None:
-        return None
-    memory = np.empty(array.nbytes + 256, np.uint8)
-    start = -memory.ctypes.data % 256
-    copy = memory[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
-    copy[...] = array
-    return copy
-
-
 def tensor_maps(x: NDArray[Any], k: int, tokens: tuple[int, ...]) -> NDArray[Any]:
     """TensorMaps, as `BOXES` has them, of the first k columns of x [batch, m, at least k], whose boxes have so many
     rows."""
@@ -426,9 +417,9 @@ def wide(
     With `offsets` x and y are those of all experts, as one matrix.
     """
     batch, m, _ = x.shape
-    x = aligned(x)
-    arrays = [aligned(part) for part in packed]
-    y = aligned(np.full((batch, m, n), 0x7FFF, np.uint16))
+    x = guarded(x)
+    arrays = [None if part is None else guarded(part) for part in (*packed, bias, offsets)]
+    y = guarded(np.full((batch, m, n), 0x7FFF, np.uint16))
     groups, tokens = (int(str(defines[name])) for name in ("GROUPS", "TOKENS"))
     narrow = int(str(defines.get("NARROW", 0)))
     step, stages = int(str(defines["STEP"])), int(str(defines["STAGES"]))
@@ -443,22 +434,19 @@ def wide(
         batch = len(offsets) - 1
         token_tiles, boxes, room = m // tokens + batch, (tokens,), 4 * (2 * batch + 1)
     output_tiles = -(-n // rows) * token_tiles
-    partial = aligned(np.full((output_tiles if head else grid) * rows * tokens, np.nan, np.float32))
-    arrived = aligned(np.zeros(output_tiles * groups, np.uint32))
-    assert x is not None
-    assert y is not None
-    assert partial is not None
-    assert arrived is not None
+    partial = guarded(np.full((output_tiles if head else grid) * rows * tokens, np.nan, np.float32))
+    arrived = guarded(np.zeros(output_tiles * groups, np.uint32))
     mapped = tensor_maps(x, k, boxes)
 
     def address(array: NDArray[Any] | None) -> NDArray[np.uint64]:
         return np.array([0 if array is None else array.ctypes.data], np.uint64)
 
-    steps = [np.array([0 if part is None else part.nbytes // batch], np.int64) for part in arrays]
+    *parts, bias, offsets = arrays
+    steps = [np.array([0 if part is None else part.nbytes // batch], np.int64) for part in parts]
     scalars = [np.array([value], np.int32) for value in (batch, m, n, tiles, -(-k // 256), head, band)]
     given = [
         mapped,
-        *map(address, [*arrays, y, bias, offsets, partial, arrived]),
+        *map(address, [*parts, y, bias, offsets, partial, arrived]),
         *steps,
         *scalars,
         np.array([scale], np.float32),

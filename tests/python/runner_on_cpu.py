@@ -135,9 +135,8 @@ def _matmul(x: Any, w: Any, bias: Any = None, out: Any = None) -> Any:
 def runner_on_cpu() -> Iterator[SimpleNamespace]:
     """The modules of a runner, loaded afresh over NumPy."""
     cupy = cuda_on_cpu._cupy()
-    for name in ("empty", "zeros", "full", "asarray", "ascontiguousarray", "concatenate", "stack"):
-        made = getattr(np, name)
-        setattr(cupy, name, lambda *given, made=made, **options: made(*given, **options).view(_Array))
+    names = ("empty", "zeros", "full", "asarray", "ascontiguousarray", "concatenate", "stack")
+    vars(cupy).update(cuda_on_cpu.makers(names, _Array))
     cupy.uint8, cupy.uint32, cupy.int32, cupy.float16, cupy.float32 = (
         np.uint8,
         np.uint32,

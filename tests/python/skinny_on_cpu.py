@@ -9,7 +9,8 @@ import ctypes
 import functools
 
 import numpy as np
-from hopper_on_cpu import BOXES, ENGINE, FLAGS, HOPPER, aligned, layouts_on_cpu, tensor_maps
+from guarded import guarded
+from hopper_on_cpu import BOXES, ENGINE, FLAGS, HOPPER, layouts_on_cpu, tensor_maps
 from numpy.typing import NDArray
 from tenpak.cuda.plans import Plan
 from warps_on_cpu import WARP, built
@@ -104,9 +105,11 @@ def run(
     scale: float = 1.0,
 ) -> None:
     """As `tenpak.cuda.products.run` launches it, on NumPy arrays: x [batch, m, k] (or [tokens, k]) and y alike."""
-    parts = [aligned(part) for part in packed]
+    parts = [None if part is None else guarded(part) for part in packed]
     batch = packed[0].shape[0] if packed[0].ndim == 4 else 1
-    partial, counters = np.full(plan.partial_bytes + 16, 255, np.uint8), np.zeros(plan.counters + 1, np.uint32)
+    partial, counters = guarded(np.full(plan.partial_bytes, 255, np.uint8)), guarded(np.zeros(plan.counters, np.uint32))
+    x, out = guarded(x), guarded(y)
+    bias, offsets = (None if array is None else guarded(array) for array in (bias, offsets))
 
     def address(array: NDArray | None) -> np.uint64:
         return np.uint64(0 if array is None else array.ctypes.data)
@@ -114,11 +117,10 @@ def run(
     steps = [np.int64(0 if part is None else part.nbytes // batch) for part in parts]
     boxes = []
     if plan.boxes:
-        x = aligned(x)
         boxes = [tensor_maps(x if x.ndim == 3 else x[None], x.shape[-1], plan.boxes)]
-        arrays, stride = [*parts, y, bias, offsets, partial, counters], []
+        arrays, stride = [*parts, out, bias, offsets, partial, counters], []
     else:
-        arrays, stride = [*parts, x, y, bias, offsets, partial, counters], [np.int64(x.shape[-1])]
+        arrays, stride = [*parts, x, out, bias, offsets, partial, counters], [np.int64(x.shape[-1])]
     arguments = [*map(address, arrays), *steps, *stride, *plan.scalars, np.float32(scale)]
     if norm is not None:
         arguments += [address(norm[0]), address(norm[1]), np.float32(norm[2])]
@@ -127,3 +129,4 @@ def run(
     library = _library(plan.source, plan.kernel, tuple(sorted(plan.defines.items())))
     library.launch(pointers, (ctypes.c_uint * 3)(*plan.grid), plan.block[0], plan.shared)
     assert not counters.any()
+    y[...] = out

@@ -26,7 +26,7 @@ def cuda(request: pytest.FixtureRequest) -> Iterator[SimpleNamespace]:
     require("c++" if request.param == "cpu" else "cuda")
     if request.param == "cpu":
         with cuda_on_cpu.cuda_on_cpu() as modules:
-            yield SimpleNamespace(**vars(modules), numpy=np.asarray, array=lambda a: a.view(cuda_on_cpu.Array))
+            yield SimpleNamespace(**vars(modules), numpy=np.asarray, array=cuda_on_cpu.array)
     else:
         import cupy
         from tenpak.cuda import QuantizedWeight, codec

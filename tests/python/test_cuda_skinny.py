@@ -18,8 +18,10 @@ pytestmark = pytest.mark.skipif(
 )
 
 LAYOUTS = list(layouts.LAYOUTS)
+#: Shared memory of a block and of a multiprocessor.
+SHARED = (225 << 10, 228 << 10)
 #: Few multiprocessors, so that a block has several strips.
-SMALL = plans.Device(2, 225 << 10, 228 << 10, 90)
+SMALL = plans.Device(2, *SHARED, 90)
 
 
 def check(
@@ -147,7 +149,7 @@ def test_tiles_of_experts(layout):
     check(layout, "tiled", (300, 40, 136), batch=2, offsets=[0, 1, 300], device=TINY, bf16=True)
     check(layout, "tiled", (129, 40, 64), batch=1, offsets=[0, 129])
     # Fewer steps than blocks.
-    many = plans.Device(40, 225 << 10, 228 << 10, 90)
+    many = plans.Device(40, *SHARED, 90)
     check(layout, "tiled", (36, 40, 200), batch=9, offsets=[0] * 5 + [36] * 5, device=many)
 
 
@@ -155,11 +157,14 @@ def test_tiles_of_experts(layout):
 @pytest.mark.parametrize("engine", [False, True])
 def test_slices_batches_and_experts(layout, engine):
     form = plans.Form(2, 2, 1, engine=engine)
-    many = plans.Device(12, 225 << 10, 228 << 10, 90)
+    many = plans.Device(12, *SHARED, 90)
     for m in (1, 3):
         check(layout, form, (m, 20, 2112), device=many)
         check(layout, form, (m, 40, 136), batch=3)
     check(layout, form, (21, 40, 136), batch=3, offsets=[0, 2, 2, 21])
+    # More blocks for an expert than it has strips.
+    check(layout, form, (4, 70, 200), batch=5, offsets=[0, 2, 2, 2, 3, 4], device=plans.Device(40, *SHARED, 90))
+    check(layout, form, (4, 20, 2112), batch=5, offsets=[0, 0, 0, 0, 0, 4], device=plans.Device(40, *SHARED, 90))
     # Fewer tokens than experts, of whom those that have any are in several words of 32.
     for experts in ([3, 34, 35, 69], [3, 69, 69, 69]):
         offsets = np.searchsorted(experts, np.arange(71)).tolist()
@@ -182,7 +187,7 @@ def test_strips_that_are_left_over_are_cut(layout):
     def form(*which: int, **more: int) -> plans.Form:
         return plans.Form(*which, engine=True, head=True, **more)
 
-    three = plans.Device(3, 225 << 10, 228 << 10, 90)
+    three = plans.Device(3, *SHARED, 90)
     # One strip is left over for two blocks, each with half; for six, of which the last has nothing of it.
     check(layout, form(2, 2, 1), (1, 70, 1024))
     check(layout, form(2, 2, 2), (1, 112, 1100), device=three)
