@@ -4,6 +4,11 @@
 
 namespace tenpak {
 
+// A tile's expert, which of that expert's rows of tiles it is in, and its tokens: the first of all experts', and how many.
+struct PlaceOfExpert {
+    int matrix, line, token, tokens;
+};
+
 // Experts' tokens begin where `offsets` says, and there are `before` tiles before each's, in shared memory; both have batch + 1.
 struct Experts {
     const int* offsets;
@@ -25,8 +30,8 @@ struct Experts {
         __syncthreads();
     }
     __device__ __forceinline__ u32 tiles() const { return before[batch]; }
-    // Whose a tile is: the last before whom there are no more. Those without tokens have none.
-    __device__ __forceinline__ int of(u32 tile) const {
+    // Where a tile of up to `most` tokens is. It is the last expert's before whom there are no more; those without tokens have none.
+    __device__ __forceinline__ PlaceOfExpert place(u32 tile, int most) const {
         int low = 0, high = batch;
         while (high - low > 1) {
             const int middle = (low + high) / 2;
@@ -36,7 +41,11 @@ struct Experts {
                 high = middle;
             }
         }
-        return low;
+        tile -= before[low];
+        const int begin = offsets[low], end = offsets[low + 1];
+        const u32 width = (end - begin + most - 1) / most, line = tile / width;
+        const int token = begin + (tile - line * width) * most;
+        return {low, (int)line, token, min(most, end - token)};
     }
 };
 

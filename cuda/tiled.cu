@@ -41,24 +41,21 @@ struct Place {
 
     __device__ __forceinline__ Place() {}
     __device__ __forceinline__ Place(u32 tile, const Tiles& tiles) {
-        int width = tiles.token_tiles, end;
         if constexpr (GROUPED) {
-            matrix = tiles.experts.of(tile);
-            tile -= tiles.experts.before[matrix];
-            first = tiles.experts.offsets[matrix];
-            end = tiles.experts.offsets[matrix + 1];
-            width = (end - first + TOKENS - 1) / TOKENS;
-        } else {
-            const u32 of_matrix = (u32)tiles.row_tiles * width;
-            matrix = tile / of_matrix;
-            tile -= matrix * of_matrix;
-            first = matrix * tiles.m;
-            end = first + tiles.m;
+            const PlaceOfExpert here = tiles.experts.place(tile, TOKENS);
+            matrix = here.matrix, strip = here.line * BLOCK_STRIPS;
+            first = here.token, tokens = here.tokens;
+            return;
         }
+        const int width = tiles.token_tiles;
+        const u32 of_matrix = (u32)tiles.row_tiles * width;
+        matrix = tile / of_matrix;
+        tile -= matrix * of_matrix;
         const u32 row = tile / width;
         strip = row * BLOCK_STRIPS;
-        first += (tile - row * width) * TOKENS;
-        tokens = min(TOKENS, end - first);
+        const int token = (tile - row * width) * TOKENS;
+        first = matrix * tiles.m + token;
+        tokens = min(TOKENS, tiles.m - token);
     }
 };
 

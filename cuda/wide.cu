@@ -175,20 +175,14 @@ struct Place {
     __device__ __forceinline__ size_t row(int m) const { return GROUPED ? token : (size_t)matrix * m + token; }
 
     __device__ __forceinline__ Place(u32 tile, const Tiles& tiles) {
-        u32 first = 0, width = tiles.wide_tokens;
         if constexpr (GROUPED) {
-            const Experts& experts = tiles.experts;
-            matrix = experts.of(tile);
-            tile -= experts.before[matrix];
-            const int begin = experts.offsets[matrix], end = experts.offsets[matrix + 1];
-            width = (end - begin + TOKENS - 1) / TOKENS;
-            const u32 line = tile / width;
-            token = begin + (tile - line * width) * TOKENS;
-            tokens = min(TOKENS, end - token);
-            strip = line * STRIPS;
+            const PlaceOfExpert here = tiles.experts.place(tile, TOKENS);
+            matrix = here.matrix, strip = here.line * STRIPS;
+            token = here.token, tokens = here.tokens;
             narrow = false;
             return;
         }
+        u32 first = 0, width = tiles.wide_tokens;
         matrix = tile < tiles.of_matrix() ? 0 : tile / tiles.of_matrix();
         tile -= matrix * tiles.of_matrix();
         narrow = NARROW && tile >= tiles.wide();

@@ -135,7 +135,7 @@ inline u8* dynamic_memory() {
         first_shared = (u32)(u64)memory();
         shared_size = dynamic.size() - 16;
         memset(memory(), 0xff, 230 << 10);
-        for (const auto& copies : under_way) check(copies.second.empty(), "a block ends before copies that it asked for");
+        for (const auto& copies : under_way) check(copies.second.empty(), "a block ends before its copies");
         counters.clear();
         under_way.clear();
         asked_for.clear();
