@@ -14,7 +14,7 @@ FEATURES ?=
 MATURIN := build --release --out target/wheels $(if $(FEATURES),--features python$(comma)$(FEATURES))
 CARGO_FEATURES := $(if $(FEATURES),--features $(FEATURES))
 
-.PHONY: help demo dev torch test lint cargo-test pytest test-gpu test-wgpu fuzz bench quality docs wheel clean
+.PHONY: help demo dev torch test lint cargo-test pytest test-gpu sanitize test-wgpu fuzz bench quality docs wheel clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -60,6 +60,12 @@ test-gpu: ## the tests that need an NVIDIA GPU, CuPy and torch, with PYTHON, whi
 	PYTHONPATH=python TENPAK_REQUIRE=cuda,nvrtc,torch $(PYTHON) -m pytest -q \
 		tests/python/test_cuda_codec.py tests/python/test_cuda_matmul.py tests/python/test_cuda_attention.py \
 		tests/python/test_cuda_runner.py tests/python/test_torch_linear.py tests/python/test_shrink.py tests/python/test_tune.py
+
+sanitize: ## compute-sanitizer on every kind of product, with PYTHON as for test-gpu
+	set -e; for check in memcheck racecheck; do \
+		PYTHONPATH=python compute-sanitizer --tool $$check --error-exitcode 1 \
+			$(PYTHON) tests/python/sanitize_cuda.py $$( [ $$check = memcheck ] || echo --racecheck ); \
+	done
 
 test-wgpu: ## the tests of wgpu, which need a GPU with a Vulkan driver, or Debian's mesa-vulkan-drivers
 	$(MAKE) dev FEATURES=gpu
