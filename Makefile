@@ -57,13 +57,13 @@ pytest: ## the Python tests, on the installed wheel
 	$(BIN)/python -m pytest tests/python -q -rs
 
 test-gpu: ## the tests that need an NVIDIA GPU, CuPy and torch, with PYTHON, which must have them, on the package in python/
-	PYTHONPATH=python TENPAK_REQUIRE=cuda,nvrtc,torch $(PYTHON) -m pytest -q \
+	PYTHONPATH=python TENPAK_CUDA_DIR=cuda TENPAK_REQUIRE=cuda,nvrtc,torch $(PYTHON) -m pytest -q \
 		tests/python/test_cuda_codec.py tests/python/test_cuda_matmul.py tests/python/test_cuda_attention.py \
 		tests/python/test_cuda_runner.py tests/python/test_torch_linear.py tests/python/test_shrink.py tests/python/test_tune.py
 
 sanitize: ## compute-sanitizer on every kind of product, with PYTHON as for test-gpu
 	set -e; for check in memcheck racecheck; do \
-		PYTHONPATH=python compute-sanitizer --tool $$check --error-exitcode 1 \
+		PYTHONPATH=python TENPAK_CUDA_DIR=cuda compute-sanitizer --tool $$check --error-exitcode 1 \
 			$(PYTHON) tests/python/sanitize_cuda.py $$( [ $$check = memcheck ] || echo --racecheck ); \
 	done
 

@@ -43,7 +43,16 @@ impl AtomicFile {
     /// A usage error if the target exists and `force` is not given, or is no regular file; an I/O error if
     /// its folder is missing or not writable, or the file system has too little space.
     pub fn create(target: &Path, force: bool, expected_bytes: u64) -> Result<AtomicFile> {
-        let asked = target.to_path_buf();
+        Self::create_as(target, target.to_path_buf(), force, expected_bytes)
+    }
+
+    /// As [`AtomicFile::create`]; messages speak of `asked`, where the file will be in the end.
+    pub(crate) fn create_as(
+        target: &Path,
+        asked: PathBuf,
+        force: bool,
+        expected_bytes: u64,
+    ) -> Result<AtomicFile> {
         let target = follow_links(target)?;
         let old = replaceable(&target, &asked, force)?;
         let name = target

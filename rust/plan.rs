@@ -71,6 +71,7 @@ const ROUTER: &str = "router";
 const CONVOLUTION: &str = "convolution";
 const STATE_SPACE: &str = "state-space parameter";
 const NO_GAIN: &str = "too small to gain anything";
+const EMPTY: &str = "no elements";
 
 /// Decides about every tensor of `model`.
 ///
@@ -124,6 +125,8 @@ fn decide(info: &TensorInfo, layouts: &Layouts, options: &Options) -> Result<Dec
                 info.encoding.name()
             )));
         }
+        // A codec may have parameters for each row all the same, and shapes are no measure of a file.
+        Some(Choice::Codec(_)) if info.shape.contains(&0) => Action::Keep(EMPTY),
         Some(Choice::Codec(codec)) => Action::Encode(codec),
         None if !is_weight => Action::Keep(NO_WEIGHTS),
         None => match (role, options.embeddings) {

@@ -136,6 +136,9 @@ class StatisticsWriter:
                 shutil.copyfileobj(data, file, 1 << 24)
                 file.flush()
                 os.fsync(file.fileno())
+            if self.path.exists():
+                # As other outputs, which keep what they replace as private as it was.
+                shutil.copymode(self.path, whole)
             whole.replace(self.path)
         except OSError as error:
             raise self._storage_error(error) from error

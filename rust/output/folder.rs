@@ -39,13 +39,14 @@ impl Writer {
         let staging = Staging::create(path, options.force)?;
         check_space(&staging.path, path, needed)?;
         for sidecar in sidecars {
-            let mut file = staging.file(&sidecar.path)?;
+            let mut file = staging.file(&sidecar.path, sidecar.bytes.len() as u64)?;
             file.put(&sidecar.bytes)?;
             file.commit()?;
         }
         if shards.len() > 1 {
-            let mut file = staging.file(INDEX)?;
-            file.put(&index(items, &shards)?)?;
+            let index = index(items, &shards)?;
+            let mut file = staging.file(INDEX, index.len() as u64)?;
+            file.put(&index)?;
             file.commit()?;
         }
         let mut writer = Writer { staging, progress: Progress::new(items), shards, open: None };
@@ -56,7 +57,7 @@ impl Writer {
     fn next_shard(&mut self, number: usize) -> Result<()> {
         if let Some((range, name)) = self.shards.get(number) {
             let items = &self.progress.items[range.clone()];
-            let shard = safetensors::Writer::create(&self.staging.path.join(name), items, false)?;
+            let shard = safetensors::Writer::create(items, |bytes| self.staging.file(name, bytes))?;
             self.open = Some((number, shard));
         }
         Ok(())
@@ -85,7 +86,7 @@ impl ModelWriter for Writer {
             self.open.take().into_iter().map(|(_, shard)| shard).collect();
         for (range, name) in &self.shards[1..] {
             let items = &self.progress.items[range.clone()];
-            open.push(safetensors::Writer::create(&self.staging.path.join(name), items, false)?);
+            open.push(safetensors::Writer::create(items, |bytes| self.staging.file(name, bytes))?);
         }
         // Each item's shard, and its place there.
         let mut places = Vec::with_capacity(self.progress.items.len());
@@ -173,6 +174,7 @@ fn check_paths(sidecars: &[Sidecar], shards: &[(Range<usize>, String)]) -> Resul
 /// A folder beside the target that takes its place when it is complete, and vanishes if it never is.
 struct Staging {
     path: PathBuf,
+    asked: PathBuf,
     target: PathBuf,
     force: bool,
 }
@@ -202,7 +204,7 @@ impl Staging {
             let number = NUMBER.fetch_add(1, Ordering::Relaxed);
             let path = parent.join(temporary_name(&name.to_string_lossy(), number));
             match fs::create_dir(&path) {
-                Ok(()) => return Ok(Staging { path, target, force }),
+                Ok(()) => return Ok(Staging { path, asked: asked.to_path_buf(), target, force }),
                 // Left behind by a process of the same number that was killed.
                 Err(e) if e.kind() == io::ErrorKind::AlreadyExists && tries < 1000 => tries += 1,
                 Err(e) => return Err(Error::io("cannot write", asked, &e)),
@@ -210,11 +212,11 @@ impl Staging {
         }
     }
 
-    /// A file in it, at a path that is known to be plain and relative.
-    fn file(&self, path: &str) -> Result<AtomicFile> {
-        let path = self.path.join(path);
-        fs::create_dir_all(parent(&path)).map_err(|e| Error::io("cannot write", &path, &e))?;
-        AtomicFile::create(&path, false, 0)
+    /// A file in it, at a path that is known to be plain and relative; messages name where it will be.
+    fn file(&self, path: &str, bytes: u64) -> Result<AtomicFile> {
+        let (here, asked) = (self.path.join(path), self.asked.join(path));
+        fs::create_dir_all(parent(&here)).map_err(|e| Error::io("cannot write", &asked, &e))?;
+        AtomicFile::create_as(&here, asked, false, bytes)
     }
 
     /// Puts the folder in its place. At every point the old one or the new one stands there.

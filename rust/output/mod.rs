@@ -5,6 +5,7 @@ mod folder;
 mod order;
 mod safetensors;
 
+use crate::atomic::AtomicFile;
 use crate::error::{Error, Result};
 use crate::input::Sidecar;
 use crate::tensor::{Dtype, element_count};
@@ -150,7 +151,10 @@ pub fn create(
     }
     Ok(match format {
         Format::Bundle => Box::new(bundle::Writer::create(path, items, options)?),
-        Format::Safetensors => Box::new(safetensors::Writer::create(path, items, options.force)?),
+        Format::Safetensors => {
+            let open = |bytes| AtomicFile::create(path, options.force, bytes);
+            Box::new(safetensors::Writer::create(items, open)?)
+        }
         Format::Folder => Box::new(folder::Writer::create(path, items, sidecars, options)?),
     })
 }

@@ -4,7 +4,6 @@ use super::{Fill, Item, ModelWriter, Progress, order};
 use crate::atomic::AtomicFile;
 use crate::error::{Error, Result};
 use std::collections::BTreeMap;
-use std::path::Path;
 
 /// One metadata key only: with more, the official library's own order would not be reproducible.
 const METADATA: &str = r#""__metadata__":{"format":"pt"}"#;
@@ -24,10 +23,11 @@ pub(super) struct Writer {
 }
 
 impl Writer {
-    pub fn create(path: &Path, items: &[Item], force: bool) -> Result<Self> {
+    /// Into the file that `open` makes for so many bytes.
+    pub fn create(items: &[Item], open: impl FnOnce(u64) -> Result<AtomicFile>) -> Result<Self> {
         let order = order::aligned(items)?;
         let (header, data) = header(items, &order)?;
-        let mut file = AtomicFile::create(path, force, header.len() as u64 + data)?;
+        let mut file = open(header.len() as u64 + data)?;
         file.put(&header)?;
         let mut rank = vec![0; items.len()];
         for (place, &i) in order.iter().enumerate() {

@@ -129,6 +129,25 @@ def test_statistics_go_where_a_link_points(tmp_path, llama):
     assert real.stat().st_size > 100
 
 
+def test_statistics_keep_the_permissions_of_what_they_replace(tmp_path, llama):
+    statistics = tmp_path / "private.safetensors"
+    statistics.touch(mode=0o600)
+    statistics.chmod(0o600)
+    tenpak.calibrate(llama, statistics, np.arange(64), windows=2, context=16, force=True)
+    assert statistics.stat().st_mode & 0o777 == 0o600
+
+
+def test_a_tensor_without_elements_is_kept_whatever_a_rule_asks(tmp_path):
+    """However many rows it has: one scale for each would be no measure of the file."""
+    model, packed, restored = (tmp_path / name for name in ("m.safetensors", "m.tenpak", "restored.safetensors"))
+    header = json.dumps({"a.weight": {"dtype": "F32", "shape": [1 << 33, 0], "data_offsets": [0, 0]}}).encode()
+    model.write_bytes(struct.pack("<Q", len(header)) + header)
+    tenpak_command("compress", "-i", model, "-o", packed, "--rule", "a.weight=int8_sym_v1")
+    assert packed.stat().st_size < 4096
+    tenpak_command("decompress", "-i", packed, "-o", restored)
+    assert json.loads(restored.read_bytes()[8:].split(b"}}")[0] + b"}}")["a.weight"]["shape"] == [1 << 33, 0]
+
+
 def test_a_long_string_of_a_damaged_gguf_is_quoted_in_part(tmp_path):
     path = write_gguf(
         tmp_path / "m.gguf", {"token_embd.weight": gaussian(4000, 256)}, {"general.architecture": "llama"}

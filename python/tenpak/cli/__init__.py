@@ -12,7 +12,7 @@ import os
 import signal
 import sys
 from types import FrameType
-from typing import NoReturn
+from typing import IO, NoReturn
 
 from tenpak import __version__, _core
 from tenpak.cli import (
@@ -76,9 +76,19 @@ class _Help(argparse.RawDescriptionHelpFormatter):
             self._action_max_length += 2
 
 
+class _Parser(argparse.ArgumentParser):
+    """Help and the version are output, and what cannot be written is said; argparse would hide it."""
+
+    def _print_message(self, message: str, file: IO[str] | None = None) -> None:
+        if file is sys.stdout:
+            print(message, end="", flush=True)
+        else:
+            super()._print_message(message, file)
+
+
 def parser() -> argparse.ArgumentParser:
     """The parser of all commands."""
-    main = argparse.ArgumentParser(
+    main = _Parser(
         prog="tenpak",
         description="Shrink language-model weights to one small file, and read them back.",
         epilog=_EPILOG,
@@ -113,7 +123,6 @@ def main(argv: list[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
             # A name that the terminal's encoding lacks is no reason to fail.
             stream.reconfigure(errors="backslashreplace")
-    arguments = parser().parse_args(argv)
     codes = dict(_core.exit_codes())
     # As for Ctrl-C; a terminal that is closed says SIGHUP, but to nobody who has asked not to hear it.
     heard = [signal.SIGTERM]
@@ -121,6 +130,7 @@ def main(argv: list[str] | None = None) -> int:
         heard.append(signal.SIGHUP)
     previous = [(number, signal.signal(number, _terminate)) for number in heard]
     try:
+        arguments = parser().parse_args(argv)
         arguments.run(arguments)
         sys.stdout.flush()
         return 0
