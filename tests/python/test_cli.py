@@ -80,13 +80,20 @@ def test_closed_and_full_streams_are_no_internal_errors(tmp_path, llama):
     assert odd.returncode == 2, odd.stderr
     assert "no Unicode" in odd.stderr
     if os.path.exists("/dev/full"):
-        full = shell('"$0" "$@" -p x > /dev/full')
-        no_room = (6, "tenpak: cannot write standard output: No space left on device\n")
-        assert (full.returncode, full.stderr) == no_room
-        for words in (["--help"], ["--version"], ["compress", "--help"]):
-            with open("/dev/full", "w") as output:
-                done = subprocess.run([*COMMAND, *words], stdout=output, stderr=-1, text=True, check=False, timeout=60)
-            assert (done.returncode, done.stderr) == no_room, words
+        for unbuffered in ("", "1"):
+            for words in (["generate", llama, "-n", "1", "-q", "-p", "x"], ["--help"], ["--version"], ["codecs"]):
+                with open("/dev/full", "w") as output:
+                    done = subprocess.run(
+                        [*COMMAND, *map(str, words)],
+                        stdout=output,
+                        stderr=subprocess.PIPE,
+                        text=True,
+                        check=False,
+                        timeout=60,
+                        env={**os.environ, "PYTHONUNBUFFERED": unbuffered},
+                    )
+                told = "tenpak: cannot write standard output: No space left on device\n"
+                assert (done.returncode, done.stderr) == (6, told), (words, unbuffered)
 
 
 def test_names_that_the_terminal_lacks_are_escaped(tmp_path, llama):

@@ -12,7 +12,7 @@ import os
 import signal
 import sys
 from types import FrameType
-from typing import IO, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from tenpak import __version__, _core
 from tenpak.cli import (
@@ -31,6 +31,9 @@ from tenpak.cli import (
     verify,
 )
 from tenpak.errors import TenpakError
+
+if TYPE_CHECKING:
+    from _typeshed import SupportsWrite
 
 _COMMANDS = (
     compress,
@@ -79,7 +82,7 @@ class _Help(argparse.RawDescriptionHelpFormatter):
 class _Parser(argparse.ArgumentParser):
     """Help and the version are output, and what cannot be written is said; argparse would hide it."""
 
-    def _print_message(self, message: str, file: IO[str] | None = None) -> None:
+    def _print_message(self, message: str, file: SupportsWrite[str] | None = None) -> None:
         if file is sys.stdout:
             print(message, end="", flush=True)
         else:
@@ -139,15 +142,17 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         return _fail("interrupted; nothing was left half-written", codes["InterruptedByUser"])
     except BrokenPipeError:
-        # Whoever read the output has seen enough; Python must not complain when it closes it.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        # Whoever read the output has seen enough.
+        _drop_output()
         return 0
     except MemoryError:
         return _fail("not enough memory", codes["StorageError"])
     except OSError as error:
         # Paths have been named where they were opened; without one it is what was printed.
-        message = str(error) if error.filename else f"cannot write standard output: {error.strerror}"
-        return _fail(message, codes["StorageError"])
+        if error.filename:
+            return _fail(str(error), codes["StorageError"])
+        _drop_output()
+        return _fail(f"cannot write standard output: {error.strerror}", codes["StorageError"])
     except SystemExit:
         raise
     except BaseException as error:
@@ -162,6 +167,12 @@ def main(argv: list[str] | None = None) -> int:
 
 def _terminate(_signal: int, _frame: FrameType | None) -> NoReturn:
     raise KeyboardInterrupt
+
+
+def _drop_output() -> None:
+    """What is still to be written goes nowhere: Python would try again when it ends, and complain."""
+    with contextlib.suppress(OSError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _fail(message: str, code: int) -> int:
