@@ -32,3 +32,8 @@ def guarded(array: NDArray[Any]) -> NDArray[Any]:
     copy = memory[room - size : room - size + array.nbytes].view(array.dtype).reshape(array.shape)
     copy[...] = array
     return copy
+
+
+def each_guarded(*arrays: NDArray[Any] | None) -> list[NDArray[Any] | None]:
+    """`guarded` copies, and None for what is not there."""
+    return [None if array is None else guarded(array) for array in arrays]

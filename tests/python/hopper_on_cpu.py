@@ -12,7 +12,7 @@ import functools
 from typing import Any
 
 import numpy as np
-from guarded import guarded
+from guarded import each_guarded, guarded
 from numpy.typing import NDArray
 from support import ROOT
 from tenpak.cuda import wide as plans
@@ -418,7 +418,7 @@ def wide(
     """
     batch, m, _ = x.shape
     x = guarded(x)
-    arrays = [None if part is None else guarded(part) for part in (*packed, bias, offsets)]
+    *parts, bias, offsets = each_guarded(*packed, bias, offsets)
     y = guarded(np.full((batch, m, n), 0x7FFF, np.uint16))
     groups, tokens = (int(str(defines[name])) for name in ("GROUPS", "TOKENS"))
     narrow = int(str(defines.get("NARROW", 0)))
@@ -441,7 +441,6 @@ def wide(
     def address(array: NDArray[Any] | None) -> NDArray[np.uint64]:
         return np.array([0 if array is None else array.ctypes.data], np.uint64)
 
-    *parts, bias, offsets = arrays
     steps = [np.array([0 if part is None else part.nbytes // batch], np.int64) for part in parts]
     scalars = [np.array([value], np.int32) for value in (batch, m, n, tiles, -(-k // 256), head, band)]
     given = [

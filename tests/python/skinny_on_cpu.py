@@ -9,7 +9,7 @@ import ctypes
 import functools
 
 import numpy as np
-from guarded import guarded
+from guarded import each_guarded, guarded
 from hopper_on_cpu import BOXES, ENGINE, FLAGS, HOPPER, layouts_on_cpu, tensor_maps
 from numpy.typing import NDArray
 from tenpak.cuda.plans import Plan
@@ -105,11 +105,10 @@ def run(
     scale: float = 1.0,
 ) -> None:
     """As `tenpak.cuda.products.run` launches it, on NumPy arrays: x [batch, m, k] (or [tokens, k]) and y alike."""
-    parts = [None if part is None else guarded(part) for part in packed]
     batch = packed[0].shape[0] if packed[0].ndim == 4 else 1
     partial, counters = guarded(np.full(plan.partial_bytes, 255, np.uint8)), guarded(np.zeros(plan.counters, np.uint32))
     x, out = guarded(x), guarded(y)
-    bias, offsets = (None if array is None else guarded(array) for array in (bias, offsets))
+    *parts, bias, offsets = each_guarded(*packed, bias, offsets)
 
     def address(array: NDArray | None) -> np.uint64:
         return np.uint64(0 if array is None else array.ctypes.data)
