@@ -67,7 +67,11 @@ static_assert(ENGINE || !HEAD, "a warp that copies for itself begins and ends wh
 
 using Sum = Products::Sum;
 using Sums = SumsBarriers<BUFFERS, WARPS, 1>;
-__device__ __forceinline__ void wait_for_staging() { wait_at_barrier<FIRST_COPIER * LANES>(STAGED); }
+__device__ __forceinline__ void wait_for_staging() {
+    wait_at_barrier<FIRST_COPIER * LANES>(STAGED);
+    // racecheck may let the last who arrives go on before it notes that others have: of a second barrier it knows them all.
+    if (RACECHECK) wait_at_barrier<FIRST_COPIER * LANES>(STAGED);
+}
 
 #if ENGINE
 // The columns of x of one step: of one copier's tokens.
