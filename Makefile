@@ -53,8 +53,8 @@ cargo-test: ## the Rust tests
 	cargo test
 	$(if $(FEATURES),cargo test $(CARGO_FEATURES))
 
-pytest: ## the Python tests, on the installed wheel
-	$(BIN)/python -m pytest tests/python -q -rs
+pytest: ## the Python tests, on the installed wheel, in up to four processes
+	$(BIN)/python -m pytest tests/python -q -rs -n auto --maxprocesses 4 --dist worksteal
 
 test-gpu: ## the tests that need an NVIDIA GPU, CuPy and torch, with PYTHON, which must have them, on the package in python/
 	PYTHONPATH=python TENPAK_CUDA_DIR=cuda TENPAK_REQUIRE=cuda,nvrtc,torch $(PYTHON) -m pytest -q \

@@ -14,7 +14,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -66,25 +66,33 @@ void launch(void (*kernel)(A...), void** given, unsigned blocks, unsigned thread
 """
 
 
+def compiled(files: dict[str, str], flags: Sequence[str]) -> ctypes.CDLL:
+    """kernel.cpp among files of these names and texts as a library, compiled once for each text."""
+    key = hashlib.sha256("\0".join([*files.values(), *flags]).encode()).hexdigest()[:20]
+    library = Path(tempfile.gettempdir()) / "tenpak-on-cpu" / key / "kernel.so"
+    if not library.exists():
+        library.parent.mkdir(parents=True, exist_ok=True)
+        # Several tests may build the same at a time.
+        with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+            for file, content in files.items():
+                Path(folder, file).write_text(content)
+            command = [COMPILER, "-shared", "-fPIC", "-Og", "-w", *flags, "kernel.cpp", "-o", "kernel.so"]
+            subprocess.run(command, check=True, cwd=folder)
+            Path(folder, "kernel.so").replace(library)
+    return ctypes.CDLL(str(library))
+
+
+def language(source: str, defines: Mapping[str, str | int], arch: str) -> list[str]:
+    """The compiler's options for a kernel of cuda/ that a C++ compiler of the host has, too."""
+    return [option for option in kernels.options(source, dict(defines), arch) if option.startswith(("-std", "-D"))]
+
+
 @functools.cache
 def _library(name: str, defines: tuple[tuple[str, str | int], ...], kernel: str) -> ctypes.CDLL:
-    folder = Path(tempfile.gettempdir()) / "tenpak-cuda-on-cpu"
-    given = kernels.options(name, dict(defines), "sm_80")
-    flags = [option for option in given if option.startswith(("-std", "-D"))]
-    text = (ROOT / "cuda" / name).read_text()
-    header = (ROOT / "cuda" / "weights.cuh").read_text()
+    text, header = ((ROOT / "cuda" / file).read_text() for file in (name, "weights.cuh"))
     launcher = f'extern "C" void launch(void** a, unsigned b, unsigned t) {{ tenpak::launch({kernel}, a, b, t); }}\n'
-    key = hashlib.sha256("\0".join([text, header, FLOATS, launcher, *flags]).encode()).hexdigest()[:20]
-    built = folder / key / "kernel.so"
-    if not built.exists():
-        built.parent.mkdir(parents=True, exist_ok=True)
-        (built.parent / "floats.cuh").write_text(FLOATS)
-        (built.parent / "weights.cuh").write_text(header)
-        (built.parent / "kernel.cpp").write_text(text + launcher)
-        command = [COMPILER, "-shared", "-fPIC", "-O1", "-ffp-contract=off", "-w", *flags, "kernel.cpp"]
-        subprocess.run([*command, "-o", "part.so"], check=True, cwd=built.parent)
-        (built.parent / "part.so").rename(built)
-    return ctypes.CDLL(str(built))
+    files = {"floats.cuh": FLOATS, "weights.cuh": header, "kernel.cpp": text + launcher}
+    return compiled(files, ["-ffp-contract=off", *language(name, dict(defines), "sm_80")])
 
 
 def function(name: str, kernel: str, defines: dict[str, str | int], device: int) -> Any:

@@ -9,14 +9,10 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
 import shutil
-import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -59,7 +55,8 @@ struct Copy { void* to; const void* from; bool there; };
 struct Warp { Barrier barrier; u64 slots[2][32][6]; };
 struct Fiber {
     ucontext_t context;
-    std::vector<char> stack;
+    // Of which only what is used becomes memory: a process has hundreds of libraries like this one.
+    char* stack = nullptr;
     Dim index;
     bool done;
     std::deque<std::vector<Copy>> groups;
@@ -68,6 +65,7 @@ struct Fiber {
 static Dim blockIdx, blockDim, gridDim;
 static Fiber* current;
 static ucontext_t scheduler;
+constexpr size_t STACK = 1 << 16;
 static std::vector<Fiber> fibers;
 static std::vector<Warp> warps;
 static Barrier block;
@@ -220,10 +218,10 @@ inline void run_block() {
         fiber.done = false;
         fiber.groups.clear();
         fiber.open.clear();
-        fiber.stack.resize(1 << 16);
+        if (!fiber.stack) fiber.stack = (char*)malloc(STACK);
         getcontext(&fiber.context);
-        fiber.context.uc_stack.ss_sp = fiber.stack.data();
-        fiber.context.uc_stack.ss_size = fiber.stack.size();
+        fiber.context.uc_stack.ss_sp = fiber.stack;
+        fiber.context.uc_stack.ss_size = STACK;
         fiber.context.uc_link = nullptr;
         makecontext(&fiber.context, (void (*)())enter, 0);
     }
@@ -247,7 +245,7 @@ inline void run_block() {
 template <class F> void launch_all(F call, const unsigned* grid, unsigned threads, unsigned shared) {
     gridDim = {grid[0], grid[1], grid[2]};
     blockDim = {threads, 1, 1};
-    fibers.resize(threads);
+    if (fibers.size() < threads) fibers.resize(threads);
     warps.assign((threads + 31) / 32, Warp());
     task = {[](void* f) { (*(F*)f)(); }, &call};
 #ifndef ASCENDING
@@ -291,8 +289,7 @@ def built(
     shared memory, and what stands in place of that.
     """
     # Kernels may be named like functions of the C library.
-    flags = ["-O1", "-w", "-Wl,-Bsymbolic", *flags]
-    flags += [o for o in kernels.options(source, dict(defines), arch) if o.startswith(("-std", "-D"))]
+    flags = ["-Wl,-Bsymbolic", *flags, *cuda_on_cpu.language(source, dict(defines), arch)]
     launcher = (
         f'extern "C" void launch(void** a, const unsigned* g, unsigned t, unsigned s) '
         f"{{ tenpak::launch({kernel}, a, g, t, s); }}\n"
@@ -301,19 +298,7 @@ def built(
     if dynamic is not None:
         assert dynamic[0] in text
         text = text.replace(*dynamic)
-    files = {**kernels.headers(source), **stand_ins, "kernel.cpp": text + launcher}
-    key = hashlib.sha256("\0".join([*files.values(), *flags]).encode()).hexdigest()[:20]
-    library = Path(tempfile.gettempdir()) / "tenpak-on-cpu" / key / "kernel.so"
-    if not library.exists():
-        library.parent.mkdir(parents=True, exist_ok=True)
-        # Several tests may build the same at a time.
-        with tempfile.TemporaryDirectory(dir=library.parent) as folder:
-            for file, content in files.items():
-                Path(folder, file).write_text(content)
-            command = [COMPILER, "-shared", "-fPIC", *flags, "kernel.cpp", "-o", "kernel.so"]
-            subprocess.run(command, check=True, cwd=folder)
-            Path(folder, "kernel.so").replace(library)
-    return ctypes.CDLL(str(library))
+    return cuda_on_cpu.compiled({**kernels.headers(source), **stand_ins, "kernel.cpp": text + launcher}, flags)
 
 
 @functools.cache
