@@ -61,10 +61,14 @@ test-gpu: ## the tests that need an NVIDIA GPU, CuPy and torch, with PYTHON, whi
 		tests/python/test_cuda_codec.py tests/python/test_cuda_matmul.py tests/python/test_cuda_attention.py \
 		tests/python/test_cuda_runner.py tests/python/test_torch_linear.py tests/python/test_shrink.py tests/python/test_tune.py
 
+# Each layout's kernels in a process of their own, for most of the time goes to building them.
+sanitize: export PYTHONPATH := python
+sanitize: export TENPAK_CUDA_DIR := cuda
 sanitize: ## compute-sanitizer on every kind of product, with PYTHON as for test-gpu
-	set -e; for check in memcheck racecheck; do \
-		PYTHONPATH=python TENPAK_CUDA_DIR=cuda compute-sanitizer --tool $$check --error-exitcode 1 \
-			$(PYTHON) tests/python/sanitize_cuda.py $$( [ $$check = memcheck ] || echo --racecheck ); \
+	set -eo pipefail; for check in memcheck racecheck; do \
+		$(PYTHON) -c 'from tenpak.cuda import layouts; print(*layouts.LAYOUTS, sep="\n")' | xargs -P $$(nproc) -I LAYOUT \
+			compute-sanitizer --tool $$check --error-exitcode 1 $(PYTHON) tests/python/sanitize_cuda.py \
+			$$( [ $$check = memcheck ] || echo --racecheck ) LAYOUT; \
 	done
 
 test-wgpu: ## the tests of wgpu, which need a GPU with a Vulkan driver, or Debian's mesa-vulkan-drivers
