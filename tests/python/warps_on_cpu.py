@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -22,7 +21,7 @@ from support import ROOT
 from tenpak.cuda import compile as kernels
 
 #: Fibers and the linker's options are Linux's.
-COMPILER = (shutil.which("c++") or shutil.which("g++")) if sys.platform == "linux" else None
+COMPILER = cuda_on_cpu.COMPILER if sys.platform == "linux" else None
 
 #: Stands in for cuda/warp.cuh.
 WARP = """
